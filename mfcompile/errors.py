@@ -1,0 +1,59 @@
+"""Every error that mfcompile raises on purpose.
+
+::
+
+    MfcompileError
+    ├── CaptureError            a model could not be turned into a graph
+    ├── InputError(ValueError)  an argument, a file or a tensor is not usable
+    ├── RegionError             a modality or a region could not be decided
+    ├── CalibrationError        calibration gave no usable statistics
+    ├── PassError               a pass broke its contract
+    │   ├── PreconditionError
+    │   └── PostconditionError
+    ├── ExportError             an artefact could not be written
+    └── ParityError             an artefact does not compute what the model computes
+
+A message says what happened, where (node, parameter name, shape), why it is refused, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class MfcompileError(Exception):
+    """Base class of every error raised on purpose."""
+
+
+class CaptureError(MfcompileError):
+    """A model could not be captured as a graph, or its graph does not replay what the model computes."""
+
+
+class InputError(MfcompileError, ValueError):
+    """An argument, a file or a tensor given by the user cannot be used."""
+
+
+class RegionError(MfcompileError):
+    """An input has no known modality, or a pattern about regions matches nothing."""
+
+
+class CalibrationError(MfcompileError):
+    """Calibration did not produce statistics that can rank weights."""
+
+
+class PassError(MfcompileError):
+    """A pass over the graph broke its contract."""
+
+
+class PreconditionError(PassError):
+    """The graph given to a transform is not one that it can rewrite."""
+
+
+class PostconditionError(PassError):
+    """A transform returned a graph that is not what it declared."""
+
+
+class ExportError(MfcompileError):
+    """An artefact could not be written, or the written file is not valid."""
+
+
+class ParityError(MfcompileError):
+    """The exported artefact and the PyTorch module disagree beyond the stated tolerance."""

@@ -1,0 +1,89 @@
+"""Writing files so that they are complete or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mfcompile.errors import InputError
+
+
+def write_atomically(path: Path, data: bytes) -> Path:
+    """Write bytes under a temporary name beside ``path``, then rename.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror}. Choose another output path") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def check_output_dir(path: Path) -> None:
+    """Refuse an output directory that holds something already, or that cannot be created.
+
+    Raises:
+        InputError: the path is a file, is not empty, or is not writable.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"the output directory {path} is a file. Choose another with --output-dir")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(
+            f"the output directory {path} is not empty. Nothing was written; choose another with --output-dir, or pass --overwrite"
+        )
+    ancestor = path
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise InputError(f"the output directory {path} cannot be written: no permission in {ancestor}. Choose another with --output-dir")
+
+
+@contextmanager
+def staged_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside ``path`` that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    Args:
+        path: the final directory.
+        overwrite: replace what is there; the old content is removed only after the new one is complete.
+
+    Raises:
+        InputError: see check_output_dir.
+    """
+    path = Path(path)
+    if not (overwrite and path.is_dir()):
+        check_output_dir(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield staging
+        staging.chmod(0o777 & ~_umask())
+        if path.is_dir():
+            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            os.replace(path, retired / "old")
+            os.replace(staging, path)
+            shutil.rmtree(retired)
+        else:
+            os.replace(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
