@@ -84,6 +84,29 @@ class Diagnostic:
 
 
 @dataclass(frozen=True)
+class ExportedModel:
+    """A re-executable program of the model, from torch.export; what ONNX files are made from.
+
+    Attributes:
+        program: the ExportedProgram; its state dict shares storage with the user's module, names are FQNs.
+        route: which way of exporting succeeded ("torch.export", "torch.export without cache", ...).
+        input_names: names of the tensor inputs, in the program's order.
+        output_names: names of the tensor outputs, in the program's order.
+        dynamic_axes: input name -> dimension -> axis name ("batch", "sequence"); only dimensions that stayed symbolic.
+        example_inputs: the inputs that the program was exported with (a batch of one is repeated to two).
+        notes: dimensions that were asked to be dynamic and are fixed, and why.
+    """
+
+    program: torch.export.ExportedProgram
+    route: str
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic_axes: Mapping[str, Mapping[int, str]]
+    example_inputs: ExampleInputs
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CapturedGraph:
     """A model as an fx graph, together with the module and the inputs that it came from.
 
@@ -101,6 +124,7 @@ class CapturedGraph:
         specialised: what of the example the graph is fixed to, in words.
         baked_scalars: numbers that the model read from tensors while it was recorded.
         attempts: every front end that was tried, in order.
+        exported: the model as a torch.export program, once it has been asked for and succeeded.
         masks: the masks that the graph applies, once a pass has rewritten it.
         versions: versions of the packages that took part.
     """
@@ -116,6 +140,7 @@ class CapturedGraph:
     specialised: tuple[str, ...] = ()
     baked_scalars: tuple[BakedScalar, ...] = ()
     attempts: tuple[CaptureAttempt, ...] = ()
+    exported: ExportedModel | None = None
     masks: MaskSet | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
