@@ -158,7 +158,8 @@ def output_tensors(output: Any) -> dict[str, Tensor]:
 
     def visit(value: Any, path: tuple[str, ...]) -> None:
         if isinstance(value, Tensor):
-            found[".".join(path) if path and not path[0].isdigit() else "_".join(("output", *path or ("0",)))] = value
+            is_named = bool(path) and not path[0].isdigit()
+            found[".".join(path) if is_named else "_".join(("output", *(path or ("0",))))] = value
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 visit(item, (*path, str(key)))

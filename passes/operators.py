@@ -1,0 +1,87 @@
+"""What the passes know of aten operators: which contract, which only re-arrange, which carry no content."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+
+def operator_name(node: fx.Node) -> str:
+    """Name of the operator without namespace and overload ("linear", "add_"), "" for nodes that call none."""
+    if node.op != "call_function":
+        return ""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return str(schema.name).partition("::")[2]
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def argument(node: fx.Node, name: str, position: int, default: Any = None) -> Any:
+    """An argument of a node, given by keyword or by position."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if len(node.args) > position else default
+
+
+def is_view(node: fx.Node) -> bool:
+    """The operator returns a view of its first argument (by its schema)."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.arguments:
+        return False
+    alias = schema.arguments[0].alias_info
+    if alias is not None and not alias.is_write and any(item.alias_info is not None for item in schema.returns):
+        return True
+    # Composite operators whose schema declares no alias because they copy when they must.
+    return operator_name(node) in {"reshape", "contiguous", "to", "flatten", "view_as", "reshape_as", "expand_as"}
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """Nodes whose tensors the operator changes in place."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    written = []
+    for position, item in enumerate(schema.arguments):
+        if item.alias_info is not None and item.alias_info.is_write:
+            value = argument(node, item.name, position)
+            if isinstance(value, fx.Node):
+                written.append(value)
+    return written
+
+
+CONTRACTIONS = frozenset({"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "_grouped_mm", "addmv", "mv", "addbmm"})
+"""Operators that sum products of two operands."""
+
+SOFTMAX_ATTENTION = frozenset(
+    {
+        "scaled_dot_product_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_attention_math",
+        "flex_attention",
+    }
+)
+"""Operators that are a whole attention (softmax of queries and keys, times values)."""
+
+SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax"})
+
+RANDOM = frozenset(
+    {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "normal", "normal_",
+     "uniform_", "multinomial", "randperm", "exponential_"}
+)
+"""Operators whose result differs from call to call."""
+
+CONTENT_FREE = frozenset(
+    {
+        "zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tril_indices", "triu_indices", "scalar_tensor",
+        "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+        "new_tensor", "sym_size", "sym_numel", "size", "numel", "eq", "ne", "lt", "le", "gt", "ge", "equal", "isnan",
+        "isinf", "isfinite", "logical_and", "logical_or", "logical_not", "logical_xor", "bitwise_not", "any", "all",
+        "nonzero", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size", "_assert_tensor_metadata",
+        "_is_all_true", "_is_any_true", *RANDOM,
+    }
+)  # fmt: skip
+"""Operators whose result says something about shapes or truth, but carries no content of a modality."""

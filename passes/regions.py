@@ -1,0 +1,144 @@
+"""Regions and sites: which modality every linear weight serves, and which weights are pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from mfcompile.graph import CapturedGraph, Diagnostic, module_stack
+from mfcompile.passes.attention import attention_label, downstream_label
+from mfcompile.passes.blocks import BlockFinder, leaving_labels
+from mfcompile.passes.labels import flow_labels
+from mfcompile.passes.modalities import infer_modalities
+from mfcompile.passes.sites import build_sites
+from mfcompile.passes.weights import find_weight_uses
+from mfcompile.patterns import WeightNames, select, weight_names
+from mfcompile.region import FUSION, NO_LABELS, UNTAGGED, Labels, RegionMap, WeightUse
+
+
+@dataclass(frozen=True)
+class RegionOptions:
+    """What a user may set about regions and sites.
+
+    Attributes:
+        modalities: input name -> modality, or "control".
+        regions: pattern -> region, for the weights that it matches.
+        targets: patterns of the weights to prune; None prunes the linear weights inside repeated blocks.
+        ignore: patterns of weights that stay dense.
+        cross_attention_kv: "block" groups image-fed keys and values with the block that they feed, "input" with the
+            modality that they read (the literal reading of Eq. 7).
+    """
+
+    modalities: Mapping[str, str] | None = None
+    regions: Mapping[str, str] | None = None
+    targets: Sequence[str] | None = None
+    ignore: Sequence[str] | None = None
+    cross_attention_kv: str = "block"
+
+
+def infer_regions(captured: CapturedGraph, options: RegionOptions | None = None) -> RegionMap:
+    """Tag every linear weight with the modality it serves, by dataflow from the inputs, and decide what is pruned.
+
+    Args:
+        captured: a graph whose nodes know their submodule calls.
+        options: overrides; None for the defaults.
+
+    Returns:
+        Regions, evidence and sites.
+
+    Raises:
+        RegionError: an input has no known modality.
+        InputError: a pattern matches nothing.
+    """
+    options = options or RegionOptions()
+    modalities = infer_modalities(captured, options.modalities)
+    labels = flow_labels(captured, modalities)
+    uses, refusals = find_weight_uses(captured)
+    uses = _with_labels(captured, uses, labels)
+    content = {item.modality for item in modalities if item.modality}
+    evidence: dict[str, tuple[WeightUse, ...]] = {}
+    for use in uses:
+        evidence[use.fqn] = (*evidence.get(use.fqn, ()), use)
+    region_of_use, diagnostics = _decide(captured, uses, labels, content, options)
+    weights = {
+        fqn: name_region(NO_LABELS.union(*(region_of_use[use] for use in found)), content) for fqn, found in evidence.items()
+    }
+    names = _names(captured, weights)
+    chosen = select(list(options.regions or {}), names, what="regions") if options.regions else {}
+    overrides = {fqn: (options.regions or {})[pattern] for fqn, pattern in chosen.items()}
+    weights.update({fqn: region for fqn, region in overrides.items() if fqn in weights})
+    by_use = {use: overrides.get(use.fqn) or name_region(found, content) for use, found in region_of_use.items()}
+    sites, site_diagnostics = build_sites(
+        captured, evidence, by_use, refusals, _names(captured, weights), options.targets, options.ignore
+    )
+    order = {site.fqn: site.region for site in sites}
+    weights = {fqn: weights.get(fqn, order[fqn]) for fqn in order}
+    return RegionMap(modalities, weights, evidence, sites, chosen, (*diagnostics, *site_diagnostics))
+
+
+def name_region(labels: Labels, content: Iterable[str | None]) -> str:
+    """Name of the region of a set of modalities.
+
+    One modality is its own region. Several are "fusion" when they are all that the model has, or the only mixture of
+    two; in a model of three and more modalities a partial mixture is named by its parts ("audio+text").
+    """
+    if not labels:
+        return UNTAGGED
+    if len(labels) == 1:
+        return next(iter(labels))
+    return FUSION if labels >= {item for item in content if item} else "+".join(sorted(labels))
+
+
+def _with_labels(
+    captured: CapturedGraph, uses: tuple[WeightUse, ...], labels: Mapping[fx.Node, Labels]
+) -> tuple[WeightUse, ...]:
+    nodes = {node.name: node for node in captured.graph.nodes}
+    finder = BlockFinder(captured, uses)
+    leaving = leaving_labels(captured, labels)
+    found = []
+    for use in uses:
+        block = finder.block_of(use.stack)
+        calls = [call for call in module_stack(nodes[use.node]) if call.path == block]
+        block_label = leaving.get(calls[-1], NO_LABELS) if calls else NO_LABELS
+        found.append(replace(use, label=labels[nodes[use.activation]], block=block, block_label=block_label))
+    return tuple(found)
+
+
+def _decide(
+    captured: CapturedGraph,
+    uses: Iterable[WeightUse],
+    labels: Mapping[fx.Node, Labels],
+    content: set[str | None],
+    options: RegionOptions,
+) -> tuple[dict[WeightUse, Labels], list[Diagnostic]]:
+    """The region of every use: its block's, else its attention's, else its input's, else what lies downstream."""
+    nodes = {node.name: node for node in captured.graph.nodes}
+    decided: dict[WeightUse, Labels] = {}
+    diagnostics: list[Diagnostic] = []
+    for use in uses:
+        node = nodes[use.node]
+        if options.cross_attention_kv == "input" and use.label:
+            decided[use] = use.label
+        elif use.block_label:
+            decided[use] = use.block_label
+        else:
+            decided[use] = attention_label(node, labels) or use.label
+        if not decided[use]:
+            decided[use] = downstream_label(node, labels)
+            reason = "no input reaches it; it takes the region of the nearest labelled value downstream"
+            if not decided[use]:
+                reason = "no input reaches it and it reaches no labelled value: it is untagged"
+            diagnostics.append(Diagnostic(use.fqn, reason))
+    return decided, diagnostics
+
+
+def _names(captured: CapturedGraph, weights: Mapping[str, str]) -> dict[str, WeightNames]:
+    """What patterns can match, for every 2-D weight that is used, and for every unused linear weight."""
+    from mfcompile.passes.sites import linear_weights
+
+    return {
+        fqn: weight_names(captured.module, fqn, captured.aliases.get(fqn, ()), weights.get(fqn, UNTAGGED))
+        for fqn in linear_weights(captured, weights)
+    }
