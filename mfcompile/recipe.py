@@ -1,0 +1,298 @@
+"""The recipe: every option of one pruning run, and what came of it, as YAML.
+
+A recipe lies beside the artefacts that it made. Running it again gives the same masks; ``check_reproduced`` holds it
+to that. Nothing in it is executed: it is read with ``yaml.safe_load``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mfcompile.errors import InputError, MfcompileError
+from mfcompile.files import write_atomically
+
+RECIPE_VERSION = 1
+
+FORMATS = ("packed", "dense")
+VALUES = ("fp32", "fp16")
+ROUNDINGS = ("exact", "official")
+
+MASK_OPTIONS = (
+    "source",
+    "sparsity",
+    "rounding",
+    "seed",
+    "targets",
+    "ignore",
+    "regions",
+    "modalities",
+    "padding_mask",
+    "num_calibration_samples",
+)
+"""The options that decide the masks; with any of them changed, the recorded digest says nothing."""
+
+
+class ReproductionError(MfcompileError):
+    """A recipe was run again and gave other masks than those it records."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of one run, with what it produced.
+
+    Attributes:
+        source: the model.py or the Hugging Face directory.
+        sparsity: fraction of the prunable weights that is removed.
+        rounding: how budgets become integers, "exact" or "official".
+        seed: seed of the selection.
+        targets: patterns of the weights to prune; None for the default sites.
+        ignore: patterns of the weights to leave dense.
+        regions: pattern -> region, over what dataflow found.
+        modalities: input name -> modality, over what the rules found.
+        padding_mask: name of the padding mask input; None to find it by convention and shape.
+        num_calibration_samples: how many samples to calibrate with; None for all.
+        onnx: whether an ONNX file is written.
+        format: how pruned weights are stored in it, "packed" or "dense".
+        values: precision of their values, "fp32" or "fp16".
+        evaluate: whether the model's own ``evaluate`` is run.
+        digest: sha256 of the masks; "" before they are known.
+        fingerprint: fingerprint of the model that was pruned.
+        versions: package -> version that took part.
+    """
+
+    source: Path
+    sparsity: float = 0.63
+    rounding: str = "exact"
+    seed: int = 0
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
+    regions: Mapping[str, str] = field(default_factory=dict)
+    modalities: Mapping[str, str] = field(default_factory=dict)
+    padding_mask: str | None = None
+    num_calibration_samples: int | None = None
+    onnx: bool = True
+    format: str = "packed"
+    values: str = "fp32"
+    evaluate: bool = True
+    digest: str = ""
+    fingerprint: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, check in _CHECKS.items():
+            problem = check(getattr(self, key))
+            if problem:
+                raise InputError(f"{key}: {problem}")
+
+    def override(self, options: Mapping[str, Any]) -> Recipe:
+        """The recipe with other options; where these decide masks, what it produced is forgotten.
+
+        Raises:
+            InputError: an option has a value that it cannot have.
+        """
+        changed = replace(self, **options)
+        if self.mask_options_changed(changed):
+            return replace(changed, digest="", fingerprint="", versions={})
+        return changed
+
+    def mask_options_changed(self, other: Recipe) -> tuple[str, ...]:
+        """Names of the options that decide masks and differ between two recipes."""
+        return tuple(key for key in MASK_OPTIONS if getattr(self, key) != getattr(other, key))
+
+    def check_reproduced(self, digest: str, fingerprint: str, versions: Mapping[str, str]) -> None:
+        """Refuse masks that are not those the recipe records.
+
+        Raises:
+            ReproductionError: the digests differ; says what else changed.
+        """
+        if not self.digest or digest == self.digest:
+            return
+        raise ReproductionError(
+            f"the recipe was not reproduced: it records masks {self.digest[:16]}…, this run gave {digest[:16]}…. "
+            f"{self._cause(fingerprint, versions)}. "
+            f"To accept the new masks, prune {self.source} itself instead of its recipe"
+        )
+
+    def _cause(self, fingerprint: str, versions: Mapping[str, str]) -> str:
+        """Why masks may differ from those recorded, as far as it can be told."""
+        if fingerprint != self.fingerprint:
+            return "The model's weights have changed since the recipe was written (its fingerprint differs)"
+        moved = [
+            f"{name} {version} -> {versions.get(name, 'absent')}"
+            for name, version in self.versions.items()
+            if versions.get(name) != version
+        ]
+        if moved:
+            return f"The model is the same; versions changed: {', '.join(moved)}"
+        return "The model and the versions are the same, so the calibration data has changed or is drawn at random"
+
+    def save(self, path: Path | str, *, beside: Path | None = None) -> Path:
+        """Write the recipe as YAML, complete or not at all; the source as a path relative to the recipe.
+
+        Args:
+            path: the file to write.
+            beside: the directory that the recipe will end up in; that of ``path`` when None.
+        """
+        path = Path(path)
+        directory = (beside or path.parent).resolve()
+        document: dict[str, Any] = {"recipe_version": RECIPE_VERSION}
+        for item in fields(self):
+            document[item.name] = _plain(getattr(self, item.name))
+        document["source"] = _relative(self.source.resolve(), directory)
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+        return write_atomically(path, (_HEADER.format(name=path.name) + text).encode())
+
+    @classmethod
+    def load(cls, path: Path | str) -> Recipe:
+        """Read a recipe; its source is resolved against its own directory.
+
+        Raises:
+            InputError: the file is missing, is no YAML mapping, or has a key or a value that a recipe cannot have
+                (names the file, the line, and the nearest valid key).
+        """
+        path = Path(path)
+        document, lines = _read(path)
+        version = document.pop("recipe_version", None)
+        if version != RECIPE_VERSION:
+            found = "names no recipe_version" if version is None else f"is of recipe_version {version}"
+            raise InputError(f"{path} {found}; this version of mfcompile reads recipe_version {RECIPE_VERSION}")
+        known = {item.name for item in fields(cls)}
+        for key, value in document.items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), sorted(known), n=1)
+                hint = f" Did you mean {near[0]}?" if near else f" A recipe has: {', '.join(sorted(known))}."
+                raise InputError(f"{path}, line {lines.get(key, 1)}: unknown key {key!r}.{hint}")
+            problem = "it is not a path" if key == "source" and not isinstance(value, str) else None
+            problem = problem or (_CHECKS[key](value) if key in _CHECKS else None)
+            if problem:
+                raise InputError(f"{path}, line {lines.get(key, 1)}: {key}: {problem}")
+        if "source" not in document:
+            raise InputError(f"{path}: the key source is missing: it names the model.py or model directory to prune")
+        source = Path(os.path.normpath(path.parent.resolve() / document.pop("source")))
+        for key in ("targets", "ignore"):
+            if isinstance(document.get(key), list):
+                document[key] = tuple(document[key])
+        return cls(source=source, **document)
+
+
+_HEADER = "# What mfcompile did, and how to do it again: mfcompile prune {name}\n"
+
+
+def _plain(value: Any) -> Any:
+    """A field as YAML knows it."""
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value
+
+
+def _relative(target: Path, directory: Path) -> str:
+    try:
+        return Path(os.path.relpath(target, directory)).as_posix()
+    except ValueError:  # another drive
+        return target.as_posix()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The top-level mapping of a YAML file, and the line of each of its keys."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe {path} cannot be read: {error}") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{where}: this is not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is no recipe: it holds no keys. Give a recipe.yaml that mfcompile wrote")
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if key.value in lines:
+            raise InputError(f"{path}, line {key.start_mark.line + 1}: the key {key.value} is given twice")
+        lines[key.value] = key.start_mark.line + 1
+    return {str(key): value for key, value in document.items()}, lines
+
+
+def sparsity_problem(value: Any) -> str | None:
+    """Why a value cannot be a sparsity; None when it can."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"{value!r} is not a number. Give the fraction of weights to remove, such as 0.63"
+    if 0 <= value < 1:
+        return None
+    if 1 < value < 100:
+        return f"{value:g} is not in [0, 1): it is the fraction of weights to remove. Did you mean {value / 100:g}?"
+    return f"{value:g} is not in [0, 1): it is the fraction of weights to remove, such as 0.63"
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        return None if value in choices else f"{value!r} is none of {', '.join(choices)}"
+
+    return check
+
+
+def _is_pattern_list(value: Any) -> str | None:
+    is_list = isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value)
+    return None if is_list else f"{value!r} is not a list of patterns"
+
+
+def _is_optional_pattern_list(value: Any) -> str | None:
+    return None if value is None else _is_pattern_list(value)
+
+
+def _is_string_map(value: Any) -> str | None:
+    is_map = isinstance(value, Mapping) and all(isinstance(item, str) for pair in value.items() for item in pair)
+    return None if is_map else f"{value!r} is not a mapping from names to names"
+
+
+def _is_flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else f"{value!r} is neither true nor false"
+
+
+def _is_string(value: Any) -> str | None:
+    return None if isinstance(value, str) else f"{value!r} is not a string"
+
+
+def _is_optional_string(value: Any) -> str | None:
+    return None if value is None else _is_string(value)
+
+
+def _is_seed(value: Any) -> str | None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return None if is_integer else f"{value!r} is not a whole number of at least 0"
+
+
+def _is_sample_count(value: Any) -> str | None:
+    is_count = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+    return None if is_count else f"{value!r} is not a whole number of at least 1"
+
+
+_CHECKS: dict[str, Callable[[Any], str | None]] = {
+    "sparsity": sparsity_problem,
+    "rounding": _one_of(ROUNDINGS),
+    "seed": _is_seed,
+    "targets": _is_optional_pattern_list,
+    "ignore": _is_pattern_list,
+    "regions": _is_string_map,
+    "modalities": _is_string_map,
+    "padding_mask": _is_optional_string,
+    "num_calibration_samples": _is_sample_count,
+    "onnx": _is_flag,
+    "format": _one_of(FORMATS),
+    "values": _one_of(VALUES),
+    "evaluate": _is_flag,
+    "digest": _is_string,
+    "fingerprint": _is_string,
+    "versions": _is_string_map,
+}
