@@ -19,11 +19,13 @@ class SiteStatistics:
         sum_of_squares: (in_features,) float64, sum over all counted tokens of the squared input.
         token_count: rows that were counted; padding is not.
         padding_count: rows that were left out because a padding mask covers them.
+        sample_count: batch rows (samples, not tokens) that passed through the site.
     """
 
     sum_of_squares: Tensor
     token_count: int
     padding_count: int
+    sample_count: int
 
     def input_norm(self) -> Tensor:
         """(in_features,) float64 L2 norm of each input feature over all counted tokens (the ||a|| of Eq. 4 and 5)."""
@@ -36,7 +38,7 @@ class CalibrationStatistics:
 
     Attributes:
         sites: site name -> its statistics.
-        batch_count: batches that were run; 0 where the example inputs stood in is never the case: they count as one.
+        batch_count: batches that were run; the example inputs, where they stand in, count as one.
         source: where the batches came from, in words ("calibration batches", "example inputs").
         observed_by: how the activations were observed ("graph", "module").
         padding_masks: names of the padding masks that were applied.
@@ -62,6 +64,7 @@ class CalibrationStatistics:
                 own.sum_of_squares + other.sites[name].sum_of_squares,
                 own.token_count + other.sites[name].token_count,
                 own.padding_count + other.sites[name].padding_count,
+                own.sample_count + other.sites[name].sample_count,
             )
             for name, own in self.sites.items()
         }

@@ -12,7 +12,7 @@ from mfcompile.passes.attention import attention_label, downstream_label
 from mfcompile.passes.blocks import BlockFinder, leaving_labels
 from mfcompile.passes.labels import flow_labels
 from mfcompile.passes.modalities import infer_modalities
-from mfcompile.passes.sites import build_sites
+from mfcompile.passes.sites import build_sites, linear_weights
 from mfcompile.passes.weights import find_weight_uses
 from mfcompile.patterns import WeightNames, select, weight_names
 from mfcompile.region import FUSION, NO_LABELS, UNTAGGED, Labels, RegionMap, WeightUse
@@ -61,20 +61,24 @@ def infer_regions(captured: CapturedGraph, options: RegionOptions | None = None)
     evidence: dict[str, tuple[WeightUse, ...]] = {}
     for use in uses:
         evidence[use.fqn] = (*evidence.get(use.fqn, ()), use)
-    region_of_use, diagnostics = _decide(captured, uses, labels, content, options)
-    weights = {
-        fqn: name_region(NO_LABELS.union(*(region_of_use[use] for use in found)), content) for fqn, found in evidence.items()
-    }
-    names = _names(captured, weights)
-    chosen = select(list(options.regions or {}), names, what="regions") if options.regions else {}
-    overrides = {fqn: (options.regions or {})[pattern] for fqn, pattern in chosen.items()}
-    weights.update({fqn: region for fqn, region in overrides.items() if fqn in weights})
-    by_use = {use: overrides.get(use.fqn) or name_region(found, content) for use, found in region_of_use.items()}
+    decided, diagnostics = _decide(captured, uses, labels, options)
+    overrides: dict[str, str] = {}
+
+    def region_for(fqn: str, found: Sequence[WeightUse]) -> str:
+        if fqn in overrides:
+            return overrides[fqn]
+        return name_region(NO_LABELS.union(*(decided[use] for use in found)), content)
+
+    weights = {fqn: region_for(fqn, found) for fqn, found in evidence.items()}
+    chosen: dict[str, str] = {}
+    if options.regions:
+        chosen = select(list(options.regions), _names(captured, weights), what="regions")
+        overrides.update({fqn: options.regions[pattern] for fqn, pattern in chosen.items()})
+    names = _names(captured, {fqn: region_for(fqn, found) for fqn, found in evidence.items()})
     sites, site_diagnostics = build_sites(
-        captured, evidence, by_use, refusals, _names(captured, weights), options.targets, options.ignore
+        captured, evidence, region_for, refusals, names, options.targets, options.ignore
     )
-    order = {site.fqn: site.region for site in sites}
-    weights = {fqn: weights.get(fqn, order[fqn]) for fqn in order}
+    weights = {fqn: region_for(fqn, evidence.get(fqn, ())) for fqn in names}
     return RegionMap(modalities, weights, evidence, sites, chosen, (*diagnostics, *site_diagnostics))
 
 
@@ -110,7 +114,6 @@ def _decide(
     captured: CapturedGraph,
     uses: Iterable[WeightUse],
     labels: Mapping[fx.Node, Labels],
-    content: set[str | None],
     options: RegionOptions,
 ) -> tuple[dict[WeightUse, Labels], list[Diagnostic]]:
     """The region of every use: its block's, else its attention's, else its input's, else what lies downstream."""
@@ -136,8 +139,6 @@ def _decide(
 
 def _names(captured: CapturedGraph, weights: Mapping[str, str]) -> dict[str, WeightNames]:
     """What patterns can match, for every 2-D weight that is used, and for every unused linear weight."""
-    from mfcompile.passes.sites import linear_weights
-
     return {
         fqn: weight_names(captured.module, fqn, captured.aliases.get(fqn, ()), weights.get(fqn, UNTAGGED))
         for fqn in linear_weights(captured, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import fx, nn
 
@@ -10,7 +10,10 @@ from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.passes.operators import CONTRACTIONS, operator_name
 from mfcompile.passes.weights import parameter_views
 from mfcompile.patterns import WeightNames, select
-from mfcompile.region import UNTAGGED, PruneSite, WeightUse
+from mfcompile.region import PruneSite, WeightUse
+
+
+RegionFor = Callable[[str, Sequence[WeightUse]], str]
 
 
 def linear_weights(captured: CapturedGraph, used: Iterable[str]) -> tuple[str, ...]:
@@ -29,7 +32,7 @@ def linear_weights(captured: CapturedGraph, used: Iterable[str]) -> tuple[str, .
 def build_sites(
     captured: CapturedGraph,
     evidence: Mapping[str, tuple[WeightUse, ...]],
-    region_of_use: Mapping[WeightUse, str],
+    region_for: RegionFor,
     refusals: Iterable[Diagnostic],
     names: Mapping[str, WeightNames],
     targets: Sequence[str] | None,
@@ -40,7 +43,7 @@ def build_sites(
     Args:
         captured: the graph.
         evidence: FQN -> its uses.
-        region_of_use: region name of every use.
+        region_for: names the region of a weight from those of its uses that matter.
         refusals: contractions with parameters that are no rows of a linear weight.
         names: FQN -> what patterns match, for every linear weight.
         targets, ignore: the user's patterns.
@@ -56,7 +59,7 @@ def build_sites(
     for fqn in names:
         uses = evidence.get(fqn, ())
         reason = _reason(fqn, uses, other_users, refused, targeted, ignored)
-        sites += _rows_as_sites(captured, fqn, uses, region_of_use, reason)
+        sites += _rows_as_sites(captured, fqn, uses, region_for, reason)
     listed = {site.fqn for site in sites}
     diagnostics = [Diagnostic(fqn, reason) for fqn, reason in refused.items() if fqn not in listed]
     diagnostics += [
@@ -115,7 +118,7 @@ def _rows_as_sites(
     captured: CapturedGraph,
     fqn: str,
     uses: tuple[WeightUse, ...],
-    region_of_use: Mapping[WeightUse, str],
+    region_for: RegionFor,
     reason: str | None,
 ) -> list[PruneSite]:
     """Cut the output rows where the set of uses changes, so that all rows of a site see the same activations."""
@@ -126,12 +129,10 @@ def _rows_as_sites(
         reason = "it is used both ways round (as W and as its transpose)"
         uses = ()
     cuts = sorted({0, out_features, *(edge for use in uses for edge in use.rows)})
-    regions = list(dict.fromkeys(region_of_use[use] for use in uses))
     tied = tuple(name for name in captured.aliases.get(fqn, ()) if name != fqn)
     sites = []
     for start, stop in zip(cuts, cuts[1:], strict=False):
         covering = [use for use in uses if use.rows[0] <= start and stop <= use.rows[1]]
-        own = list(dict.fromkeys(region_of_use[use] for use in covering))
         labels = {use.label for use in covering}
         sites.append(
             PruneSite(
@@ -141,7 +142,7 @@ def _rows_as_sites(
                 out_features=stop - start,
                 in_features=in_features,
                 is_transposed=is_transposed,
-                region=_join(own or regions),
+                region=region_for(fqn, covering or uses),
                 tied_with=tied,
                 is_shared=len(labels) > 1,
                 skipped=reason if reason or covering else "no call of the captured run uses these rows",
@@ -149,12 +150,3 @@ def _rows_as_sites(
         )
     return sites
 
-
-def _join(regions: Sequence[str]) -> str:
-    """One region for a site whose uses lie in several: the mixture if there is one, else all of them."""
-    if not regions:
-        return UNTAGGED
-    if len(regions) == 1:
-        return regions[0]
-    parts = {part for region in regions for part in region.split("+")}
-    return next((region for region in regions if {region} == parts or region == "fusion"), None) or "fusion"

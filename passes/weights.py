@@ -8,7 +8,7 @@ way round the weight is stored. Shapes alone cannot tell, and names are not aske
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mfcompile.graph import CapturedGraph, Diagnostic, module_stack
-from mfcompile.passes.operators import CONTRACTIONS, argument, is_view, operator_name
+from mfcompile.passes.operators import CONTRACTIONS, is_view, operator_name
 from mfcompile.region import WeightUse
 
 _KEEPS_LAYOUT = frozenset({"to", "contiguous", "clone", "detach", "alias", "lift_fresh", "_to_copy", "detach_"})
@@ -36,63 +36,73 @@ class OperandView:
     is_transposed: bool
 
 
-def locate_operand(
-    shape: tuple[int, ...], stride: tuple[int, ...], offset: int, contracted: int, parameter_shape: tuple[int, ...]
-) -> OperandView | None:
-    """Which rows of a parameter a 2-D operand is.
+def locate_operand(operand: Tensor, contracted: int, parameter: Tensor) -> OperandView | None:
+    """Which output rows of a parameter an operand is, judged by offset and strides in their common storage.
 
     Args:
-        shape, stride, offset: of the operand, offset counted from the start of the parameter.
+        operand: the tensor that is multiplied.
         contracted: dimension of the operand that is summed over.
-        parameter_shape: (out_features, in_features), or (in_features, out_features), of a contiguous parameter.
+        parameter: (out_features, in_features) or (in_features, out_features); shares its storage with the operand.
 
     Returns:
         None when the operand is no block of whole output rows.
     """
-    if len(shape) != 2 or len(parameter_shape) != 2:
+    if operand.ndim != 2 or parameter.ndim != 2:
         return None
-    height, width = parameter_shape
-    inputs, outputs = shape[contracted], shape[1 - contracted]
-    step_in, step_out = stride[contracted], stride[1 - contracted]
-    # A dimension of size one may carry any stride.
-    if inputs == width and (step_in == 1 or inputs == 1) and (step_out == width or outputs == 1) and offset % width == 0:
-        start = offset // width
-        return OperandView((start, start + outputs), is_transposed=False)
-    if inputs == height and (step_in == width or inputs == 1) and (step_out == 1 or outputs == 1) and offset < width:
-        return OperandView((offset, offset + outputs), is_transposed=True)
-    return None
+    (height, width), (row_step, column_step) = parameter.shape, parameter.stride()
+    offset = int(operand.storage_offset()) - int(parameter.storage_offset())
+    inputs, outputs = operand.shape[contracted], operand.shape[1 - contracted]
+    step_in, step_out = operand.stride(contracted), operand.stride(1 - contracted)
+
+    def fits(length: int, along: int, across: int, limit: int) -> OperandView | None:
+        """``along``: step of the input dimension in the parameter; ``across``: step of its output dimension."""
+        # A dimension of size one may carry any stride.
+        lies = inputs == length and (step_in == along or inputs == 1) and (step_out == across or outputs == 1)
+        start = offset // across
+        if not lies or offset % across or start + outputs > limit:
+            return None
+        return OperandView((start, start + outputs), is_transposed=along == row_step and along != column_step)
+
+    return fits(width, column_step, row_step, height) or fits(height, row_step, column_step, width)
 
 
-def operands(node: fx.Node) -> list[tuple[fx.Node, int, fx.Node, int]]:
-    """(operand that may be a weight, its contracted dimension, the other operand, its contracted dimension from the end)."""
-    name = operator_name(node)
+def operand_pairs(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Any, int, Any, int]]:
+    """What a contraction may multiply by what, for nodes and for tensors alike.
+
+    Args:
+        name: the operator, without namespace.
+        args, kwargs: its arguments.
+
+    Returns:
+        (operand that may be the weight, its contracted dimension, the other operand, its contracted dimension counted
+        from the end), likelier weights first.
+    """
+
+    def at(key: str, position: int) -> Any:
+        return kwargs[key] if key in kwargs else args[position] if len(args) > position else None
+
     if name == "linear":
-        pairs = [(argument(node, "weight", 1), 1, argument(node, "input", 0), -1)]
-    elif name in {"mm", "matmul", "bmm"}:
-        first = argument(node, "self", 0)
-        second = argument(node, "mat2", 1, node.kwargs.get("other"))
-        pairs = [(second, 0, first, -1), (first, 1, second, -2)]
-    elif name == "addmm":
-        first, second = argument(node, "mat1", 1), argument(node, "mat2", 2)
-        pairs = [(second, 0, first, -1), (first, 1, second, -2)]
-    elif name == "einsum":
-        return _einsum_operands(node)
-    else:
-        return []
-    return [(weight, dim, other, at) for weight, dim, other, at in pairs
-            if isinstance(weight, fx.Node) and isinstance(other, fx.Node)]  # fmt: skip
+        return [(at("weight", 1), 1, at("input", 0), -1)]
+    if name in {"mm", "matmul", "bmm"}:
+        first, second = at("self", 0), at("other" if name == "matmul" else "mat2", 1)
+        return [(second, 0, first, -1), (first, 1, second, -2)]
+    if name == "addmm":
+        first, second = at("mat1", 1), at("mat2", 2)
+        return [(second, 0, first, -1), (first, 1, second, -2)]
+    if name == "einsum":
+        return _einsum_pairs(at("equation", 0), at("tensors", 1))
+    return []
 
 
-def _einsum_operands(node: fx.Node) -> list[tuple[fx.Node, int, fx.Node, int]]:
-    equation, tensors = node.args[0], node.args[1]
+def _einsum_pairs(equation: Any, tensors: Any) -> list[tuple[Any, int, Any, int]]:
     if not isinstance(equation, str) or not isinstance(tensors, (list, tuple)) or len(tensors) != 2:
         return []
     left, _, result = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    found = []
+    found: list[tuple[Any, int, Any, int]] = []
     for weight, other in ((1, 0), (0, 1)):
         summed = [letter for letter in terms[weight] if letter in terms[other] and letter not in result]
-        if len(terms[weight]) == 2 and len(summed) == 1 and isinstance(tensors[weight], fx.Node) and isinstance(tensors[other], fx.Node):
+        if len(terms[weight]) == 2 and len(summed) == 1:
             position = terms[other].index(summed[0]) - len(terms[other])
             found.append((tensors[weight], terms[weight].index(summed[0]), tensors[other], position))
     return found
@@ -111,31 +121,33 @@ def find_weight_uses(captured: CapturedGraph) -> tuple[tuple[WeightUse, ...], tu
     for node in captured.graph.nodes:
         if operator_name(node) not in CONTRACTIONS:
             continue
-        for weight, contracted, other, feature_dim in operands(node):
+        for weight, contracted, other, feature_dim in operand_pairs(operator_name(node), node.args, node.kwargs):
             # Two parameters may meet in a product (learned queries times a weight): only "linear" says which is which.
             if weight not in views or (other in views and operator_name(node) != "linear"):
                 continue
             fqn, view = views[weight]
-            located = _locate(captured.parameter(fqn), view, contracted)
+            located = locate_operand(view, contracted, _like(captured.parameter(fqn)))
             if located is None:
                 refused.append(Diagnostic(fqn, _refusal(node, captured.parameter(fqn), view)))
                 continue
             uses.append(
                 WeightUse(
-                    node=node.name, fqn=fqn, rows=located.rows, is_transposed=located.is_transposed,
-                    activation=other.name, feature_dim=feature_dim,
+                    node=node.name,
+                    fqn=fqn,
+                    rows=located.rows,
+                    is_transposed=located.is_transposed,
+                    activation=other.name,
+                    feature_dim=feature_dim,
                     stack=tuple(call.path for call in module_stack(node)),
                 )
-            )  # fmt: skip
+            )
             break
     return tuple(uses), tuple(refused)
 
 
-def _locate(parameter: Tensor, view: Tensor, contracted: int) -> OperandView | None:
-    shape = tuple(view.shape)
-    if view.ndim != 2:
-        return None
-    return locate_operand(shape, view.stride(), int(view.storage_offset()), contracted, tuple(parameter.shape))
+def _like(parameter: Tensor) -> Tensor:
+    """A contiguous tensor of the same shape without memory: what views of a parameter are followed on."""
+    return torch.empty(tuple(parameter.shape), device="meta")
 
 
 def _refusal(node: fx.Node, parameter: Tensor, view: Tensor) -> str:
@@ -151,7 +163,7 @@ def parameter_views(captured: CapturedGraph) -> dict[fx.Node, tuple[str, Tensor]
         if node.op == "get_attr":
             fqn = captured.parameter_nodes.get(node.name)
             if fqn is not None and captured.parameter(fqn).is_floating_point():
-                views[node] = (fqn, torch.empty(tuple(captured.parameter(fqn).shape), device="meta"))
+                views[node] = (fqn, _like(captured.parameter(fqn)))
         elif node.op == "call_function" and node.all_input_nodes:
             followed = _follow(node, views)
             if followed is not None:
