@@ -141,6 +141,7 @@ def _calibration(statistics: CalibrationStatistics | None) -> dict[str, Any] | N
     return {
         "source": statistics.source,
         "batches": statistics.batch_count,
+        "samples": max((site.sample_count for site in statistics.sites.values()), default=0),
         "observed_by": statistics.observed_by,
         "padding_masks": list(statistics.padding_masks),
     }
@@ -175,6 +176,7 @@ def _site_row(site: PruneSite, statistics: CalibrationStatistics | None, masks: 
         "sparsity": removed_fraction(site.weight_count, kept),
         "tokens": seen.token_count if seen else None,
         "padding_tokens": seen.padding_count if seen else None,
+        "samples": seen.sample_count if seen else None,
         "tied_with": list(site.tied_with),
         "is_shared": site.is_shared,
     }
