@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfcompile.errors import CalibrationError
+from mfcompile.graph import Diagnostic
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class CalibrationStatistics:
         source: where the batches came from, in words ("calibration batches", "example inputs").
         observed_by: how the activations were observed ("graph", "module").
         padding_masks: names of the padding masks that were applied.
+        diagnostics: where padding was decided by a weaker rule, or could not be left out.
     """
 
     sites: Mapping[str, SiteStatistics]
@@ -49,6 +51,7 @@ class CalibrationStatistics:
     source: str
     observed_by: str
     padding_masks: tuple[str, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
 
     def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
         """Statistics of both sets of batches together.

@@ -50,7 +50,7 @@ def infer_modalities(captured: CapturedGraph, overrides: Mapping[str, str] | Non
     if unknown:
         raise InputError(f"modalities: the model has no input {unknown[0]!r}; its inputs are {', '.join(names)}")
     tensors = captured.example_inputs.tensors()
-    uses = {spec.name: _table_rows(captured, spec) for spec in captured.inputs}
+    uses = {spec.name: table_rows(captured, spec) for spec in captured.inputs}
     return tuple(_decide(spec, tensors[spec.name], overrides, uses) for spec in captured.inputs)
 
 
@@ -119,7 +119,7 @@ def _is_binary(tensor: Tensor) -> bool:
     return bool(((tensor == 0) | (tensor == 1)).all())
 
 
-def _table_rows(captured: CapturedGraph, spec: InputSpec) -> int | None:
+def table_rows(captured: CapturedGraph, spec: InputSpec) -> int | None:
     """Rows of the largest table that an integer input looks up directly, None when it looks nothing up."""
     if spec.dtype.is_floating_point or spec.dtype == torch.bool:
         return None

@@ -1,0 +1,241 @@
+"""Calibration: run batches, observe the activations that feed prune sites."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mfcompile.errors import CalibrationError, InputError
+from mfcompile.graph import CapturedGraph, Diagnostic
+from mfcompile.inputs import ExampleInputs, normalize_inputs
+from mfcompile.module_copy import share_weights_copy
+from mfcompile.passes.base import run_transform
+from mfcompile.passes.modalities import TEXT
+from mfcompile.passes.observers import InsertObservers, ModuleObserver, ShapeObserver, StatisticsCollector
+from mfcompile.passes.padding import CallKey, PaddingPlan, covers_text, find_padding_masks, lengthen
+from mfcompile.region import RegionMap
+from mfcompile.statistics import CalibrationStatistics
+
+Progress = Callable[[int, int | None], None]
+
+
+def plan_padding(captured: CapturedGraph, regions: RegionMap, padding_mask: str | None = None) -> PaddingPlan:
+    """Find the padding masks and the activations that they cover.
+
+    The model is run once more with padding appended to the text: an activation whose token axis grows with it is
+    text, also where another axis (image tokens) happens to have the same length. Where the model refuses the longer
+    text, shapes and labels decide.
+
+    Args:
+        captured: the captured model.
+        regions: its regions.
+        padding_mask: name of the mask input; None to find it.
+
+    Raises:
+        InputError: ``padding_mask`` names no (batch, length) input.
+    """
+    masks = find_padding_masks(captured, regions.modalities, padding_mask)
+    if not masks:
+        return PaddingPlan()
+    before = _observe_shapes(captured, regions, captured.example_inputs)
+    covered: dict[CallKey, str] = {}
+    by_shape: frozenset[str] = frozenset()
+    diagnostics: list[Diagnostic] = []
+    for item in masks:
+        size = captured.example_inputs.tensors()[item.mask].shape
+        longer = lengthen(captured, item)
+        after = None if longer is None or before is None else _observe_shapes(captured, regions, longer)
+        if before is None or after is None or set(after) != set(before):
+            by_shape |= {use.fqn for uses in regions.evidence.values() for use in uses if TEXT in use.label}
+            diagnostics.append(Diagnostic(item.mask, "the model refuses a longer text: padding is matched by shape and label"))
+            continue
+        for call, sizes in before.items():
+            if covers_text(sizes, after[call], (int(size[0]), int(size[1]))):
+                covered[call] = item.mask
+            elif sizes != after[call]:
+                reason = f"its rows {sizes} hold the text of {item.mask} among others: padding is not left out there"
+                diagnostics.append(Diagnostic(call[0], reason))
+    return PaddingPlan(masks, covered, by_shape, tuple(diagnostics))
+
+
+def _observe_shapes(
+    captured: CapturedGraph, regions: RegionMap, inputs: ExampleInputs
+) -> dict[CallKey, tuple[int, ...]] | None:
+    """Leading sizes of the activation of every call; None when the model does not run on the inputs."""
+    module = _runnable(captured)
+    observer = ShapeObserver(module, StatisticsCollector(regions.pruned_sites, PaddingPlan()))
+    try:
+        with _inference(module), observer:
+            inputs.call(module)
+    except Exception:  # any refusal of the user's model means the same here: it cannot take a longer text
+        return None
+    return observer.shapes
+
+
+def calibrate(
+    captured: CapturedGraph,
+    regions: RegionMap,
+    batches: Iterable[Any] | None,
+    *,
+    padding_mask: str | None = None,
+    num_samples: int | None = None,
+    observe: str = "auto",
+    progress: Progress | None = None,
+) -> CalibrationStatistics:
+    """Run calibration batches and collect the statistics of every pruned site.
+
+    Args:
+        captured: the captured model.
+        regions: its regions and sites.
+        batches: any iterable of batches (dicts, tuples, tensors; a DataLoader); None uses the example inputs.
+        padding_mask: name of the mask input of the text; None to find it.
+        num_samples: stop after the batch that reaches this many samples; None uses all.
+        observe: "auto" runs the graph with inserted observers where a batch fits it, else the module; "graph" and
+            "module" insist on one.
+        progress: called with (batches done, batches in all or None) after every batch.
+
+    Returns:
+        Statistics of every pruned site.
+
+    Raises:
+        CalibrationError: no batch, a region without a single token, NaN or infinity in an activation, or a batch that
+            the model refuses.
+    """
+    plan = plan_padding(captured, regions, padding_mask)
+    source = "calibration batches" if batches is not None else "example inputs"
+    total = len(batches) if isinstance(batches, Sized) else None
+    collector = StatisticsCollector(regions.pruned_sites, plan)
+    runner = _Runner(captured, regions, collector, observe)
+    samples = 0
+    for index, batch in enumerate([captured.example_inputs] if batches is None else batches):
+        inputs = _normalize(captured.module, batch, index)
+        runner.run(inputs, index)
+        samples += next((int(tensor.shape[0]) for tensor in inputs.tensors().values() if tensor.ndim), 1)
+        if progress is not None:
+            progress(index + 1, total)
+        if num_samples is not None and samples >= num_samples:
+            break
+    if collector.batch_count == 0:
+        raise CalibrationError(
+            "the calibration set is empty: no batch was given. Pass at least one batch, or None to use the example inputs"
+        )
+    statistics = CalibrationStatistics(
+        collector.statistics(), collector.batch_count, source, "+".join(sorted(runner.observed_by)),
+        tuple(item.mask for item in plan.masks), plan.diagnostics,
+    )  # fmt: skip
+    statistics.check()
+    _check_regions(regions, statistics)
+    return statistics
+
+
+def _normalize(module: nn.Module, batch: Any, index: int) -> ExampleInputs:
+    try:
+        return normalize_inputs(module, batch, what=f"calibration batch {index}")
+    except InputError as error:
+        raise CalibrationError(str(error)) from error
+
+
+def _check_regions(regions: RegionMap, statistics: CalibrationStatistics) -> None:
+    for region, sites in regions.by_region().items():
+        if not sum(statistics.sites[site.name].token_count for site in sites):
+            raise CalibrationError(
+                f"the region {region!r} received no calibration token at any of its {len(sites)} sites (first: "
+                f"{sites[0].name}), so its weights cannot be ranked. Give calibration batches that run this part of the "
+                f"model, or keep it dense with ignore=['region:{region}']"
+            )
+
+
+class _Runner:
+    """Runs one batch after another, on the graph where it fits, else on the module."""
+
+    def __init__(self, captured: CapturedGraph, regions: RegionMap, collector: StatisticsCollector, observe: str) -> None:
+        if observe not in {"auto", "graph", "module"}:
+            raise InputError(f"observe={observe!r} is unknown; choose auto, graph or module")
+        self.observed_by: set[str] = set()
+        self._captured, self._collector, self._observe = captured, collector, observe
+        self._module = _runnable(captured)
+        self._observer = ModuleObserver(self._module, collector)
+        self._graph: fx.GraphModule | None = None
+        if observe != "module" and fits_any_values(captured):
+            self._graph = run_transform(InsertObservers(regions, collector), captured).graph.graph_module
+
+    def run(self, inputs: ExampleInputs, index: int) -> None:
+        """One forward pass.
+
+        Raises:
+            CalibrationError: the model raised, or the batch does not fit a graph that was insisted on.
+        """
+        tensors = inputs.tensors()
+        graph = self._graph if fits_shapes(self._captured, inputs) else None
+        if graph is None and self._observe == "graph":
+            raise CalibrationError(
+                f"calibration batch {index} does not fit the graph, which is fixed to the shapes of the example inputs and "
+                f"to numbers that the model read from them. Use observe='auto'"
+            )
+        self._collector.begin_batch(tensors)
+        try:
+            if graph is not None:
+                with torch.inference_mode():
+                    graph(*tensors.values())
+            else:
+                with _inference(self._module), self._observer:
+                    inputs.call(self._module)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            raise CalibrationError(
+                f"the model raised {type(error).__name__} on calibration batch {index} ({shapes}): {error}"
+            ) from error
+        self._collector.end_batch()
+        self.observed_by.add("module" if graph is None else "graph")
+
+
+def fits_any_values(captured: CapturedGraph) -> bool:
+    """The graph holds no number that the model read from an input: it is right for other values of the same shapes."""
+    return not any(scalar.from_input for scalar in captured.baked_scalars)
+
+
+def fits_shapes(captured: CapturedGraph, inputs: ExampleInputs) -> bool:
+    """The tensors have names, shapes and dtypes of the example inputs, and nothing else differs."""
+    tensors = inputs.tensors()
+    given: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+        (name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
+    ]
+    return given == [(spec.name, spec.shape, spec.dtype) for spec in captured.inputs] and _rest(inputs) == _rest(
+        captured.example_inputs
+    )
+
+
+def _rest(inputs: ExampleInputs) -> str:
+    """Everything but the tensors, as text."""
+    blank = inputs.map_tensors(lambda _, __: torch.empty(0))
+    return repr((blank.args, blank.kwargs))
+
+
+def _runnable(captured: CapturedGraph) -> nn.Module:
+    """The user's module in a second object, so that caches it fills while it runs stay out of the user's."""
+    try:
+        return share_weights_copy(captured.module)
+    except Exception:  # an attribute that deepcopy cannot copy: run the module itself
+        return captured.module
+
+
+@contextlib.contextmanager
+def _inference(module: nn.Module) -> Iterator[None]:
+    """Eval mode, no autograd, whole operators."""
+    training = [item for item in module.modules() if item.training]
+    for item in training:
+        item.training = False
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for item in training:
+            item.training = True
+
