@@ -1,0 +1,134 @@
+"""The four losses of pretraining: contrastive, region, matching and masked words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emoji_xvlm.modeling import EmojiXvlm
+from emoji_xvlm.scenes import SceneBatch
+from emoji_xvlm.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A batch of B scenes with up to M objects each, and the U different emoji names in it.
+
+    pixel_values: (B, 3, 64, 64). input_ids, attention_mask: (B, L).
+    region_weights: (R, T - 1), share of each patch in each object; rows sum to 1.
+    region_images: (R,) scene of each object. region_names: (R,) row of the object's name.
+    name_ids, name_mask: (U, K) tokens of the names.
+    is_same_text: (B, B) bool, True where two different scenes have the same sentence.
+    """
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    region_weights: Tensor
+    region_images: Tensor
+    region_names: Tensor
+    name_ids: Tensor
+    name_mask: Tensor
+    is_same_text: Tensor
+
+    def to(self, device: torch.device) -> "TrainingBatch":
+        """The same batch on a device."""
+        return TrainingBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def collate(batch: SceneBatch, tokenizer: Tokenizer, names: Sequence[str], patch_px: int = 8) -> TrainingBatch:
+    """Tokenize the sentences and turn boxes into patch weights."""
+    input_ids, attention_mask = tokenizer.encode_batch(batch.captions)
+    scene_index, slot_index = np.nonzero(batch.labels >= 0)
+    labels = batch.labels[scene_index, slot_index]
+    unique, region_names = np.unique(labels, return_inverse=True)
+    name_ids, name_mask = tokenizer.encode_batch([names[label] for label in unique])
+
+    boxes = batch.boxes[scene_index, slot_index] / patch_px
+    edges = np.arange(batch.pixel_values.shape[-1] // patch_px)
+    overlap_x = np.clip(np.minimum(boxes[:, 2:3], edges + 1) - np.maximum(boxes[:, 0:1], edges), 0, 1)
+    overlap_y = np.clip(np.minimum(boxes[:, 3:4], edges + 1) - np.maximum(boxes[:, 1:2], edges), 0, 1)
+    shares = (overlap_y[:, :, None] * overlap_x[:, None, :]).reshape(len(boxes), -1)
+    shares /= shares.sum(axis=1, keepdims=True)
+
+    captions = np.array(batch.captions)
+    is_same_text = (captions[:, None] == captions[None, :]) & ~np.eye(len(captions), dtype=bool)
+    return TrainingBatch(
+        pixel_values=torch.from_numpy(batch.pixel_values),
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        region_weights=torch.from_numpy(shares.astype(np.float32)),
+        region_images=torch.from_numpy(scene_index),
+        region_names=torch.from_numpy(region_names),
+        name_ids=torch.from_numpy(name_ids),
+        name_mask=torch.from_numpy(name_mask),
+        is_same_text=torch.from_numpy(is_same_text),
+    )
+
+
+def contrastive_loss(similarity: Tensor, is_same_text: Tensor) -> Tensor:
+    """Symmetric cross-entropy of (B, B) image-text logits; pairs with the same sentence are left out."""
+    logits = similarity.masked_fill(is_same_text, float("-inf"))
+    targets = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def region_loss(model: EmojiXvlm, batch: TrainingBatch, image_states: Tensor, scale: Tensor) -> Tensor:
+    """Each object's patches must find the object's name among all names of the batch."""
+    name_states = model.encode_text(batch.name_ids, batch.name_mask)
+    patches = image_states[:, 1:][batch.region_images]
+    pooled = torch.einsum("rt,rtd->rd", batch.region_weights.to(patches.dtype), patches)
+    logits = scale * model.embed_image(pooled).float() @ model.embed_text(name_states[:, 0]).float().T
+    return F.cross_entropy(logits, batch.region_names)
+
+
+def matching_loss(
+    model: EmojiXvlm,
+    batch: TrainingBatch,
+    image_states: Tensor,
+    text_states: Tensor,
+    similarity: Tensor,
+    count: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Match or not, for ``count`` true pairs, each with a hard negative sentence and a hard negative image.
+
+    Negatives are drawn in proportion to the softmax of the (B, B) similarity, as in X-VLM.
+    """
+    with torch.no_grad():
+        wrong = similarity.detach().float().clone()
+        wrong.fill_diagonal_(float("-inf"))
+        wrong = wrong.masked_fill(batch.is_same_text, float("-inf")).cpu()
+        texts = torch.multinomial(wrong[:count].softmax(-1), 1, generator=generator)[:, 0]
+        images = torch.multinomial(wrong.T[:count].softmax(-1), 1, generator=generator)[:, 0]
+    own = torch.arange(count)
+    image_rows = torch.cat([own, own, images]).to(image_states.device)
+    text_rows = torch.cat([own, texts, own]).to(image_states.device)
+    mask = batch.attention_mask[text_rows]
+    fused = model.fuse(text_states[text_rows], image_states[image_rows], mask)
+    targets = (image_rows == text_rows).long()
+    return F.cross_entropy(model.itm_head(fused[:, 0]).float(), targets)
+
+
+def masked_word_loss(
+    model: EmojiXvlm,
+    batch: TrainingBatch,
+    image_states: Tensor,
+    count: int,
+    mask_id: int,
+    generator: torch.Generator,
+    rate: float = 0.3,
+) -> Tensor:
+    """Guess masked words of the last ``count`` sentences from the image and the other words."""
+    input_ids, attention_mask = batch.input_ids[-count:], batch.attention_mask[-count:]
+    is_masked = torch.rand(input_ids.shape, generator=generator).to(input_ids.device) < rate
+    is_masked &= input_ids >= len(SPECIAL_TOKENS)
+    text_states = model.encode_text(input_ids.masked_fill(is_masked, mask_id), attention_mask)
+    fused = model.fuse(text_states, image_states[-count:], attention_mask)
+    targets = input_ids.masked_fill(~is_masked, IGNORED)
+    return F.cross_entropy(model.mlm_head(fused).float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
