@@ -1,0 +1,34 @@
+"""Saving a stripped module so that its own library reloads it without mfcompile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def save_weights(module: nn.Module, directory: Path) -> None:
+    """Write ``model.safetensors`` (and the configuration, where the module can write its own) into a directory.
+
+    A module with ``save_pretrained`` writes itself. Any other gives its parameters and persistent buffers under their
+    own names; a tied weight is stored once, under its first name, and the other names are listed in the metadata.
+
+    Args:
+        module: a module without masks in force (see ``strip``).
+        directory: an existing directory.
+    """
+    if callable(getattr(module, "save_pretrained", None)):
+        module.save_pretrained(directory)  # type: ignore[operator]
+        return
+    first: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {"format": "pt"}
+    for name, tensor in module.state_dict().items():
+        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in first:
+            metadata[name] = first[key]
+            continue
+        first[key] = name
+        tensors[name] = tensor.detach().cpu().contiguous()
+    save_file(tensors, directory / "model.safetensors", metadata=metadata)
