@@ -1,0 +1,142 @@
+"""The standard ONNX operators that decode a packed weight; onnxruntime folds them when it creates the session.
+
+::
+
+    <fqn>.gaps (uint8) -> [gap4: Cast -> Gather in a table -> Reshape] -> Cast -> CumSum ---+
+    <fqn>.values -> [fp16: Cast] ------------------------------------------------> ScatterElements -> Reshape -> <fqn>
+    zeros of the weight's length, shared by all weights of that length ------------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from mfcompile.exporters.packing import Array, EncodedWeight, EncodingPlan
+
+INT32_PLACES = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class SharedConstants:
+    """Constants that the decode nodes of several weights read; each is made once.
+
+    Attributes:
+        graph: where initializers are registered.
+        made: name -> value.
+        nodes: nodes that compute shared constants, in order.
+    """
+
+    graph: ir.Graph
+    made: dict[str, ir.Value] = field(default_factory=dict)
+    nodes: list[ir.Node] = field(default_factory=list)
+
+    def constant(self, name: str, array: Array) -> ir.Value:
+        """An initializer of that name, made on first use."""
+        if name not in self.made:
+            value = ir.val(name, const_value=ir.tensor(array, name=name))
+            self.graph.initializers.add(value)
+            self.made[name] = value
+        return self.made[name]
+
+    def zeros(self, length: int, dtype: ir.DataType) -> ir.Value:
+        """(length,) of +0.0."""
+        name = f"zeros.{dtype.name.lower()}.{length}"
+        if name not in self.made:
+            size = self.constant(f"length.{length}", np.array([length], np.int64))
+            zero = ir.tensor([0], dtype=dtype)
+            output = ir.val(name, dtype, [length])
+            self.nodes.append(ir.node("ConstantOfShape", [size], {"value": zero}, outputs=[output], name=name))
+            self.made[name] = output
+        return self.made[name]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """What replaces the initializer of one weight.
+
+    Attributes:
+        value: the decoded weight, under the FQN of the parameter.
+        nodes: the nodes that decode it, in order.
+        initializers: the stored tensors.
+    """
+
+    value: ir.Value
+    nodes: tuple[ir.Node, ...]
+    initializers: tuple[ir.Value, ...]
+
+
+def pack_weight(
+    name: str, plan: EncodingPlan, load: Callable[[], EncodedWeight], shared: SharedConstants
+) -> PackedWeight:
+    """Stored tensors and decode nodes of one weight.
+
+    Args:
+        name: FQN of the weight; the decoded value has this name.
+        plan: the encoding, and how many entries it stores.
+        load: encodes the weight; called when the file is written, so that only one weight is in memory at a time.
+        shared: constants that several weights read.
+    """
+    dtype, stored = ir.DataType.from_numpy(plan.dtype), ir.DataType.from_numpy(plan.values_dtype)
+    entries = list(plan.shape) if plan.encoding == "dense" else [plan.entries]
+    decoded = ir.val(name, dtype, list(plan.shape))
+    if plan.encoding == "dense" and stored == dtype:
+        decoded.const_value = _lazy(name, stored, entries, lambda: load().values)
+        return PackedWeight(decoded, (), (decoded,))
+    values = _stored(f"{name}.values", stored, entries, lambda: load().values)
+    nodes: list[ir.Node] = []
+
+    def add(op_type: str, inputs: list[ir.Value], output: ir.Value, **attributes: int) -> ir.Value:
+        nodes.append(ir.node(op_type, inputs, attributes, outputs=[output], name=output.name))
+        return output
+
+    if plan.encoding == "dense":
+        add("Cast", [values], decoded, to=int(dtype))
+        return PackedWeight(decoded, tuple(nodes), (values,))
+    gaps = _stored(f"{name}.gaps", ir.DataType.UINT8, [plan.gap_bytes], lambda: _gaps(load()))
+    length = plan.weight_count
+    index_type = ir.DataType.INT32 if length <= INT32_PLACES else ir.DataType.INT64
+    steps = gaps
+    if plan.encoding == "gap4":
+        codes = add("Cast", [gaps], ir.val(f"{name}.codes", ir.DataType.INT32, [plan.gap_bytes]), to=int(ir.DataType.INT32))
+        halves = ir.val(f"{name}.halves", ir.DataType.UINT8, [plan.gap_bytes, 2])
+        add("Gather", [shared.constant("gap4.table", _half_bytes()), codes], halves, axis=0)
+        flat = shared.constant("flat", np.array([-1], np.int64))
+        steps = add("Reshape", [halves, flat], ir.val(f"{name}.steps", ir.DataType.UINT8, entries))
+    wide = add("Cast", [steps], ir.val(f"{name}.distances", index_type, entries), to=int(index_type))
+    axis = shared.constant("axis.0", np.array(0, np.int64))
+    positions = add("CumSum", [wide, axis], ir.val(f"{name}.positions", index_type, entries))
+    if stored != dtype:
+        values_wide = add("Cast", [values], ir.val(f"{name}.kept", dtype, entries), to=int(dtype))
+    else:
+        values_wide = values
+    zeros = shared.zeros(length, dtype)
+    flat_weight = decoded if len(plan.shape) == 1 else ir.val(f"{name}.flat", dtype, [length])
+    add("ScatterElements", [zeros, positions, values_wide], flat_weight, axis=0)
+    if len(plan.shape) != 1:
+        text = "x".join(map(str, plan.shape))
+        shape = shared.constant(f"shape.{text}", np.array(plan.shape, np.int64))
+        add("Reshape", [flat_weight, shape], decoded, allowzero=1)
+    return PackedWeight(decoded, tuple(nodes), (gaps, values))
+
+
+def _gaps(encoded: EncodedWeight) -> Array:
+    assert encoded.gaps is not None  # the plan of this weight is gap8 or gap4
+    return encoded.gaps
+
+
+def _half_bytes() -> Array:
+    """(256, 2) uint8: the high and the low half of every byte."""
+    byte = np.arange(256, dtype=np.uint8)
+    return np.stack([byte >> 4, byte & 15], axis=1)
+
+
+def _stored(name: str, dtype: ir.DataType, shape: list[int], load: Callable[[], Array]) -> ir.Value:
+    return ir.val(name, dtype, shape, const_value=_lazy(name, dtype, shape, load))
+
+
+def _lazy(name: str, dtype: ir.DataType, shape: list[int], load: Callable[[], Array]) -> ir.LazyTensor:
+    return ir.LazyTensor(lambda: ir.tensor(load(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)

@@ -1,0 +1,69 @@
+"""How long artefacts take, compared in one process on the same inputs, one run of each in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mfcompile.errors import InputError
+from mfcompile.exporters.session import make_feeds, open_session
+from mfcompile.inputs import ExampleInputs
+
+
+@dataclass(frozen=True)
+class LatencyComparison:
+    """Seconds of every run, in turn: run i of one artefact was next to run i of the others.
+
+    Attributes:
+        seconds: name -> one entry per repeat.
+    """
+
+    seconds: Mapping[str, tuple[float, ...]]
+
+    def median(self, name: str) -> float:
+        """Median seconds of one artefact."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, baseline: str) -> float:
+        """Median over the repeats of this artefact's seconds divided by the baseline's, pair by pair; below 1 is faster.
+
+        Paired, so that a machine that is busy for a while slows both sides of a pair.
+        """
+        pairs = zip(self.seconds[name], self.seconds[baseline], strict=True)
+        return statistics.median(own / other for own, other in pairs)
+
+
+def compare_latency(
+    paths: Mapping[str, Path | str], inputs: ExampleInputs, *, repeats: int, warmup: int, threads: int | None = None
+) -> LatencyComparison:
+    """Run every artefact in turn (a b c, c b a, a b c, ...) and keep the seconds of each run.
+
+    Args:
+        paths: name -> .onnx file.
+        inputs: what to run them on.
+        repeats: measured runs of each.
+        warmup: runs of each before that, not kept.
+        threads: threads inside one operator; None leaves the choice to onnxruntime.
+
+    Raises:
+        InputError: no paths, repeats under 1, a file that cannot be loaded, or inputs that do not fit it.
+    """
+    if not paths or repeats < 1 or warmup < 0:
+        raise InputError(f"nothing to measure: {len(paths)} artefacts, repeats={repeats}, warmup={warmup}")
+    runs = []
+    for name, path in paths.items():
+        session = open_session(path, threads)
+        feeds, _ = make_feeds(session, inputs)
+        runs.append((name, session, feeds, [node.name for node in session.get_outputs()]))
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    for turn in range(-warmup, repeats):
+        for name, session, feeds, outputs in runs if turn % 2 == 0 else reversed(runs):
+            start = time.perf_counter()
+            session.run_with_ort_values(outputs, feeds)
+            elapsed = time.perf_counter() - start
+            if turn >= 0:
+                seconds[name].append(elapsed)
+    return LatencyComparison({name: tuple(times) for name, times in seconds.items()})

@@ -1,0 +1,324 @@
+"""Writing a captured model and its masks as an ONNX file that stock onnxruntime loads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from mfcompile._version import __version__
+from mfcompile.artifact import ExportedArtifact, TensorEncoding
+from mfcompile.errors import ExportError, InputError
+from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight
+from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, strip_metadata, write_files
+from mfcompile.exporters.onnx_names import Interface, name_interface
+from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, encode, plan_encoding
+from mfcompile.exporters.program import prepare_program, tensor_aliases, tensor_input_nodes
+from mfcompile.graph import CapturedGraph, ExportedModel
+from mfcompile.masks import MaskSet
+
+FORMATS = ("packed", "dense")
+OPSET = 18
+OPERATOR = re.compile(r"OpOverload\(op='([^']+)', overload='([^']+)'\)")
+
+
+@dataclass(frozen=True)
+class MaskedWeight:
+    """One masked parameter and the initializer that holds it.
+
+    Attributes:
+        fqn: the parameter, as the masks name it.
+        initializer: its value in the graph.
+        tensor: the unmasked weight, sharing memory with the user's module.
+        mask: the mask set's entry.
+    """
+
+    fqn: str
+    initializer: ir.Value
+    tensor: ir.TensorProtocol
+    masks: MaskSet
+
+    def mask(self) -> NDArray[np.bool_]:
+        """The mask as a bool array, in the layout of the parameter."""
+        mask: NDArray[np.bool_] = self.masks[self.fqn].numpy()
+        return mask
+
+
+def export_onnx(
+    captured: CapturedGraph,
+    path: Path | str,
+    *,
+    format: str = "packed",
+    values: str = "fp32",
+    external_data: bool | None = None,
+) -> ExportedArtifact:
+    """Write the masked model as ONNX, complete or not at all.
+
+    Weights without a mask are written byte for byte. Masked weights hold +0.0 at pruned places ("dense"), or are
+    stored without them and decoded by standard operators that onnxruntime folds when it creates the session
+    ("packed"); both compute bit-identical outputs. Beside the model one weight at a time is in memory. A
+    "packed" file must not be passed through an optimizer: that would write the decoded weights back.
+
+    Args:
+        captured: with ``exported``; ``masks`` of None is a model that is not pruned.
+        path: the .onnx file; an existing one is replaced.
+        format: "packed" or "dense".
+        values: "fp32" keeps the precision of the parameters; "fp16" stores masked weights as float16 and computes in
+            the parameters' own dtype.
+        external_data: write tensors to ``<path>.data``; None: only when they exceed 1.5 GB.
+
+    Raises:
+        InputError: an argument is not usable, or a mask does not fit its parameter.
+        ExportError: the model has no exported program, an operator cannot be converted, a value does not fit fp16,
+            or the written file does not pass onnx.checker.
+    """
+    path = Path(path)
+    exported = _check(captured, path, format, values)
+    model = convert_program(exported)
+    interface = _name(model, exported)
+    weights = _find_weights(model, exported, captured)
+    _describe(model, "dense", "fp32", captured.masks)
+    data_name = f"{path.name}.data"
+    dense_size = plan_files(model, data_name if _is_external(model, external_data) else None).size_bytes
+    plans = _replace_weights(model, weights, format, values)
+    _describe(model, format, values, captured.masks)
+    has_data_file = _is_external(model, external_data)
+    layout = plan_files(model, data_name if has_data_file else None)
+    files = _write(layout, path, has_data_file=has_data_file)
+    return ExportedArtifact(
+        path=path,
+        format=format,
+        values=values,
+        size_bytes=layout.size_bytes,
+        dense_size_bytes=dense_size,
+        encodings=tuple(_encoding(fqn, plan) for fqn, plan in plans.items()),
+        input_names=interface.input_names,
+        output_names=interface.output_names,
+        dynamic_axes=interface.dynamic_axes,
+        files=files,
+        opset=model.opset_imports[""],
+        load_peak_bytes=load_peak_bytes(layout, plans),
+        notes=(*exported.notes, *interface.notes),
+    )
+
+
+def load_peak_bytes(layout: FileLayout, plans: Mapping[str, EncodingPlan]) -> int:
+    """Memory that onnxruntime needs to create a session, estimated.
+
+    The tensors inside the .onnx file twice (as protobuf and as tensors), external ones once, and everything that
+    folding the decode nodes produces, because onnxruntime keeps all of it until the end of the folding:
+    per weight 8 bytes x density + 8 bytes for gap8 with fp32 values (EncodingPlan.folded_bytes).
+    """
+    return 2 * layout.model_size_bytes + layout.data_size_bytes + sum(plan.folded_bytes for plan in plans.values())
+
+
+def convert_program(exported: ExportedModel) -> ir.Model:
+    """The program as an onnx_ir model; its initializers share memory with the user's parameters.
+
+    Raises:
+        ExportError: an operator of the program has no translation (names it).
+    """
+    try:
+        with _quiet_converter():
+            program = torch.onnx.export(
+                prepare_program(exported.program), dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+            )
+    except Exception as error:
+        reason, operator = _explain(error)
+        subject = f"operator {operator}" if operator else "the model"
+        raise ExportError(
+            f"{subject} cannot be converted to ONNX: {reason} (exported by {exported.route}). "
+            f"Replace the operator in the model's forward, or capture a part of the model that does without it"
+        ) from error
+    assert program is not None  # torch.onnx.export with dynamo=True returns a program
+    model: ir.Model = program.model
+    strip_metadata(model)
+    return model
+
+
+def _check(captured: CapturedGraph, path: Path, format: str, values: str) -> ExportedModel:
+    if format not in FORMATS:
+        raise InputError(f"format={format!r} is not known; choose one of {', '.join(FORMATS)}")
+    if values not in VALUES:
+        raise InputError(f"values={values!r} is not known; choose one of {', '.join(VALUES)}")
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; give the name of the .onnx file to write")
+    if captured.exported is None:
+        tried = "; ".join(f"{attempt.frontend}: {attempt.detail}" for attempt in captured.attempts if not attempt.succeeded)
+        raise ExportError(
+            f"{type(captured.module).__name__} has no exported program, so it cannot be written as ONNX"
+            f"{f' ({tried})' if tried else ''}. Capture it with export enabled, or make it exportable by torch.export"
+        )
+    return captured.exported
+
+
+def _name(model: ir.Model, exported: ExportedModel) -> Interface:
+    nodes = tensor_input_nodes(exported.program)
+    if len(nodes) != len(exported.input_names):
+        raise ExportError(
+            f"the program has {len(nodes)} tensor inputs ({', '.join(nodes)}), but the captured model names "
+            f"{len(exported.input_names)} ({', '.join(exported.input_names)}). Capture the model again"
+        )
+    names = dict(zip(nodes, exported.input_names, strict=True))
+    return name_interface(model, names, exported.output_names, exported.dynamic_axes)
+
+
+def _find_weights(model: ir.Model, exported: ExportedModel, captured: CapturedGraph) -> list[MaskedWeight]:
+    """The initializer of every masked parameter, renamed to the parameter's FQN."""
+    masks = captured.masks
+    if masks is None:
+        return []
+    aliases = tensor_aliases(exported.program)
+    found: dict[ir.Value, MaskedWeight] = {}
+    for fqn, packed in masks.packed.items():
+        names = dict.fromkeys((fqn, *aliases.get(fqn, ()), *captured.aliases.get(fqn, ())))
+        value = next((model.graph.initializers[name] for name in names if name in model.graph.initializers), None)
+        if value is None and not any(name in exported.program.state_dict for name in names):
+            raise InputError(f"the masks name {fqn}, but the model has no such parameter. Use the masks of this model")
+        if value is None:
+            continue  # a parameter that the exported graph does not read
+        tensor = value.const_value
+        assert tensor is not None  # initializers of the main graph have values
+        if tuple(tensor.shape.numpy()) != packed.shape:
+            raise InputError(
+                f"the mask of {fqn} has shape {packed.shape}, but the parameter has {tuple(tensor.shape.numpy())}. "
+                f"Use the masks of this model"
+            )
+        if value in found:
+            other = found[value].fqn
+            if not np.array_equal(masks.packed[other].bits, packed.bits):
+                raise InputError(f"{other} and {fqn} are one tied weight, but their masks differ. Give one mask for both")
+            continue
+        value.name = fqn
+        found[value] = MaskedWeight(fqn, value, tensor, masks)
+    return list(found.values())
+
+
+def _replace_weights(model: ir.Model, weights: list[MaskedWeight], format: str, values: str) -> dict[str, EncodingPlan]:
+    """Masked tensors in place of the initializers; they are computed when the file is written."""
+    graph = model.graph
+    shared = SharedConstants(graph)
+    allowed = ("dense",) if format == "dense" else ("dense", "gap8", "gap4")
+    plans: dict[str, EncodingPlan] = {}
+    nodes: list[ir.Node] = []
+    for weight in weights:
+        plan = plan_encoding(weight.mask(), weight.tensor.dtype.numpy(), values, allowed=allowed)
+        packed = pack_weight(weight.fqn, plan, _Encoder(weight, plan.encoding, values), shared)
+        weight.initializer.replace_all_uses_with(packed.value, replace_graph_outputs=True)
+        del graph.initializers[weight.fqn]
+        for stored in packed.initializers:
+            graph.initializers.add(stored)
+        nodes += packed.nodes
+        plans[weight.fqn] = plan
+    nodes = [*shared.nodes, *nodes]
+    if nodes:
+        graph.insert_before(graph[0], nodes)
+    return plans
+
+
+class _Encoder:
+    """Encodes one weight on demand; gaps and values are written one after the other, so the result is kept for one use more."""
+
+    def __init__(self, weight: MaskedWeight, encoding: str, values: str) -> None:
+        self.weight, self.encoding, self.values = weight, encoding, values
+        self.kept: EncodedWeight | None = None
+
+    def __call__(self) -> EncodedWeight:
+        if self.kept is not None:
+            encoded, self.kept = self.kept, None
+            return encoded
+        weight = self.weight
+        encoded = encode(weight.tensor.numpy(), weight.mask(), self.values, encoding=self.encoding, name=weight.fqn)
+        self.kept = None if encoded.gaps is None else encoded
+        return encoded
+
+
+def _describe(model: ir.Model, format: str, values: str, masks: MaskSet | None) -> None:
+    model.producer_name, model.producer_version = "mfcompile", __version__
+    model.metadata_props.clear()
+    model.metadata_props["mfcompile.format"] = format
+    model.metadata_props["mfcompile.values"] = values
+    if masks is not None:
+        model.metadata_props["mfcompile.masks_sha256"] = masks.digest()
+
+
+def _is_external(model: ir.Model, external_data: bool | None) -> bool:
+    if external_data is not None:
+        return external_data
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return needs_external_data(tensor for tensor in tensors if tensor is not None)
+
+
+def _write(layout: FileLayout, path: Path, *, has_data_file: bool) -> tuple[Path, ...]:
+    """Write and check under a temporary folder beside the path, then rename."""
+    data_path = path.with_name(f"{path.name}.data")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror}. Choose another output path") from error
+    try:
+        staged = staging / path.name
+        staged_data = staging / data_path.name
+        write_files(layout, staged, staged_data if has_data_file else None)
+        _check_file(staged)
+        if has_data_file:
+            os.replace(staged_data, data_path)
+        os.replace(staged, path)
+        if not has_data_file:
+            data_path.unlink(missing_ok=True)  # belonged to the file that was just replaced
+    except OSError as error:
+        raise ExportError(f"{path} could not be written: {error.strerror or error}. Free space, or choose another path") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return (path, data_path) if has_data_file else (path,)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ExportError(f"the written file does not pass onnx.checker: {first}. Nothing was kept; this is a bug") from error
+
+
+def _encoding(fqn: str, plan: EncodingPlan) -> TensorEncoding:
+    return TensorEncoding(fqn, plan.encoding, plan.stored_bytes, 4 * plan.weight_count, plan.kept_count, plan.weight_count)
+
+
+def _explain(error: BaseException) -> tuple[str, str]:
+    """First line of the innermost cause, and the operator that it names ("" when it names none)."""
+    texts = [str(error)]
+    while error.__cause__ is not None:
+        error = error.__cause__
+        texts.append(str(error))
+    reason = next((line.strip() for line in texts[-1].splitlines() if line.strip()), type(error).__name__)
+    match = next((found for text in reversed(texts) if (found := OPERATOR.search(text))), None)
+    return reason.rstrip("."), f"{match[1]}.{match[2]}" if match else ""
+
+
+@contextmanager
+def _quiet_converter() -> Iterator[None]:
+    """The converter's progress and its notes on packages that are not installed are not our user's business."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,238 @@
+"""onnxruntime against PyTorch: does the written file compute what the masked module computes?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from mfcompile.artifact import ExportedArtifact, OutputParity, ParityReport
+from mfcompile.errors import InputError, ParityError
+from mfcompile.exporters.session import first_line, make_feeds, open_session, run_session
+from mfcompile.inputs import ExampleInputs, output_tensors, slice_batch
+
+__all__ = ["default_tolerance", "make_cases", "open_session", "raise_on_failure", "verify"]
+
+# A float input with at most this many different values is a mask or a flag, not content.
+MASK_VALUES = 2
+
+
+def default_tolerance(values: str) -> tuple[float, float]:
+    """(rtol, atol) for an artefact whose masked weights are stored in this precision.
+
+    "fp32": 1e-3 and 1e-4. Both sides compute in float32 with sums in different orders. A sum of K products is off by
+    about sqrt(K) 6e-8 of its scale: 2e-6 for K = 1024, a few 1e-5 of the scale after dozens of layers. 1e-4 leaves
+    room for that on outputs of order one (normalised embeddings, logits near zero), 1e-3 on large ones, and both are
+    far below what a wrong weight does: masking one weight more moves outputs by its share of a sum, 1e-3 and more.
+    "fp16": 2e-2 and 1e-2. The module keeps its float32 weights, the file rounds them: each is off by up to
+    2^-11 = 4.9e-4 of itself, 2.8e-4 on average, independently, so a layer's output is off by 2.8e-4 of its scale and
+    that of 24 layers by about 1.4e-3; the largest of 1e6 elements is five times that, 7e-3.
+
+    Outputs much larger than one with elements near zero (unnormalised hidden states) need an atol of 1e-4 of their
+    scale; pass it.
+    """
+    known = {"fp32": (1e-3, 1e-4), "fp16": (2e-2, 1e-2)}
+    if values not in known:
+        raise InputError(f"values={values!r} is not known; choose one of {', '.join(known)}")
+    return known[values]
+
+
+@dataclass
+class _Comparison:
+    """Running comparison of one output over all cases."""
+
+    name: str
+    max_abs_diff: float = 0.0
+    max_abs: float = 0.0
+    within: bool = True
+    reason: str = ""
+
+    def fail(self, reason: str) -> None:
+        self.max_abs_diff, self.within = float("inf"), False
+        self.reason = self.reason or reason
+
+    def result(self) -> OutputParity:
+        return OutputParity(self.name, self.max_abs_diff, self.max_abs, self.within)
+
+
+def verify(
+    artifact: ExportedArtifact | Path | str,
+    module: nn.Module,
+    cases: Sequence[ExampleInputs],
+    *,
+    rtol: float,
+    atol: float,
+) -> ParityReport:
+    """Compare every output of the file with the module's, on every case.
+
+    An output agrees where |onnxruntime - PyTorch| <= atol + rtol |PyTorch| for every element, NaN and infinities are
+    at the same places, and shape and dtype are equal. Integer and bool outputs must be equal, whatever the tolerance.
+    The module runs in eval mode without gradients, on the device of the inputs, and gets its training mode back.
+
+    Args:
+        artifact: what export_onnx returned, or the path of an .onnx file.
+        module: the masked module.
+        cases: inputs to compare on; usually of two batch sizes. See make_cases.
+        rtol: relative tolerance, see default_tolerance.
+        atol: absolute tolerance.
+
+    Returns:
+        A report, whether or not the outputs agree; an output that is missing or cannot be computed is a failure with
+        a note. See raise_on_failure.
+
+    Raises:
+        InputError: there are no cases, the file cannot be loaded, or it has inputs that the cases lack.
+    """
+    if not cases:
+        raise InputError("no inputs to compare the artefact on; pass at least one case")
+    path = artifact.path if isinstance(artifact, ExportedArtifact) else Path(artifact)
+    session = open_session(path)
+    comparisons: dict[str, _Comparison] = {}
+    notes: dict[str, None] = {}
+    for number, case in enumerate(cases):
+        feeds, absent = make_feeds(session, case)
+        notes.update(dict.fromkeys(f"input {name} is not in the ONNX graph" for name in absent))
+        with _inference(module):
+            expected = output_tensors(case.call(module))
+        expected = {name: tensor.detach().cpu() for name, tensor in expected.items()}
+        for name in expected:
+            comparisons.setdefault(name, _Comparison(name))
+        try:
+            actual = run_session(session, feeds)
+        except Exception as error:
+            for name in expected:
+                comparisons[name].fail(f"onnxruntime fails on case {number + 1} ({describe(case)}): {first_line(error)}")
+            continue
+        _compare_case(expected, actual, comparisons, rtol, atol)
+    notes.update(dict.fromkeys(f"output {item.name}: {item.reason}" for item in comparisons.values() if item.reason))
+    sizes = (case.batch_size() for case in cases)
+    return ParityReport(
+        outputs=tuple(item.result() for item in comparisons.values()),
+        rtol=rtol,
+        atol=atol,
+        batch_sizes=tuple(dict.fromkeys(size for size in sizes if size is not None)),
+        cases=tuple(describe(case) for case in cases),
+        runtime=f"onnxruntime {onnxruntime.__version__}",
+        notes=tuple(notes),
+    )
+
+
+def raise_on_failure(report: ParityReport) -> None:
+    """Do nothing for a report that passed.
+
+    Raises:
+        ParityError: names every output that disagrees, by how much, and the tolerance.
+    """
+    if report.passed:
+        return
+    wrong = [output for output in report.outputs if not output.within]
+    lines = [f"  {output.name}: off by {output.max_abs_diff:.3g} (largest value {output.max_abs:.3g})" for output in wrong]
+    lines += [f"  {note}" for note in report.notes]
+    raise ParityError(
+        f"{report.runtime} and the masked module disagree in {len(wrong)} of {len(report.outputs)} outputs beyond "
+        f"rtol={report.rtol:g}, atol={report.atol:g}:\n" + "\n".join(lines) + "\n"
+        "Do not use the file. If the differences are rounding, pass a wider tolerance; otherwise export again"
+    )
+
+
+def make_cases(
+    example_inputs: ExampleInputs, *, seed: int, batch_sizes: Sequence[int] = (), count: int = 1
+) -> tuple[ExampleInputs, ...]:
+    """Inputs that the export has not seen, with the structure of the example.
+
+    Rows of the example are drawn for each batch size: integers, bools and masks keep whole rows together, so
+    placeholder tokens, padding and their masks stay consistent. Float content is drawn anew from a normal
+    distribution with the example's mean and standard deviation, within the example's range. Inputs without a common
+    batch dimension give one case at the example's size, with only the float content drawn anew.
+
+    Args:
+        example_inputs: what the model was captured with.
+        seed: of the draws; the same seed gives the same cases.
+        batch_sizes: a case for each; empty: the example's own size.
+        count: cases per batch size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    own = example_inputs.batch_size()
+    sizes: list[int | None] = [None] if not own else [*(batch_sizes or (own,))]
+    cases = []
+    for size in [size for size in sizes for _ in range(count)]:
+        case = example_inputs
+        if size is not None and own is not None:
+            order = torch.randperm(own, generator=generator).tolist()
+            case = slice_batch(example_inputs, [order[index % own] for index in range(size)])
+        cases.append(case.map_tensors(lambda name, tensor: _redraw(example_inputs.tensors()[name], tensor, generator)))
+    return tuple(cases)
+
+
+def describe(case: ExampleInputs) -> str:
+    """Names and shapes of the inputs, in one line."""
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in case.tensors().items())
+
+
+def _compare_case(
+    expected: dict[str, Tensor], actual: dict[str, Tensor], comparisons: dict[str, _Comparison], rtol: float, atol: float
+) -> None:
+    for name, reference in expected.items():
+        item = comparisons[name]
+        value = actual.get(name, actual.get(f"{name}_out"))  # "_out": see exporters.onnx_names
+        if value is None:
+            item.fail(f"the ONNX graph has no such output; it has {', '.join(actual)}")
+        elif value.shape != reference.shape:
+            item.fail(f"shape {tuple(value.shape)} in onnxruntime, {tuple(reference.shape)} in PyTorch")
+        elif value.dtype != reference.dtype:
+            item.fail(f"dtype {value.dtype} in onnxruntime, {reference.dtype} in PyTorch")
+        else:
+            _compare(item, value, reference, rtol, atol)
+
+
+def _compare(item: _Comparison, value: Tensor, reference: Tensor, rtol: float, atol: float) -> None:
+    if not reference.numel():
+        return
+    if not reference.is_floating_point() and not reference.is_complex():
+        rtol = atol = 0.0
+    wide = torch.complex128 if reference.is_complex() else torch.float64
+    left, right = value.to(wide), reference.to(wide)
+    finite = torch.isfinite(right)
+    both_nan = torch.isnan(left) & torch.isnan(right)
+    same = torch.where(finite, torch.isfinite(left), both_nan | (left == right))
+    difference = (left - right).abs()[finite & torch.isfinite(left)]
+    allowed = (atol + rtol * right.abs())[finite & torch.isfinite(left)]
+    if finite.any():
+        item.max_abs = max(item.max_abs, float(right[finite].abs().max()))
+    if difference.numel():
+        item.max_abs_diff = max(item.max_abs_diff, float(difference.max()))
+        item.within = item.within and bool((difference <= allowed).all())
+    if not bool(same.all()):
+        item.fail(f"NaN or infinity at {int((~same).sum())} places on one side only")
+
+
+def _redraw(example: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """``rows`` with float content drawn anew; masks and integers as they are."""
+    if not example.is_floating_point() or not bool(torch.isfinite(example).all()) or _is_mask(example):
+        return rows
+    wide = example.double()
+    drawn = torch.randn(rows.shape, generator=generator, dtype=torch.float64) * wide.std().cpu() + wide.mean().cpu()
+    drawn = drawn.clamp(float(wide.min()), float(wide.max()))
+    return drawn.to(dtype=rows.dtype, device=rows.device)
+
+
+def _is_mask(example: Tensor) -> bool:
+    return int(torch.unique(example).numel()) <= MASK_VALUES
+
+
+@contextmanager
+def _inference(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; every submodule gets its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
