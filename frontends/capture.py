@@ -105,8 +105,8 @@ def _check_replay(model: nn.Module, recording: Recording, inputs: ExampleInputs)
     for (name, expected), found in zip(recording.outputs.items(), again, strict=True):
         if not _agrees(expected, found):
             raise CaptureError(
-                f"{type(model).__name__} was recorded, but its recording gives another {name} {tuple(expected.shape)}: the model "
-                f"draws random numbers or keeps state between calls in eval mode. Fix the seed inside forward or reset the state"
+                f"{type(model).__name__} was recorded, but its recording gives another {name} {tuple(expected.shape)}: the "
+                f"model draws random numbers or keeps state between calls in eval mode. Seed inside forward, or reset the state"
             )
         if expected.is_floating_point() and expected.numel():
             worst = max(worst, float((expected.double() - found.double()).abs().nan_to_num().max()))

@@ -138,11 +138,11 @@ def module_names(module: nn.Module) -> dict[int, str]:
     return {id(item): name for name, item in module.named_modules()}
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
     """Writes operators into an fx.Graph; holds every tensor, since a freed one's id would be used again."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.modules = ModuleTracker(module_names(module))
@@ -175,7 +175,12 @@ class _Recorder(TorchDispatchMode):
         self.graph.lint()
         graph_module = fx.GraphModule(self.root, self.graph)
         return Recording(
-            graph_module, tuple(self.inputs), tuple(outputs), self.parameter_nodes, tuple(self.baked), outputs,
+            graph_module,
+            tuple(self.inputs),
+            tuple(outputs),
+            self.parameter_nodes,
+            tuple(self.baked),
+            outputs,
             self.lifted_constants,
         )
 

@@ -144,9 +144,7 @@ def apply_masks(captured: CapturedGraph, masks: MaskSet) -> CapturedGraph:
     return run_transform(ApplyMasks(masks), captured).graph
 
 
-def export_onnx(
-    pruned: CapturedGraph, path: Path | str, *, format: str = "packed", values: str = "fp32"
-) -> ExportedArtifact:
+def export_onnx(pruned: CapturedGraph, path: Path | str, *, format: str = "packed", values: str = "fp32") -> ExportedArtifact:
     """Write a (masked) captured graph as an ONNX file that stock onnxruntime loads.
 
     Args:
@@ -165,8 +163,8 @@ def export_onnx(
     if ready.exported is None:
         tried = "; ".join(f"{item.frontend}: {item.detail}" for item in ready.attempts if not item.succeeded)
         raise ExportError(
-            f"{type(pruned.module).__name__} could not be turned into a re-executable program, which ONNX needs. Tried {tried}. "
-            f"The pruned PyTorch module works all the same"
+            f"{type(pruned.module).__name__} could not be turned into a re-executable program, which ONNX needs. "
+            f"Tried {tried}. The pruned PyTorch module works all the same"
         )
     return write(ready, path, format=format, values=values)
 

@@ -44,13 +44,16 @@ def check_output_dir(path: Path) -> None:
         raise InputError(f"the output directory {path} is a file. Choose another with --output-dir")
     if path.is_dir() and any(path.iterdir()):
         raise InputError(
-            f"the output directory {path} is not empty. Nothing was written; choose another with --output-dir, or pass --overwrite"
+            f"the output directory {path} is not empty. Nothing was written; choose another with --output-dir, "
+            f"or pass --overwrite"
         )
     ancestor = path
     while not ancestor.exists():
         ancestor = ancestor.parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        raise InputError(f"the output directory {path} cannot be written: no permission in {ancestor}. Choose another with --output-dir")
+        raise InputError(
+            f"the output directory {path} cannot be written: no permission in {ancestor}. Choose another with --output-dir"
+        )
 
 
 @contextmanager

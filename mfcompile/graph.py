@@ -157,7 +157,8 @@ class CapturedGraph:
         """
         for candidate in self.graph.nodes:
             if candidate.name == name:
-                return candidate
+                found: fx.Node = candidate
+                return found
         raise KeyError(name)
 
     def parameter(self, fqn: str) -> Tensor:

@@ -136,8 +136,8 @@ def _tensor_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     for path, leaf in flat:
         if not isinstance(leaf, Tensor):
             continue
-        in_kwargs = path[0].idx == 1
-        root = str(path[1].key) if in_kwargs else positional[path[1].idx]
+        is_keyword = _key_text(path[0]) == "1"
+        root = _key_text(path[1]) if is_keyword else positional[int(_key_text(path[1]))]
         names.append(".".join([root, *(_key_text(key) for key in path[2:])]))
     return tuple(names)
 
@@ -181,5 +181,5 @@ def slice_batch(inputs: ExampleInputs, rows: list[int]) -> ExampleInputs:
         InputError: the tensors do not share one batch dimension.
     """
     if inputs.batch_size() is None:
-        raise InputError("the inputs share no batch dimension (dimension 0 differs between tensors), so they cannot be re-batched")
+        raise InputError("the inputs share no batch dimension (dimension 0 differs between tensors): they cannot be re-batched")
     return inputs.map_tensors(lambda _, tensor: tensor[torch.tensor(rows)] if tensor.ndim else tensor)

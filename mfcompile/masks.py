@@ -156,5 +156,5 @@ def fingerprint(module: nn.Module) -> str:
         state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         if tensor.device.type != "meta" and tensor.numel():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            state.update(memoryview(flat.view(torch.uint8).numpy()))
+            state.update(flat.view(torch.uint8).numpy().data)
     return state.hexdigest()

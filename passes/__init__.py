@@ -1,0 +1,1 @@
+"""Passes: analyses that read a captured graph, and transforms that rewrite it."""

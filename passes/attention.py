@@ -48,7 +48,8 @@ def downstream_label(node: fx.Node, labels: Mapping[fx.Node, Labels]) -> Labels:
 def _first_products(node: fx.Node) -> list[fx.Node]:
     """The first contractions and attentions downstream, through views and elementwise operators."""
     stop = CONTRACTIONS | SOFTMAX_ATTENTION
-    return [found for found in _through_elementwise(node, stop) if operator_name(found) in stop and operator_name(found) != "linear"]
+    wanted = stop - {"linear"}
+    return [found for found in _through_elementwise(node, stop) if operator_name(found) in wanted]
 
 
 def _through_elementwise(node: fx.Node, stop: frozenset[str]) -> list[fx.Node]:
@@ -68,7 +69,7 @@ def _through_elementwise(node: fx.Node, stop: frozenset[str]) -> list[fx.Node]:
 
 
 def _reaches_softmax_backwards(product: fx.Node) -> bool:
-    """One operand of the product is a softmax, perhaps after dropout, casts and reshapes: the product is weights times values."""
+    """One operand of the product is a softmax, perhaps after dropout, casts and reshapes: it is weights times values."""
     for operand in product.all_input_nodes:
         current = operand
         for _ in range(8):

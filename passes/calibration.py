@@ -238,4 +238,3 @@ def _inference(module: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for item in training:
             item.training = True
-

@@ -50,7 +50,7 @@ def flow_labels(captured: CapturedGraph, modalities: Iterable[InputModality]) ->
         elif node.op == "output":
             labels[node] = label_of(list(node.all_input_nodes))
         else:
-            labels[node] = _is_content(node) and node_label(node, label_of) or NO_LABELS
+            labels[node] = (_is_content(node) and node_label(node, label_of)) or NO_LABELS
             if is_view(node) and node.all_input_nodes:
                 source = node.all_input_nodes[0]
                 owner[node] = owner.get(source, source)

@@ -169,4 +169,3 @@ def _check_options(options: SelectionOptions) -> None:
     for name, (value, choices) in known.items():
         if value not in choices:
             raise InputError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -123,7 +124,9 @@ def mask_module(module: nn.Module, masks: MaskSet) -> nn.Module:
             places.setdefault(id(parameter), []).append((owner, leaf))
     for fqn, packed in masks.packed.items():
         if fqn not in named or tuple(named[fqn].shape) != packed.shape:
-            raise InputError(f"the masks hold {fqn} {packed.shape}, but the model has no such weight: they belong to another model")
+            raise InputError(
+                f"the masks hold {fqn} {packed.shape}, but the model has no such weight: they belong to another model"
+            )
         parametrization = WeightMask(packed.unpack().to(named[fqn].device))
         for owner, leaf in places[id(named[fqn])]:
             parametrize.register_parametrization(owner, leaf, parametrization, unsafe=True)
@@ -151,9 +154,12 @@ def strip(module: nn.Module) -> nn.Module:
         The same object, without parametrizations of mfcompile.
     """
     baked: dict[int, nn.Parameter] = {}
-    owners = [(owner, leaf) for owner in module.modules() for leaf in list(getattr(owner, "parametrizations", {}))]
-    for owner, leaf in owners:
-        stack = owner.parametrizations[leaf]  # type: ignore[index, union-attr]
+    owners: list[tuple[nn.Module, str, Any]] = [
+        (owner, leaf, stack)
+        for owner in module.modules()
+        for leaf, stack in list(getattr(owner, "parametrizations", {}).items())
+    ]
+    for owner, leaf, stack in owners:
         if not any(isinstance(item, WeightMask) for item in stack):
             continue
         original: Tensor = stack.original
@@ -162,4 +168,3 @@ def strip(module: nn.Module) -> nn.Module:
         parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
         setattr(owner, leaf, baked[id(original)])
     return module
-

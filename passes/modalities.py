@@ -54,9 +54,7 @@ def infer_modalities(captured: CapturedGraph, overrides: Mapping[str, str] | Non
     return tuple(_decide(spec, tensors[spec.name], overrides, uses) for spec in captured.inputs)
 
 
-def _decide(
-    spec: InputSpec, tensor: Tensor, overrides: Mapping[str, str], uses: Mapping[str, int | None]
-) -> InputModality:
+def _decide(spec: InputSpec, tensor: Tensor, overrides: Mapping[str, str], uses: Mapping[str, int | None]) -> InputModality:
     if spec.name in overrides:
         given = overrides[spec.name]
         return InputModality(spec.name, None if given == "control" else given, "given by the user")
@@ -93,9 +91,7 @@ def _by_name(name: str, tensor: Tensor) -> tuple[str | None, str] | None:
     return None
 
 
-def _by_structure(
-    spec: InputSpec, tensor: Tensor, uses: Mapping[str, int | None]
-) -> tuple[str | None, str] | None:
+def _by_structure(spec: InputSpec, tensor: Tensor, uses: Mapping[str, int | None]) -> tuple[str | None, str] | None:
     if tensor.is_floating_point():
         if tensor.ndim in (4, 5) and min(tensor.shape[1:3]) <= 4:
             return VISION, f"a {tensor.ndim}-D float tensor with few channels"

@@ -156,7 +156,7 @@ def _distinct(reductions: list[Reduction]) -> list[Reduction]:
     return found
 
 
-class ModuleObserver(TorchDispatchMode):
+class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
     """Watches every contraction that a module runs and reduces the activations that meet a site's weight.
 
     Weights are recognised by their storage, so that fused, sliced and functional uses are seen as well. The q, k and v
@@ -164,7 +164,7 @@ class ModuleObserver(TorchDispatchMode):
     """
 
     def __init__(self, module: nn.Module, collector: StatisticsCollector) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.collector = collector
         self._parameters: dict[int, list[tuple[str, Tensor]]] = {}
         for fqn, parameter in module.named_parameters():
@@ -206,7 +206,7 @@ class ModuleObserver(TorchDispatchMode):
         return reduction
 
 
-class ShapeObserver(ModuleObserver):
+class ShapeObserver(ModuleObserver):  # type: ignore[no-untyped-call]
     """Notes the leading sizes of every activation that meets a site's weight, and reduces nothing."""
 
     def __init__(self, module: nn.Module, collector: StatisticsCollector) -> None:

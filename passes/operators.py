@@ -50,7 +50,9 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     return written
 
 
-CONTRACTIONS = frozenset({"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "_grouped_mm", "addmv", "mv", "addbmm"})
+CONTRACTIONS = frozenset(
+    {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "_grouped_mm", "addmv", "mv", "addbmm"}
+)
 """Operators that sum products of two operands."""
 
 SOFTMAX_ATTENTION = frozenset(
@@ -69,8 +71,22 @@ SOFTMAX_ATTENTION = frozenset(
 SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax"})
 
 RANDOM = frozenset(
-    {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "normal", "normal_",
-     "uniform_", "multinomial", "randperm", "exponential_"}
+    {
+        "rand",
+        "randn",
+        "randint",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "bernoulli",
+        "bernoulli_",
+        "normal",
+        "normal_",
+        "uniform_",
+        "multinomial",
+        "randperm",
+        "exponential_",
+    }
 )
 """Operators whose result differs from call to call."""
 

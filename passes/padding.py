@@ -109,11 +109,7 @@ def find_padding_masks(
     controls = [spec for spec in captured.inputs if modality[spec.name] is None]
     found = []
     for content in contents:
-        matching = [
-            spec
-            for spec in controls
-            if spec.shape == content.shape[:2] and _is_binary(tensors[spec.name])
-        ]
+        matching = [spec for spec in controls if spec.shape == content.shape[:2] and _is_binary(tensors[spec.name])]
         named = [spec for spec in matching if _says_mask(spec.name)]
         silent = [spec for spec in matching if spec not in named and _looks_padded(captured, spec, tensors[spec.name])]
         best = max(named, key=lambda spec: _shared_prefix(spec.name, content.name), default=silent[0] if silent else None)

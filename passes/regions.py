@@ -75,9 +75,7 @@ def infer_regions(captured: CapturedGraph, options: RegionOptions | None = None)
         chosen = select(list(options.regions), _names(captured, weights), what="regions")
         overrides.update({fqn: options.regions[pattern] for fqn, pattern in chosen.items()})
     names = _names(captured, {fqn: region_for(fqn, found) for fqn, found in evidence.items()})
-    sites, site_diagnostics = build_sites(
-        captured, evidence, region_for, refusals, names, options.targets, options.ignore
-    )
+    sites, site_diagnostics = build_sites(captured, evidence, region_for, refusals, names, options.targets, options.ignore)
     weights = {fqn: region_for(fqn, evidence.get(fqn, ())) for fqn in names}
     return RegionMap(modalities, weights, evidence, sites, chosen, (*diagnostics, *site_diagnostics))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from torch import fx, nn
 
@@ -11,7 +12,6 @@ from mfcompile.passes.operators import CONTRACTIONS, operator_name
 from mfcompile.passes.weights import parameter_views
 from mfcompile.patterns import WeightNames, select
 from mfcompile.region import PruneSite, WeightUse
-
 
 RegionFor = Callable[[str, Sequence[WeightUse]], str]
 
@@ -24,9 +24,7 @@ def linear_weights(captured: CapturedGraph, used: Iterable[str]) -> tuple[str, .
         for module in captured.module.modules()
         if isinstance(module, nn.Linear) and isinstance(getattr(module, "weight", None), nn.Parameter)
     }
-    return tuple(
-        fqn for fqn, parameter in captured.module.named_parameters() if fqn in wanted or id(parameter) in owned
-    )
+    return tuple(fqn for fqn, parameter in captured.module.named_parameters() if fqn in wanted or id(parameter) in owned)
 
 
 def build_sites(
@@ -98,7 +96,7 @@ def _other_users(captured: CapturedGraph) -> dict[str, str]:
     """FQN -> why its values are read by something else than a linear node (an embedding look-up, an elementwise operator)."""
     views = parameter_views(captured)
     found: dict[str, str] = {}
-    for node, (fqn, view) in views.items():
+    for node, (fqn, _) in views.items():
         for user in node.users:
             if user in views or operator_name(user) in CONTRACTIONS or user.op == "output":
                 continue
@@ -131,7 +129,7 @@ def _rows_as_sites(
     cuts = sorted({0, out_features, *(edge for use in uses for edge in use.rows)})
     tied = tuple(name for name in captured.aliases.get(fqn, ()) if name != fqn)
     sites = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         covering = [use for use in uses if use.rows[0] <= start and stop <= use.rows[1]]
         labels = {use.label for use in covering}
         sites.append(
@@ -149,4 +147,3 @@ def _rows_as_sites(
             )
         )
     return sites
-
