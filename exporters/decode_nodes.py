@@ -69,9 +69,7 @@ class PackedWeight:
     initializers: tuple[ir.Value, ...]
 
 
-def pack_weight(
-    name: str, plan: EncodingPlan, load: Callable[[], EncodedWeight], shared: SharedConstants
-) -> PackedWeight:
+def pack_weight(name: str, plan: EncodingPlan, load: Callable[[], EncodedWeight], shared: SharedConstants) -> PackedWeight:
     """Stored tensors and decode nodes of one weight.
 
     Args:

@@ -28,7 +28,7 @@ class LatencyComparison:
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, baseline: str) -> float:
-        """Median over the repeats of this artefact's seconds divided by the baseline's, pair by pair; below 1 is faster.
+        """Median over the repeats of this artefact's seconds divided by the baseline's; below 1 is faster.
 
         Paired, so that a machine that is busy for a while slows both sides of a pair.
         """

@@ -107,7 +107,8 @@ def plan_files(model: ir.Model, data_name: str | None) -> FileLayout:
     end = 0
     for value in values:
         tensor = value.const_value
-        assert tensor is not None and value.name is not None  # an initializer has both
+        assert tensor is not None  # an initializer has values
+        assert value.name is not None  # and a name
         offset: int | None = None
         if data_name is not None and tensor.nbytes >= EXTERNAL_LEAST_BYTES:
             offset = _align(end, PAGE if tensor.nbytes >= PAGED_BYTES else ALIGNMENT)
@@ -143,7 +144,8 @@ def strip_metadata(model: ir.Model) -> None:
     for graph in _graphs(model):
         graph.metadata_props.clear()
         graph.doc_string = None
-        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        constants = graph.initializers.values() if isinstance(graph, ir.Graph) else ()
+        for value in (*graph.inputs, *graph.outputs, *constants):
             value.metadata_props.clear()
         for node in graph:
             node.metadata_props.clear()

@@ -43,7 +43,7 @@ class MaskedWeight:
         fqn: the parameter, as the masks name it.
         initializer: its value in the graph.
         tensor: the unmasked weight, sharing memory with the user's module.
-        mask: the mask set's entry.
+        masks: where its mask is.
     """
 
     fqn: str
@@ -230,7 +230,10 @@ def _replace_weights(model: ir.Model, weights: list[MaskedWeight], format: str, 
 
 
 class _Encoder:
-    """Encodes one weight on demand; gaps and values are written one after the other, so the result is kept for one use more."""
+    """Encodes one weight on demand.
+
+    Gaps and values are written one after the other, so the result is kept for one more use.
+    """
 
     def __init__(self, weight: MaskedWeight, encoding: str, values: str) -> None:
         self.weight, self.encoding, self.values = weight, encoding, values
@@ -281,7 +284,9 @@ def _write(layout: FileLayout, path: Path, *, has_data_file: bool) -> tuple[Path
         if not has_data_file:
             data_path.unlink(missing_ok=True)  # belonged to the file that was just replaced
     except OSError as error:
-        raise ExportError(f"{path} could not be written: {error.strerror or error}. Free space, or choose another path") from error
+        raise ExportError(
+            f"{path} could not be written: {error.strerror or error}. Free space, or choose another path"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return (path, data_path) if has_data_file else (path,)

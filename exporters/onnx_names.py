@@ -68,7 +68,9 @@ def name_interface(
         named.append((value, unique))
     _rename(graph, named, notes)
     present = {str(value.name) for value in graph.inputs}
-    notes += [f"input {name} is not in the file: the graph does not use it" for name in input_names.values() if name not in present]
+    notes += [
+        f"input {name} is not in the file: the graph does not use it" for name in input_names.values() if name not in present
+    ]
     notes += [f"input {value.name} is not used by the graph" for value in graph.inputs if not value.uses()]
     notes += _rename_axes(model, dynamic_axes)
     return Interface(
@@ -140,9 +142,9 @@ def _rename_axes(model: ir.Model, dynamic_axes: Mapping[str, Mapping[int, str]])
             size = shape[dim] if shape is not None and dim < len(shape) else None
             if isinstance(size, int):
                 notes.append(f"dimension {dim} ({axis}) of input {name} is fixed to {size} in the file")
-            elif isinstance(size, ir.SymbolicDim) and size.value is not None and SYMBOL.fullmatch(size.value):
-                if size.value not in axis_of:
-                    axis_of[size.value] = _unused(axis, set(axis_of.values()))
+            symbol = size.value if isinstance(size, ir.SymbolicDim) else None
+            if symbol is not None and SYMBOL.fullmatch(symbol) and symbol not in axis_of:
+                axis_of[symbol] = _unused(axis, set(axis_of.values()))
     if axis_of:
         for value in all_values(model):
             if value.shape is not None:

@@ -235,8 +235,8 @@ def _convert(kept: Array, stored: np.dtype[np.generic], name: str) -> Array:
 def _break_gaps(gaps: NDArray[np.int64], kept: Array, limit: int) -> tuple[NDArray[np.uint8], Array]:
     """Break gaps over ``limit`` by explicit zero values.
 
-        gap   600          ->  gaps   255  255  90
-        value w                values   0    0   w
+    gap   600          ->  gaps   255  255  90
+    value w                values   0    0   w
     """
     if gaps.size == 0:  # nothing is kept: one explicit zero at the first place
         return np.zeros(1, np.uint8), np.zeros(1, kept.dtype)
@@ -248,9 +248,7 @@ def _break_gaps(gaps: NDArray[np.int64], kept: Array, limit: int) -> tuple[NDArr
     return np.insert(short, before, np.uint8(limit)), np.insert(kept, before, np.zeros((), kept.dtype))
 
 
-def _add_zero(
-    gaps: NDArray[np.uint8], entries: Array, mask: NDArray[np.bool_], name: str
-) -> tuple[NDArray[np.uint8], Array]:
+def _add_zero(gaps: NDArray[np.uint8], entries: Array, mask: NDArray[np.bool_], name: str) -> tuple[NDArray[np.uint8], Array]:
     """One explicit zero more, at the first place that has no entry."""
     positions = np.cumsum(gaps, dtype=np.int64)
     if positions.size == mask.size:

@@ -23,7 +23,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 # Operators that check and compute nothing; the converter knows some of them, but not what feeds them.
-CHECKS = ("aten::_assert_", "aten::sym_constrain_range", "aten::_functional_assert_", "aten::_functional_sym_constrain")
+CHECKS = ("aten._assert_", "aten.sym_constrain_range", "aten._functional_assert_", "aten._functional_sym_constrain")
 _NO_TENSOR = (ConstantArgument, SymIntArgument, SymFloatArgument, SymBoolArgument)
 
 
@@ -53,9 +53,7 @@ def prepare_program(program: ExportedProgram) -> ExportedProgram:
     return ExportedProgram(
         root=fx.GraphModule(program.graph_module, graph),
         graph=graph,
-        graph_signature=ExportGraphSignature(
-            input_specs=list(signature.input_specs), output_specs=output_specs
-        ),
+        graph_signature=ExportGraphSignature(input_specs=list(signature.input_specs), output_specs=output_specs),
         state_dict=program.state_dict,
         range_constraints=dict(program.range_constraints),
         module_call_graph=_with_outputs(program.module_call_graph, output_specs),
@@ -99,7 +97,7 @@ def _is_check(node: fx.Node) -> bool:
     return (
         node.op == "call_function"
         and isinstance(node.target, torch._ops.OpOverload)
-        and node.target.name().startswith(CHECKS)
+        and str(node.target).startswith(CHECKS)
         and not node.users
     )
 

@@ -97,5 +97,5 @@ def _to_ort(tensor: Tensor) -> Any:
 
 def _from_ort(value: Any) -> Tensor:
     if value.data_type() == "tensor(bfloat16)":
-        return torch.from_dlpack(value._ortvalue.to_dlpack()).clone()
+        return torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()).clone()
     return torch.from_numpy(np.array(value.numpy()))

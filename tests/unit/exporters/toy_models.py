@@ -83,11 +83,9 @@ def capture(
     names = iter(examples.names)
 
     def dynamic(tensor: Tensor) -> dict[int, Any]:
-        return {dim: torch.export.Dim.AUTO for dim in axes.get(next(names), {})}
+        return dict.fromkeys(axes.get(next(names), {}), torch.export.Dim.AUTO)
 
-    shapes = pytree.tree_map(
-        lambda leaf: dynamic(leaf) if isinstance(leaf, Tensor) else None, (examples.args, examples.kwargs)
-    )
+    shapes = pytree.tree_map(lambda leaf: dynamic(leaf) if isinstance(leaf, Tensor) else None, (examples.args, examples.kwargs))
     with torch.no_grad():
         program = torch.export.export(module, examples.args, examples.kwargs, dynamic_shapes=_shapes(module, *shapes))
         outputs = tuple(output_tensors(examples.call(module)))
