@@ -1,42 +1,46 @@
 """mfcompile: prune any vision-language model once, gradient-free, with MULTIFLOW, and export it to ONNX.
 
-    import mfcompile
-    compiled = mfcompile.compile_pruned(model, example_inputs, sparsity=0.63, calibration=batches)
-    compiled.export_onnx("model.onnx")
+import mfcompile
+compiled = mfcompile.compile_pruned(model, example_inputs, sparsity=0.63, calibration=batches)
+compiled.export_onnx("model.onnx")
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from mfcompile._version import __version__
-from mfcompile.artifact import ExportedArtifact, ParityReport
-from mfcompile.compile import (
-    CompiledModel,
-    apply_masks,
-    calibrate,
-    capture,
-    compile_pruned,
-    export_onnx,
-    infer_regions,
-    select_masks,
-    verify,
-)
-from mfcompile.errors import (
-    CalibrationError,
-    CaptureError,
-    ExportError,
-    InputError,
-    MfcompileError,
-    ParityError,
-    PassError,
-    PostconditionError,
-    PreconditionError,
-    RegionError,
-)
-from mfcompile.graph import CapturedGraph
-from mfcompile.masks import MaskSet
-from mfcompile.passes.masking import strip
-from mfcompile.region import PruneSite, RegionMap
-from mfcompile.statistics import CalibrationStatistics
+
+if TYPE_CHECKING:
+    from mfcompile.artifact import ExportedArtifact, ParityReport
+    from mfcompile.compile import (
+        CompiledModel,
+        apply_masks,
+        calibrate,
+        capture,
+        compile_pruned,
+        export_onnx,
+        infer_regions,
+        select_masks,
+        verify,
+    )
+    from mfcompile.errors import (
+        CalibrationError,
+        CaptureError,
+        ExportError,
+        InputError,
+        MfcompileError,
+        ParityError,
+        PassError,
+        PostconditionError,
+        PreconditionError,
+        RegionError,
+    )
+    from mfcompile.graph import CapturedGraph
+    from mfcompile.masks import MaskSet
+    from mfcompile.passes.masking import strip
+    from mfcompile.region import PruneSite, RegionMap
+    from mfcompile.statistics import CalibrationStatistics
 
 __all__ = [
     "CalibrationError",
@@ -68,3 +72,23 @@ __all__ = [
     "strip",
     "verify",
 ]
+
+_HOMES = {
+    "mfcompile.artifact": ("ExportedArtifact", "ParityReport"),
+    "mfcompile.graph": ("CapturedGraph",),
+    "mfcompile.masks": ("MaskSet",),
+    "mfcompile.passes.masking": ("strip",),
+    "mfcompile.region": ("PruneSite", "RegionMap"),
+    "mfcompile.statistics": ("CalibrationStatistics",),
+    "mfcompile.errors": tuple(name for name in __all__ if name.endswith("Error")),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `mfcompile --help` should not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'mfcompile' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME_OF.get(name, "mfcompile.compile")), name)

@@ -1,0 +1,33 @@
+# make demo | test | lint | bench -- each sets up what it needs in .venv
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: demo test lint bench train clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch" "numpy"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP) ## prune a trained vision-language model at 63 %, export it, measure it
+	$(BIN)/mfcompile prune examples/emoji_xvlm/model.py --sparsity 0.63 --output-dir out/emoji_xvlm --overwrite
+
+test: $(STAMP) ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q $(PYTEST_ARGS)
+
+lint: $(STAMP) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## every figure of the README and the docs, measured here
+	$(BIN)/python benchmarks/run.py
+
+train: $(STAMP) ## train the example model again (under an hour on two cores)
+	cd examples && ../$(BIN)/python -m emoji_xvlm.train
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,37 @@
+"""The public list, by heart: changing it is a decision, not an accident."""
+
+from __future__ import annotations
+
+import inspect
+
+import mfcompile
+
+PUBLIC = {
+    "CalibrationError", "CalibrationStatistics", "CaptureError", "CapturedGraph", "CompiledModel", "ExportError",
+    "ExportedArtifact", "InputError", "MaskSet", "MfcompileError", "ParityError", "ParityReport", "PassError",
+    "PostconditionError", "PreconditionError", "PruneSite", "RegionError", "RegionMap", "__version__", "apply_masks",
+    "calibrate", "capture", "compile_pruned", "export_onnx", "infer_regions", "select_masks", "strip", "verify",
+}  # fmt: skip
+
+
+def test_public_names() -> None:
+    assert set(mfcompile.__all__) == PUBLIC
+    assert all(hasattr(mfcompile, name) for name in PUBLIC)
+
+
+def test_public_functions_take_no_catch_all_and_are_documented() -> None:
+    for name in PUBLIC:
+        value = getattr(mfcompile, name)
+        if inspect.isfunction(value):
+            kinds = {parameter.kind for parameter in inspect.signature(value).parameters.values()}
+            assert inspect.Parameter.VAR_KEYWORD not in kinds, name
+            assert inspect.getdoc(value), name
+
+
+def test_compile_pruned_keeps_its_contract() -> None:
+    parameters = inspect.signature(mfcompile.compile_pruned).parameters
+    assert list(parameters)[:2] == ["model", "example_inputs"]
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    expected = {"sparsity": 0.63, "calibration": None, "regions": None, "targets": None, "ignore": None,
+                "padding_mask": None, "rounding": "exact", "seed": 0}  # fmt: skip
+    assert {name: defaults[name] for name in expected} == expected
