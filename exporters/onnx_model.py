@@ -26,12 +26,16 @@ from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight
 from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, strip_metadata, write_files
 from mfcompile.exporters.onnx_names import Interface, name_interface
 from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, encode, plan_encoding
+from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.program import prepare_program, tensor_aliases, tensor_input_nodes
+from mfcompile.exporters.simplification import simplify
 from mfcompile.graph import CapturedGraph, ExportedModel
 from mfcompile.masks import MaskSet
 
 FORMATS = ("packed", "dense")
 OPSET = 18
+logger = logging.getLogger(__name__)
+
 OPERATOR = re.compile(r"OpOverload\(op='([^']+)', overload='([^']+)'\)")
 
 
@@ -89,7 +93,7 @@ def export_onnx(
     exported = _check(captured, path, format, values)
     model = convert_program(exported)
     interface = _name(model, exported)
-    weights = _find_weights(model, exported, captured)
+    weights, unread = _find_weights(model, exported, captured)
     _describe(model, "dense", "fp32", captured.masks)
     data_name = f"{path.name}.data"
     dense_size = plan_files(model, data_name if _is_external(model, external_data) else None).size_bytes
@@ -111,7 +115,7 @@ def export_onnx(
         files=files,
         opset=model.opset_imports[""],
         load_peak_bytes=load_peak_bytes(layout, plans),
-        notes=(*exported.notes, *interface.notes),
+        notes=(*exported.notes, *interface.notes, *unread),
     )
 
 
@@ -126,11 +130,22 @@ def load_peak_bytes(layout: FileLayout, plans: Mapping[str, EncodingPlan]) -> in
 
 
 def convert_program(exported: ExportedModel) -> ir.Model:
-    """The program as an onnx_ir model; its initializers share memory with the user's parameters.
+    """The program as a simplified onnx_ir model; its initializers share memory with the user's parameters.
 
     Raises:
         ExportError: an operator of the program has no translation (names it).
     """
+    model = _convert(exported)
+    try:
+        simplify(model)
+    except Exception as error:  # the graph as converted is as right, only longer
+        logger.warning("the ONNX graph is not simplified: %s", first_line(error))
+        model = _convert(exported)
+    strip_metadata(model)
+    return model
+
+
+def _convert(exported: ExportedModel) -> ir.Model:
     try:
         with _quiet_converter():
             program = torch.onnx.export(
@@ -145,7 +160,6 @@ def convert_program(exported: ExportedModel) -> ir.Model:
         ) from error
     assert program is not None  # torch.onnx.export with dynamo=True returns a program
     model: ir.Model = program.model
-    strip_metadata(model)
     return model
 
 
@@ -176,11 +190,12 @@ def _name(model: ir.Model, exported: ExportedModel) -> Interface:
     return name_interface(model, names, exported.output_names, exported.dynamic_axes)
 
 
-def _find_weights(model: ir.Model, exported: ExportedModel, captured: CapturedGraph) -> list[MaskedWeight]:
-    """The initializer of every masked parameter, renamed to the parameter's FQN."""
+def _find_weights(model: ir.Model, exported: ExportedModel, captured: CapturedGraph) -> tuple[list[MaskedWeight], list[str]]:
+    """The initializer of every masked parameter, renamed to its FQN; and a note for each that the graph does not read."""
     masks = captured.masks
     if masks is None:
-        return []
+        return [], []
+    notes: list[str] = []
     aliases = tensor_aliases(exported.program)
     found: dict[ir.Value, MaskedWeight] = {}
     for fqn, packed in masks.packed.items():
@@ -189,7 +204,8 @@ def _find_weights(model: ir.Model, exported: ExportedModel, captured: CapturedGr
         if value is None and not any(name in exported.program.state_dict for name in names):
             raise InputError(f"the masks name {fqn}, but the model has no such parameter. Use the masks of this model")
         if value is None:
-            continue  # a parameter that the exported graph does not read
+            notes.append(f"parameter {fqn} is not in the file: the graph does not read it")
+            continue
         tensor = value.const_value
         assert tensor is not None  # initializers of the main graph have values
         if tuple(tensor.shape.numpy()) != packed.shape:
@@ -204,7 +220,7 @@ def _find_weights(model: ir.Model, exported: ExportedModel, captured: CapturedGr
             continue
         value.name = fqn
         found[value] = MaskedWeight(fqn, value, tensor, masks)
-    return list(found.values())
+    return list(found.values()), notes
 
 
 def _replace_weights(model: ir.Model, weights: list[MaskedWeight], format: str, values: str) -> dict[str, EncodingPlan]:
@@ -296,8 +312,9 @@ def _check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ExportError(f"the written file does not pass onnx.checker: {first}. Nothing was kept; this is a bug") from error
+        raise ExportError(
+            f"the written file does not pass onnx.checker: {first_line(error)}. Nothing was kept; this is a bug"
+        ) from error
 
 
 def _encoding(fqn: str, plan: EncodingPlan) -> TensorEncoding:
@@ -318,12 +335,12 @@ def _explain(error: BaseException) -> tuple[str, str]:
 @contextmanager
 def _quiet_converter() -> Iterator[None]:
     """The converter's progress and its notes on packages that are not installed are not our user's business."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    converter = logging.getLogger("torch.onnx")
+    level = converter.level
+    converter.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        converter.setLevel(level)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mfcompile.artifact import ExportedArtifact, OutputParity, ParityReport
 from mfcompile.errors import InputError, ParityError
-from mfcompile.exporters.session import first_line, make_feeds, open_session, run_session
+from mfcompile.exporters.messages import first_line
+from mfcompile.exporters.session import make_feeds, open_session, run_session
 from mfcompile.inputs import ExampleInputs, output_tensors, slice_batch
 
-__all__ = ["default_tolerance", "make_cases", "open_session", "raise_on_failure", "verify"]
+__all__ = ["comparable_batch_sizes", "default_tolerance", "make_cases", "open_session", "raise_on_failure", "verify"]
 
 # A float input with at most this many different values is a mask or a flag, not content.
 MASK_VALUES = 2
@@ -167,6 +168,23 @@ def make_cases(
             case = slice_batch(example_inputs, [order[index % own] for index in range(size)])
         cases.append(case.map_tensors(lambda name, tensor: _redraw(example_inputs.tensors()[name], tensor, generator)))
     return tuple(cases)
+
+
+def comparable_batch_sizes(artifact: ExportedArtifact, example_inputs: ExampleInputs) -> tuple[int, ...]:
+    """Batch sizes to verify an artefact at, for make_cases: the example's and one more where the batch is free.
+
+    Returns:
+        () where the inputs share no batch dimension.
+    """
+    own = example_inputs.batch_size()
+    if own is None:
+        return ()
+    is_free = all(
+        0 in artifact.dynamic_axes.get(name, {})
+        for name, tensor in example_inputs.tensors().items()
+        if tensor.ndim and name in artifact.input_names
+    )
+    return (own, own + 1) if is_free else (own,)
 
 
 def describe(case: ExampleInputs) -> str:

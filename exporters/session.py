@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mfcompile.errors import InputError
+from mfcompile.exporters.messages import first_line
 from mfcompile.inputs import ExampleInputs
 
 # onnxruntime's names of element types, and the torch dtypes that they are.
@@ -80,11 +81,6 @@ def run_session(session: onnxruntime.InferenceSession, feeds: dict[str, Any]) ->
     names = [node.name for node in session.get_outputs()]
     values = session.run_with_ort_values(names, feeds)
     return {name: _from_ort(value) for name, value in zip(names, values, strict=True)}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without a full stop."""
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _to_ort(tensor: Tensor) -> Any:
