@@ -238,6 +238,11 @@ def with_source(report: Report, *, path: str, kind: str, notes: Sequence[str] = 
     return {**report, "source": {"path": path, "kind": kind, "notes": list(notes)}}
 
 
+def with_capture(report: Report, captured: CapturedGraph) -> Report:
+    """The report with a later state of the capture: the export program, and what was tried to get it."""
+    return {**report, "capture": _capture(captured)}
+
+
 def with_export(report: Report, artifact: ExportedArtifact) -> Report:
     """The report with the ONNX file: its size against dense fp32, how each pruned weight is stored, its free axes."""
     encodings: dict[str, int] = {}
@@ -253,9 +258,7 @@ def with_export(report: Report, artifact: ExportedArtifact) -> Report:
             "opset": artifact.opset,
             "size_bytes": artifact.size_bytes,
             "dense_size_bytes": artifact.dense_size_bytes,
-            "size_ratio": _finite(
-                artifact.size_bytes / artifact.dense_size_bytes if artifact.dense_size_bytes else 1.0
-            ),
+            "size_ratio": _finite(artifact.size_bytes / artifact.dense_size_bytes if artifact.dense_size_bytes else 1.0),
             "pruned_ratio": _finite(artifact.pruned_ratio),
             "pruned_stored_bytes": sum(item.stored_bytes for item in artifact.encodings),
             "pruned_dense_bytes": sum(item.dense_bytes for item in artifact.encodings),
@@ -304,12 +307,10 @@ def with_latency(report: Report, latency: Mapping[str, Any]) -> Report:
     return {**report, "latency": dict(latency)}
 
 
-def with_evaluation(report: Report, results: Mapping[str, Mapping[str, float]]) -> Report:
+def with_evaluation(report: Report, metrics: Mapping[str, Mapping[str, float]], notes: Sequence[str] = ()) -> Report:
     """The report with the user's own evaluation: which model ("dense", "pruned", ...) -> metric -> value."""
-    return {
-        **report,
-        "evaluation": {which: {name: _finite(value) for name, value in row.items()} for which, row in results.items()},
-    }
+    rows = {which: {name: _finite(value) for name, value in row.items()} for which, row in metrics.items()}
+    return {**report, "evaluation": {"metrics": rows, "notes": list(notes)}}
 
 
 def with_files(report: Report, files: Mapping[str, int]) -> Report:

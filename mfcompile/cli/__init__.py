@@ -1,0 +1,5 @@
+"""The ``mfcompile`` command."""
+
+from mfcompile.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,97 @@
+"""``mfcompile export``: apply saved masks to a model and write it as ONNX."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mfcompile.cli.console import StageProgress, Terminal
+from mfcompile.cli.loading import capture_masked, load
+from mfcompile.cli.parser import SOURCE_HELP, Subparsers, add_debug_option, add_format_options
+from mfcompile.errors import InputError
+
+if TYPE_CHECKING:
+    from mfcompile.artifact import ExportedArtifact, ParityReport
+    from mfcompile.graph import CapturedGraph
+
+DESCRIPTION = """\
+Apply the masks that an earlier run saved, write the model as ONNX, and compare it with the masked PyTorch
+model. The model must be the one that the masks were made for: its fingerprint is checked."""
+
+EXAMPLES = """\
+examples:
+  mfcompile export model.py --masks model-pruned/masks.safetensors -o model-fp16.onnx --values fp16
+  mfcompile export ./blip-itm --masks blip-63/masks.safetensors -o blip-dense.onnx --format dense"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a model with saved masks as ONNX",
+        usage="mfcompile export SOURCE --masks FILE -o FILE [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=SOURCE_HELP)
+    parser.add_argument("--masks", type=Path, required=True, metavar="FILE", help="the masks.safetensors of a pruned directory")
+    output = parser.add_argument_group("output")
+    output.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the .onnx file to write")
+    output.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
+    add_format_options(output)
+    add_debug_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    """Run ``mfcompile export``."""
+    from mfcompile.cli.outputs import check_writable
+    from mfcompile.masks import MaskSet
+
+    target: Path = args.output
+    if target.suffix != ".onnx":
+        raise InputError(f"the output {target} does not end in .onnx. Give the file to write, such as {target.name}.onnx")
+    if target.exists() and not args.overwrite:
+        raise InputError(f"the output {target} exists already. Nothing was written; choose another, or pass --overwrite")
+    check_writable(target, option="-o")
+    masks = MaskSet.load(args.masks)
+    with terminal.progress() as progress:
+        pruned = capture_masked(load(args.source, progress), masks, progress)
+        artifact, parity = _write(pruned, target, args.format or "packed", args.values or "fp32", progress)
+    from mfcompile.cli import results, tables
+    from mfcompile.report import parity_rows, with_export
+
+    for line in results.size_lines(with_export({}, artifact)["export"]):
+        terminal.say(line)
+    terminal.out.print()
+    terminal.out.print(tables.parity_table(parity_rows(parity)))
+    for file in artifact.files:
+        terminal.say(f"wrote {target.with_name(file.name)} ({tables.size(target.with_name(file.name).stat().st_size)})")
+    return 0
+
+
+def _write(
+    pruned: CapturedGraph, target: Path, format: str, values: str, progress: StageProgress
+) -> tuple[ExportedArtifact, ParityReport]:
+    """Write and verify in a directory beside the target, and move the files when they agree with PyTorch.
+
+    Raises:
+        ParityError: they do not; nothing is left.
+    """
+    import os
+    import tempfile
+
+    from mfcompile.compile import export_onnx, verify
+    from mfcompile.exporters.parity import raise_on_failure
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        with progress.stage("onnx"):
+            artifact = export_onnx(pruned, Path(folder) / target.name, format=format, values=values)
+        with progress.stage("verify"):
+            parity = verify(artifact, pruned)
+            raise_on_failure(parity)
+        for file in sorted(artifact.files, key=lambda file: file == artifact.path):  # the .onnx file last
+            os.replace(file, target.with_name(file.name))
+    return artifact, parity

@@ -1,0 +1,125 @@
+"""``mfcompile inspect``: what was captured, which weights serve what, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfcompile.cli.console import Terminal
+from mfcompile.cli.loading import capture_source, load, region_options
+from mfcompile.cli.parser import SOURCE_HELP, Subparsers, add_debug_option, add_region_options
+
+if TYPE_CHECKING:
+    from mfcompile.graph import CapturedGraph
+    from mfcompile.region import RegionMap
+
+DESCRIPTION = """\
+Capture a model and show what mfcompile understands of it: what every input was taken for, the region of every
+linear weight with the dataflow that decided it, what stays dense and why, and every way of capturing that was
+tried. Nothing is pruned and nothing is written, except for --json."""
+
+EXAMPLES = """\
+examples:
+  mfcompile inspect model.py
+  mfcompile inspect ./blip-itm --json regions.json
+  mfcompile inspect model.py --modality x=vision y=text --regions 'bridge.*=fusion'"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show regions, evidence and what stays dense",
+        usage="mfcompile inspect SOURCE [--json FILE] [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=SOURCE_HELP)
+    add_region_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write everything as JSON; - for stdout, instead of the tables")
+    add_debug_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    """Run ``mfcompile inspect``."""
+    with terminal.progress() as progress:
+        source = load(args.source, progress)
+        captured, regions = capture_source(source, region_options(args), progress)
+    view = describe(captured, regions)
+    text = json.dumps(view, indent=2, ensure_ascii=False)
+    if args.json == "-":
+        terminal.say(text)
+        return 0
+    _show(view, terminal)
+    if args.json:
+        from mfcompile.files import write_atomically
+
+        terminal.say(f"wrote {write_atomically(Path(args.json), (text + chr(10)).encode())}")
+    return 0
+
+
+def describe(captured: CapturedGraph, regions: RegionMap) -> dict[str, Any]:
+    """Everything that is known before calibration, as JSON."""
+    from mfcompile.report import describe_plan
+
+    return {
+        "format": "mfcompile.inspection",
+        "format_version": 1,
+        "model": type(captured.module).__name__,
+        **describe_plan(captured, regions),
+        "weights": [_weight(site, regions) for site in regions.sites],
+    }
+
+
+def _weight(site: Any, regions: RegionMap) -> dict[str, Any]:
+    uses = regions.evidence.get(site.fqn, ())
+    blocks = [use for use in uses if use.block is not None]
+    return {
+        "name": site.name,
+        "region": site.region,
+        "shape": [site.out_features, site.in_features],
+        "weights": site.weight_count,
+        "reason": site.skipped,
+        "override": regions.overrides.get(site.fqn),
+        "tied_with": list(site.tied_with),
+        "label": sorted({label for use in uses for label in use.label}),
+        "block": blocks[0].block if blocks else None,
+        "block_label": sorted({label for use in blocks for label in use.block_label}),
+        "uses": [
+            {
+                "node": use.node,
+                "activation": use.activation,
+                "rows": list(use.rows),
+                "label": sorted(use.label),
+                "block": use.block,
+                "block_label": sorted(use.block_label),
+                "module": use.stack[-1] if use.stack else "",
+            }
+            for use in uses
+        ],
+    }
+
+
+def _show(view: dict[str, Any], terminal: Terminal) -> None:
+    from mfcompile.cli import tables
+
+    out = terminal.out
+    out.print(tables.attempts_table(view))
+    for text in view["capture"]["specialised"]:
+        terminal.say(f"  specialised: {text}")
+    out.print(tables.inputs_table(view))
+    out.print(tables.evidence_table(view["weights"]))
+    skipped = tables.skipped_table(view)
+    if skipped is not None:
+        out.print(skipped)
+    for item in view["diagnostics"]:
+        terminal.say(f"note: {item['subject']}: {item['reason']}")
+    pruned = [weight for weight in view["weights"] if weight["reason"] is None]
+    terminal.say(
+        f"{len(pruned)} of {len(view['weights'])} linear weights would be pruned, "
+        f"{sum(weight['weights'] for weight in pruned):,} elements. Next: mfcompile prune with --dry-run"
+    )

@@ -1,0 +1,85 @@
+"""From a SOURCE on the command line to a captured model with its regions."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfcompile.errors import InputError
+
+if TYPE_CHECKING:
+    from mfcompile.cli.console import StageProgress
+    from mfcompile.frontends.sources import ModelSource
+    from mfcompile.graph import CapturedGraph
+    from mfcompile.masks import MaskSet
+    from mfcompile.region import RegionMap
+
+
+def option(args: argparse.Namespace, name: str) -> Any:
+    """The value of an option in the form that a recipe keeps it; None where it was not given."""
+    value = getattr(args, name, None)
+    if isinstance(value, list):
+        return dict(value) if name in ("regions", "modalities") else tuple(value)
+    return value
+
+
+def region_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``add_region_options`` that were given."""
+    names = ("targets", "ignore", "regions", "modalities", "padding_mask")
+    return {name: value for name in names if (value := option(args, name)) is not None}
+
+
+def load(path: Path, progress: StageProgress) -> ModelSource:
+    """Load a model.py or a model directory.
+
+    Raises:
+        InputError: there is nothing there, or it does not define what is needed.
+    """
+    if not path.exists():
+        raise InputError(
+            f"there is no {path}. Give a model.py that defines model and example_inputs, a Hugging Face model "
+            f"directory, or a recipe.yaml"
+        )
+    with progress.stage("load"):
+        from mfcompile.frontends.sources import load_source
+
+        return load_source(path)
+
+
+def merged(source: ModelSource, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the source says about its inputs and regions, overridden by options; as ``infer_regions`` takes it."""
+    return {
+        "modalities": {**(source.modalities or {}), **options.get("modalities", {})} or None,
+        "regions": {**(source.regions or {}), **options.get("regions", {})} or None,
+        "targets": options.get("targets"),
+        "ignore": options.get("ignore") or None,
+    }
+
+
+def capture_source(source: ModelSource, options: Mapping[str, Any], progress: StageProgress) -> tuple[CapturedGraph, RegionMap]:
+    """Capture a loaded model and find its regions."""
+    from mfcompile.compile import capture, infer_regions
+
+    with progress.stage("capture"):
+        captured = capture(source.model, source.example_inputs)
+    with progress.stage("regions"):
+        regions = infer_regions(captured, **merged(source, options))
+    return captured, regions
+
+
+def capture_masked(source: ModelSource, masks: MaskSet | None, progress: StageProgress) -> CapturedGraph:
+    """Capture a loaded model and apply saved masks.
+
+    Raises:
+        InputError: the masks were made for other weights (names both fingerprints).
+    """
+    from mfcompile.compile import capture, with_masks
+
+    with progress.stage("capture"):
+        captured = capture(source.model, source.example_inputs)
+    if masks is None:
+        return captured
+    with progress.stage("apply"):
+        return with_masks(captured, masks)

@@ -1,0 +1,166 @@
+"""The output directory of ``mfcompile prune``: checked before the work, published complete or not at all."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfcompile.cli.console import StageProgress
+from mfcompile.cli.evaluation import Evaluation
+from mfcompile.errors import InputError
+from mfcompile.files import check_output_dir, staged_directory
+from mfcompile.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mfcompile.artifact import ExportedArtifact
+    from mfcompile.compile import CompiledModel
+    from mfcompile.frontends.sources import ModelSource
+    from mfcompile.graph import CapturedGraph
+    from mfcompile.inputs import ExampleInputs
+
+LATENCY_SECONDS = 4.0
+"""About how long latency is measured."""
+
+PILOT_REPEATS, MOST_REPEATS = 3, 50
+
+
+def check_directory(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output directory before anything expensive is done.
+
+    Raises:
+        InputError: it is a file, holds something (and is not to be replaced), or cannot be written to.
+    """
+    if not (overwrite and path.is_dir()):
+        check_output_dir(path)
+    check_writable(path, option="--output-dir")
+
+
+def check_writable(path: Path, *, option: str) -> None:
+    """Refuse a path beside which nothing can be written.
+
+    Raises:
+        InputError: names the folder and the option that gave the path.
+    """
+    ancestor = path.absolute().parent
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    try:
+        with tempfile.TemporaryFile(dir=ancestor):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror} in {ancestor}. Choose another place with {option}"
+        ) from error
+
+
+def publish(
+    directory: Path,
+    overwrite: bool,
+    source: ModelSource,
+    recipe: Recipe,
+    compiled: CompiledModel,
+    evaluation: Evaluation,
+    progress: StageProgress,
+) -> dict[str, Any]:
+    """Export, verify and measure in a directory beside the final one, and rename it when all of it is there.
+
+    Returns:
+        The whole report.
+
+    Raises:
+        ParityError: the ONNX file does not compute what the pruned module computes; nothing is published.
+    """
+    from mfcompile.report import save_report, with_evaluation, with_files, with_source
+    from mfcompile.report_plot import plot_sparsity
+    from mfcompile.saving import save_weights
+
+    report = with_source(compiled.report, path=source.path.name, kind=source.kind, notes=source.notes)
+    with staged_directory(directory, overwrite=overwrite) as staging:
+        if recipe.onnx:
+            report = _export(staging, recipe, compiled, evaluation, report, progress)
+        if evaluation.metrics:
+            report = with_evaluation(report, evaluation.metrics, evaluation.notes)
+        with progress.stage("write"):
+            save_weights(compiled.strip(), staging)
+            if source.save_extras is not None:
+                source.save_extras(staging)
+            compiled.masks.save(staging / "masks.safetensors")
+            ran = replace(
+                recipe,
+                digest=report["digest"],
+                fingerprint=report["model"]["fingerprint"],
+                versions=report["versions"],
+            )
+            ran.save(staging / "recipe.yaml", beside=directory)
+            plot_sparsity(report, staging)
+            report = with_files(report, {file.name: file.stat().st_size for file in sorted(staging.iterdir())})
+            save_report(report, staging / "report.json")
+    return report
+
+
+def _export(
+    staging: Path,
+    recipe: Recipe,
+    compiled: CompiledModel,
+    evaluation: Evaluation,
+    report: dict[str, Any],
+    progress: StageProgress,
+) -> dict[str, Any]:
+    """Write model.onnx, hold it to the module, time it, and score it."""
+    from mfcompile.compile import export_onnx, verify
+    from mfcompile.exporters.parity import raise_on_failure
+    from mfcompile.frontends.capture import with_export
+    from mfcompile.report import with_capture, with_latency, with_parity
+    from mfcompile.report import with_export as report_export
+
+    with progress.stage("export"):
+        pruned = with_export(compiled.captured)
+        report = with_capture(report, pruned)
+    with progress.stage("onnx"):
+        artifact = export_onnx(pruned, staging / "model.onnx", format=recipe.format, values=recipe.values)
+    with progress.stage("verify"):
+        parity = verify(artifact, pruned)
+        raise_on_failure(parity)
+    with progress.stage("latency"):
+        latency = measure_latency(artifact, pruned, staging)
+    evaluation.add_onnx(artifact.path, compiled.module, pruned.example_inputs)
+    return with_latency(with_parity(report_export(report, artifact), parity), latency)
+
+
+def measure_latency(artifact: ExportedArtifact, pruned: CapturedGraph, scratch: Path) -> dict[str, Any]:
+    """Time the artefact against the unpruned model in dense format, in onnxruntime, on the example inputs."""
+    from mfcompile.compile import export_onnx
+
+    with tempfile.TemporaryDirectory(prefix=".latency-", dir=scratch) as folder:
+        dense = export_onnx(replace(pruned, masks=None), Path(folder) / "dense.onnx", format="dense")
+        return compare({"dense": dense.path, "pruned": artifact.path}, pruned.example_inputs)
+
+
+def compare(paths: dict[str, Path], inputs: ExampleInputs) -> dict[str, Any]:
+    """Paired latencies of the pruned file and the dense one, and how long each takes to load."""
+    import onnxruntime
+
+    from mfcompile.exporters.latency import compare_latency
+    from mfcompile.exporters.session import open_session
+
+    load_ms = {}
+    for name, path in paths.items():
+        start = time.perf_counter()
+        open_session(path)
+        load_ms[name] = round(1000 * (time.perf_counter() - start), 1)
+    result = compare_latency(paths, inputs, repeats=PILOT_REPEATS, warmup=1)
+    slowest = sum(result.median(name) for name in paths)
+    repeats = min(MOST_REPEATS, int(LATENCY_SECONDS / max(slowest, 1e-6)))
+    if repeats > PILOT_REPEATS:
+        result = compare_latency(paths, inputs, repeats=repeats, warmup=2)
+    return {
+        "runtime": f"onnxruntime {onnxruntime.__version__}, CPU",
+        "batch_size": inputs.batch_size(),
+        "repeats": max(repeats, PILOT_REPEATS),
+        "medians_ms": {name: round(1000 * result.median(name), 4) for name in paths},
+        "ratio": round(result.ratio("pruned", "dense"), 4),
+        "load_ms": load_ms,
+    }

@@ -1,0 +1,82 @@
+"""The plan of ``mfcompile prune --dry-run``: what would be pruned, and how large the file would be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mfcompile.cli import tables
+from mfcompile.cli.console import Terminal
+from mfcompile.cli.loading import capture_source, load
+from mfcompile.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mfcompile.graph import CapturedGraph
+    from mfcompile.region import RegionMap
+
+VALUE_BYTES = {"fp32": 4, "fp16": 2}
+GAP_BYTES = 1
+"""Bytes by which packed storage says where a kept weight is."""
+
+
+def show(recipe: Recipe, terminal: Terminal) -> None:
+    """Capture the model and print the plan; nothing is calibrated, nothing is written."""
+    with terminal.progress() as progress:
+        source = load(recipe.source, progress)
+        captured, regions = capture_source(source, vars(recipe), progress)
+    view = describe(captured, regions, recipe)
+    out = terminal.out
+    out.print(tables.inputs_table(view))
+    out.print(tables.plan_table(view))
+    skipped = tables.skipped_table(view)
+    if skipped is not None:
+        out.print(skipped)
+    for item in view["diagnostics"]:
+        terminal.say(f"note: {item['subject']}: {item['reason']}")
+    data = "calibration_batches" if source.calibration else "the example inputs (no calibration data is defined)"
+    terminal.say(f"Calibration: with {data}.")
+    terminal.say(
+        f"Parameters: {view['parameters']:,}, {tables.size(view['dense_bytes'])} dense."
+        + (f" model.onnx: about {tables.size(view['predicted_bytes'])} ({_stored(recipe)})." if recipe.onnx else "")
+    )
+    terminal.say("This was a dry run: nothing was written.")
+
+
+def describe(captured: CapturedGraph, regions: RegionMap, recipe: Recipe) -> dict[str, Any]:
+    """The plan as JSON."""
+    from mfcompile.report import describe_plan
+
+    rows: list[dict[str, Any]] = []
+    for region, sites in regions.by_region().items():
+        weights = sum(site.weight_count for site in sites)
+        rows.append(
+            {
+                "region": region,
+                "sites": len(sites),
+                "weights": weights,
+                "kept": weights - round(weights * recipe.sparsity),
+                "sparsity_requested": recipe.sparsity,
+            }
+        )
+    parameters = list(captured.module.parameters())
+    dense = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    prunable = sum(row["weights"] for row in rows)
+    return {
+        **describe_plan(captured, regions),
+        "sparsity": recipe.sparsity,
+        "plan": rows,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "dense_bytes": dense,
+        "predicted_bytes": dense - 4 * prunable + stored_bytes(prunable, recipe),
+    }
+
+
+def stored_bytes(weights: int, recipe: Recipe) -> float:
+    """About how many bytes pruned weights take in the ONNX file: whichever of packed and dense is smaller."""
+    dense = weights * VALUE_BYTES[recipe.values]
+    if recipe.format == "dense":
+        return dense
+    return min(dense, weights * (1 - recipe.sparsity) * (VALUE_BYTES[recipe.values] + GAP_BYTES))
+
+
+def _stored(recipe: Recipe) -> str:
+    return f"{recipe.format}, {recipe.values}"

@@ -1,0 +1,174 @@
+"""``mfcompile prune``: from a model to a directory of pruned artefacts."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfcompile.cli import plan
+from mfcompile.cli.console import StageProgress, Terminal
+from mfcompile.cli.loading import load, merged, option
+from mfcompile.cli.parser import (
+    Subparsers,
+    add_debug_option,
+    add_format_options,
+    add_region_options,
+    fraction,
+    whole_number,
+)
+from mfcompile.recipe import ROUNDINGS, Recipe
+
+if TYPE_CHECKING:
+    from mfcompile.compile import CompiledModel
+    from mfcompile.frontends.sources import ModelSource
+
+DESCRIPTION = """\
+Prune a model and write what is left of it: model.onnx, model.safetensors, masks.safetensors, recipe.yaml,
+report.json and a picture of the sparsity per layer. The directory appears complete or not at all.
+
+The ONNX file is compared with the pruned PyTorch model before it is published; a difference beyond the
+tolerance is an error. Latency is measured, on this machine, and stated plainly."""
+
+EXAMPLES = """\
+examples:
+  mfcompile prune model.py --sparsity 0.63
+  mfcompile prune ./blip-itm -o blip-63 --num-calibration-samples 128 --values fp16
+  mfcompile prune model.py --dry-run --ignore region:fusion 're:.*\\.pooler'
+  mfcompile prune model-pruned/recipe.yaml -o again      run a recipe again; its masks must come out the same
+
+calibration data comes from calibration_batches in model.py: an iterable, or a function that returns one."""
+
+SOURCE_HELP = "a model.py, a Hugging Face model directory, or a recipe.yaml that an earlier run wrote"
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "prune",
+        help="prune a model and export it",
+        usage="mfcompile prune SOURCE [--sparsity S] [-o DIR] [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=SOURCE_HELP)
+    how = parser.add_argument_group("how much, and how")
+    how.add_argument(
+        "--sparsity", type=fraction, metavar="S", help="fraction of the weights to remove, in [0, 1) (default: 0.63)"
+    )
+    how.add_argument(
+        "--num-calibration-samples",
+        "--num_calibration_samples",
+        type=whole_number,
+        metavar="N",
+        help="stop calibrating at the batch that reaches N samples (default: all that the source gives)",
+    )
+    how.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        help="exact budgets sum to the request; official repeats the published truncation (default: exact)",
+    )
+    how.add_argument("--seed", type=whole_number, metavar="N", help="seed of the calibration (default: 0)")
+    add_region_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o",
+        "--output-dir",
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        help="directory to write (default: <name of the source>-pruned here)",
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace the output directory if there is one")
+    add_format_options(output)
+    output.add_argument("--no-onnx", dest="onnx", action="store_false", default=None, help="write no ONNX file")
+    output.add_argument(
+        "--no-evaluate",
+        dest="evaluate",
+        action="store_false",
+        default=None,
+        help="do not run the model's own evaluate before and after",
+    )
+    output.add_argument("--dry-run", action="store_true", help="show the plan; write nothing")
+    add_debug_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    """Run ``mfcompile prune``."""
+    recipe = read_recipe(args, terminal)
+    if args.dry_run:
+        plan.show(recipe, terminal)
+        return 0
+    from mfcompile.cli import outputs, results
+    from mfcompile.cli.evaluation import DENSE, PRUNED, Evaluation
+
+    directory = args.output_dir or Path(f"{_stem(recipe.source)}-pruned")
+    outputs.check_directory(directory, overwrite=args.overwrite)
+    terminal.note(f"{recipe.source} -> {directory}")
+    with terminal.progress() as progress:
+        source = load(recipe.source, progress)
+        _announce(source, terminal)
+        compiled = _compile(source, recipe, progress)
+        recipe.check_reproduced(compiled.masks.digest(), compiled.masks.fingerprint, compiled.report["versions"])
+        evaluation = Evaluation(source.evaluate if recipe.evaluate else None, progress)
+        evaluation.add(DENSE, source.model)
+        evaluation.add(PRUNED, compiled.module)
+        report = outputs.publish(directory, args.overwrite, source, recipe, compiled, evaluation, progress)
+    results.show(report, directory, args.source, terminal)
+    if recipe.digest:
+        terminal.say(f"The recipe was reproduced: its masks have the recorded digest {recipe.digest[:16]}….")
+    return 0
+
+
+def read_recipe(args: argparse.Namespace, terminal: Terminal) -> Recipe:
+    """What is asked for: the options of a recipe, if SOURCE is one, overridden by those of the command line.
+
+    Raises:
+        InputError: an option cannot have its value, or the recipe is not valid.
+    """
+    names = {item.name for item in fields(Recipe)} - {"source", "digest", "fingerprint", "versions"}
+    given = {name: value for name in names if (value := option(args, name)) is not None}
+    if args.source.suffix not in (".yaml", ".yml"):
+        return Recipe(source=args.source, **given)
+    recorded = Recipe.load(args.source)
+    recipe = recorded.override(given)
+    changed = recorded.mask_options_changed(recipe)
+    if changed:
+        terminal.note(f"the recipe is run with another {', '.join(changed)}: its recorded digest is not compared")
+    return recipe
+
+
+def _stem(source: Path) -> str:
+    resolved = source.resolve()
+    return resolved.name if resolved.is_dir() else resolved.stem
+
+
+def _announce(source: ModelSource, terminal: Terminal) -> None:
+    """Say what is worth knowing before the long work begins."""
+    for note in source.notes:
+        terminal.note(f"note: {note}")
+    if source.calibration is None:
+        terminal.warn(
+            "there is no calibration data, so the example inputs stand in for it. Masks are only as good as the data: "
+            "define calibration_batches in model.py with a few hundred real samples"
+        )
+
+
+def _compile(source: ModelSource, recipe: Recipe, progress: StageProgress) -> CompiledModel:
+    from mfcompile.compile import compile_pruned
+
+    options: dict[str, Any] = merged(source, vars(recipe))
+    return compile_pruned(
+        source.model,
+        source.example_inputs,
+        sparsity=recipe.sparsity,
+        calibration=source.calibration() if source.calibration else None,
+        padding_mask=recipe.padding_mask or source.padding_mask,
+        num_calibration_samples=recipe.num_calibration_samples,
+        rounding=recipe.rounding,
+        seed=recipe.seed,
+        progress=progress,
+        **options,
+    )

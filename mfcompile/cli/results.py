@@ -1,0 +1,77 @@
+"""What ``mfcompile prune`` prints at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mfcompile.cli import tables
+from mfcompile.cli.console import Terminal
+
+
+def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Terminal) -> None:
+    """The report as tables and plain sentences, what was written where, and what to do next."""
+    out = terminal.out
+    out.print(tables.inputs_table(report))
+    out.print(tables.regions_table(report))
+    skipped = tables.skipped_table(report)
+    if skipped is not None:
+        out.print(skipped)
+    for item in report["diagnostics"]:
+        terminal.say(f"note: {item['subject']}: {item['reason']}")
+    if report["export"] is not None:
+        for line in size_lines(report["export"]):
+            terminal.say(line)
+    if report["latency"] is not None:
+        for line in latency_lines(report["latency"]):
+            terminal.say(line)
+    if report["parity"] is not None:
+        out.print()
+        out.print(tables.parity_table(report["parity"]))
+    if report["evaluation"] is not None:
+        out.print(tables.evaluation_table(report["evaluation"]["metrics"]))
+        for note in report["evaluation"]["notes"]:
+            terminal.say(f"note: {note}")
+    out.print(tables.files_table(report, directory))
+    for line in next_steps(report, directory, source):
+        terminal.say(line)
+
+
+def size_lines(export: Mapping[str, Any]) -> list[str]:
+    """How large the ONNX file is, against dense fp32."""
+    lines = [
+        f"Size: {export['file']} takes {tables.size(export['size_bytes'])}, {export['size_ratio']:.2f}x of the dense "
+        f"file's {tables.size(export['dense_size_bytes'])}; its pruned weights take {export['pruned_ratio']:.3f}x of "
+        f"their dense fp32 bytes ({export['format']}, {export['values']})."
+    ]
+    if export["format"] == "dense":
+        lines.append("Size: the dense format stores every zero. Use --format packed for a smaller file.")
+    lines += [f"note: {note}" for note in export["notes"]]
+    return lines
+
+
+def latency_lines(latency: Mapping[str, Any]) -> list[str]:
+    """What was measured, and what zeros do for speed."""
+    medians, load = latency["medians_ms"], latency["load_ms"]
+    batch = "" if latency["batch_size"] is None else f", batch {latency['batch_size']}"
+    return [
+        f"Latency, measured here and now ({latency['runtime']}{batch}, {latency['repeats']} pairs of runs): dense "
+        f"{medians['dense']:.3g} ms, pruned {medians['pruned']:.3g} ms, pruned / dense = {latency['ratio']:.2f}.",
+        "  Stock onnxruntime multiplies zeros like any other number: pruning gives no speed there, it makes the file smaller.",
+        f"  Loading takes {load['dense']:.3g} ms dense and {load['pruned']:.3g} ms pruned (packed weights are decoded "
+        f"once, when the session is created).",
+    ]
+
+
+def next_steps(report: Mapping[str, Any], directory: Path, source: Path) -> list[str]:
+    """Commands that make sense now."""
+    lines = ["Next:"]
+    if report["export"] is not None:
+        lines.append(f"  onnxruntime.InferenceSession('{directory / report['export']['file']}')      run it")
+        values = "" if report["export"]["values"] == "fp32" else f" --values {report['export']['values']}"
+        lines.append(
+            f"  mfcompile verify {directory / 'model.onnx'} {source} --masks {directory / 'masks.safetensors'}{values}"
+        )
+    lines.append(f"  mfcompile prune {directory / 'recipe.yaml'} -o DIR      run it again; the masks must be the same")
+    return lines

@@ -1,0 +1,243 @@
+"""Reports as tables for people. Every number comes from the report; nothing is computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+REGION_STYLES = {"vision": "blue", "text": "yellow", "fusion": "green"}
+
+MOST_REASONS = 8
+"""Further reasons for skipping are summed up in one row."""
+
+EXAMPLES_PER_REASON = 2
+
+
+FILES = {
+    "model.onnx": "the pruned model, for stock onnxruntime",
+    "model.onnx.data": "its weights",
+    "model.safetensors": "the pruned weights under their own names, zeros included",
+    "masks.safetensors": "one bit per prunable weight, 1 = kept",
+    "recipe.yaml": "every option, and the digest of the masks; prune it to repeat this run",
+    "report.json": "everything above, and every site",
+    "sparsity.png": "sparsity per layer and region",
+    "sparsity.svg": "the same picture, for print",
+}
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, emphasis: int = 0) -> RenderableType:
+    """A titled table; a column whose header begins with ``>`` is aligned to the right.
+
+    Args:
+        title: printed above the table.
+        columns: headers.
+        rows: cells; text is shown as it is, brackets included.
+        emphasis: how many rows at the end are set off as totals.
+    """
+    view = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for column in columns:
+        is_number = column.startswith(">")
+        view.add_column(column.removeprefix(">"), justify="right" if is_number else "left", overflow="fold")
+    cells = list(rows)
+    for index, row in enumerate(cells):
+        is_total = index >= len(cells) - emphasis
+        styled = (Text(cell, style="bold" if is_total else REGION_STYLES.get(cell, "")) for cell in row)
+        view.add_row(*styled, end_section=index == len(cells) - emphasis - 1)
+    return Group(Text(title, style="bold underline"), Padding(view, (0, 0, 1, 1)))
+
+
+def inputs_table(report: Mapping[str, Any]) -> RenderableType:
+    """What every input was taken for, and why."""
+    rows = [
+        (item["name"], _shape(item["shape"]), item["dtype"], item["modality"] or "control", item["reason"])
+        for item in report["inputs"]
+    ]
+    return table("Inputs", ("input", "shape", "dtype", "modality", "because"), rows)
+
+
+def regions_table(report: Mapping[str, Any]) -> RenderableType:
+    """What was pruned, by region and in total."""
+    rows = [
+        (
+            row["region"],
+            f"{row['sites']:,}",
+            f"{row['weights']:,}",
+            percent(row["sparsity_requested"]),
+            percent(row["sparsity"]),
+            f"{row['kept']:,}",
+            _range(row["tokens_min"], row["tokens_max"]),
+            "-" if row["padding_tokens_max"] is None else f"{row['padding_tokens_max']:,}",
+        )
+        for row in report["regions"]
+    ]
+    prunable, everything = report["totals"]["prunable"], report["totals"]["all_parameters"]
+    rows.append(
+        (
+            "prunable",
+            f"{len(report['sites']):,}",
+            f"{prunable['weights']:,}",
+            percent(prunable["sparsity_requested"]),
+            percent(prunable["sparsity"]),
+            f"{prunable['kept']:,}",
+            "",
+            "",
+        )
+    )
+    rows.append(
+        (
+            "all parameters",
+            "",
+            f"{everything['weights']:,}",
+            "",
+            percent(everything["sparsity"]),
+            f"{everything['kept']:,}",
+            "",
+            "",
+        )
+    )
+    columns = ("region", ">sites", ">weights", ">requested", ">achieved", ">kept", ">tokens seen", ">padding left out")
+    return table("Sparsity by region (fraction of weights removed)", columns, rows, emphasis=2)
+
+
+def plan_table(report: Mapping[str, Any]) -> RenderableType:
+    """What would be pruned, by region."""
+    rows = [
+        (
+            row["region"],
+            f"{row['sites']:,}",
+            f"{row['weights']:,}",
+            percent(row["sparsity_requested"]),
+            f"{row['kept']:,}",
+        )
+        for row in report["plan"]
+    ]
+    total, kept = (sum(row[key] for row in report["plan"]) for key in ("weights", "kept"))
+    sites = sum(row["sites"] for row in report["plan"])
+    rows.append(("prunable", f"{sites:,}", f"{total:,}", percent(report["sparsity"]), f"{kept:,}"))
+    columns = ("region", ">sites", ">weights", ">to remove", ">to keep")
+    return table("Plan by region", columns, rows, emphasis=1)
+
+
+def skipped_table(report: Mapping[str, Any]) -> RenderableType | None:
+    """The linear weights that stay dense, by reason; None where there are none."""
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for site in report["skipped"]:
+        grouped.setdefault(site["reason"], []).append(site)
+    if not grouped:
+        return None
+    ordered = sorted(grouped.items(), key=lambda item: -len(item[1]))
+    rows = [(reason, *_counts(sites), _some(sites)) for reason, sites in ordered[:MOST_REASONS]]
+    rest = [site for _, sites in ordered[MOST_REASONS:] for site in sites]
+    if rest:
+        rows.append((f"{len(ordered) - MOST_REASONS} further reasons (see report.json)", *_counts(rest), _some(rest)))
+    title = f"Left dense: {len(report['skipped']):,} linear weights"
+    return table(title, ("because", ">weights", ">elements", "for example"), rows)
+
+
+def parity_table(parity: Mapping[str, Any]) -> RenderableType:
+    """Agreement of onnxruntime and PyTorch, output by output."""
+    rows = [
+        (
+            item["name"],
+            _scientific(item["max_abs_diff"]),
+            _scientific(item["max_abs"]),
+            "within" if item["within"] else "OUTSIDE",
+        )
+        for item in parity["outputs"]
+    ]
+    title = f"Parity of {parity['runtime']} with PyTorch (atol {parity['atol']:g}, rtol {parity['rtol']:g})"
+    return table(title, ("output", ">largest difference", ">largest value", "tolerance"), rows)
+
+
+def evaluation_table(evaluation: Mapping[str, Mapping[str, float | None]]) -> RenderableType:
+    """The user's own metrics, before and after."""
+    variants = list(evaluation)
+    metrics = list(dict.fromkeys(name for row in evaluation.values() for name in row))
+    rows = [(metric, *(_metric(evaluation[variant].get(metric)) for variant in variants)) for metric in metrics]
+    return table("Evaluation (by the model's own evaluate)", ("metric", *(f">{name}" for name in variants)), rows)
+
+
+def files_table(report: Mapping[str, Any], directory: Path) -> RenderableType:
+    """What was written, and where."""
+    rows = [(name, size(count), FILES.get(name, "")) for name, count in report["files"].items()]
+    rows.append(("report.json", "", FILES["report.json"]))
+    return table(f"Written to {directory}", ("file", ">size", "what it is"), sorted(rows))
+
+
+def evidence_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Every linear weight with the dataflow that decided its region."""
+    cells = [
+        (
+            row["name"],
+            row["region"],
+            _shape(row["shape"]),
+            " + ".join(row["label"]) or "nothing",
+            f"{row['block']} ({' + '.join(row['block_label']) or 'nothing'})" if row["block"] else "-",
+            "pruned" if row["reason"] is None else row["reason"],
+        )
+        for row in rows
+    ]
+    columns = ("weight", "region", "out x in", "reached by", "block (and what leaves it)", "pruned?")
+    return table("Linear weights", columns, cells)
+
+
+def attempts_table(report: Mapping[str, Any]) -> RenderableType:
+    """Every way of capturing that was tried."""
+    rows = [
+        (
+            item["frontend"],
+            "worked" if item["succeeded"] else "failed",
+            f"{item['seconds']:.1f} s",
+            " ".join(item["detail"].split())[:300],
+        )
+        for item in report["capture"]["attempts"]
+    ]
+    return table("Capture", ("front end", "result", ">time", "detail"), rows)
+
+
+def percent(value: float | None) -> str:
+    """A fraction as people read it."""
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def size(count: float) -> str:
+    """Bytes in a unit that leaves three digits."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:,.0f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(str(length) for length in shape) or "scalar"
+
+
+def _range(low: int | None, high: int | None) -> str:
+    if low is None or high is None:
+        return "-"
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _counts(sites: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    return f"{len(sites):,}", f"{sum(site['weights'] for site in sites):,}"
+
+
+def _some(sites: Sequence[Mapping[str, Any]]) -> str:
+    names = ", ".join(site["name"] for site in sites[:EXAMPLES_PER_REASON])
+    more = len(sites) - EXAMPLES_PER_REASON
+    return f"{names} and {more:,} more" if more > 0 else names
+
+
+def _scientific(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2e}"
+
+
+def _metric(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,68 @@
+"""``mfcompile verify``: does an ONNX file compute what the PyTorch model computes?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mfcompile.cli.console import Terminal
+from mfcompile.cli.loading import capture_masked, load
+from mfcompile.cli.parser import SOURCE_HELP, Subparsers, add_debug_option
+from mfcompile.errors import InputError, ParityError
+from mfcompile.recipe import VALUES
+
+DESCRIPTION = """\
+Run an ONNX file in onnxruntime and the PyTorch model with its masks on the same held-out inputs, and compare every
+output. The tolerance is stated; the exit status is 1 where an output is outside of it."""
+
+EXAMPLES = """\
+examples:
+  mfcompile verify model-pruned/model.onnx model.py --masks model-pruned/masks.safetensors
+  mfcompile verify model-fp16.onnx model.py --masks model-pruned/masks.safetensors --values fp16
+  mfcompile verify dense.onnx model.py                  a file that was not pruned"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="compare an ONNX file with PyTorch",
+        usage="mfcompile verify ONNX SOURCE [--masks FILE] [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("onnx", metavar="ONNX", type=Path, help="the .onnx file")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=SOURCE_HELP)
+    parser.add_argument("--masks", type=Path, metavar="FILE", help="the masks that the file was pruned with (default: none)")
+    parser.add_argument("--values", choices=VALUES, default="fp32", help="precision of its stored values (default: fp32)")
+    add_debug_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    """Run ``mfcompile verify``."""
+    if not args.onnx.is_file():
+        raise InputError(f"there is no ONNX file {args.onnx}. The arguments are: mfcompile verify ONNX SOURCE")
+    from mfcompile.cli import tables
+    from mfcompile.masks import MaskSet
+    from mfcompile.report import parity_rows
+
+    masks = MaskSet.load(args.masks) if args.masks else None
+    with terminal.progress() as progress:
+        model = capture_masked(load(args.source, progress), masks, progress)
+        with progress.stage("verify"):
+            from mfcompile.compile import verify
+
+            parity = verify(args.onnx, model, values=args.values)
+    terminal.out.print(tables.parity_table(parity_rows(parity)))
+    for note in parity.notes:
+        terminal.say(f"note: {note}")
+    if not parity.passed:
+        wrong = [output.name for output in parity.outputs if not output.within]
+        beside = args.onnx.with_name("masks.safetensors")
+        hint = f" If the file is pruned, pass its masks: --masks {beside}" if args.masks is None else ""
+        raise ParityError(
+            f"{args.onnx} does not compute what {args.source} computes: {', '.join(wrong)} outside of the tolerance.{hint}"
+        )
+    terminal.say(f"{args.onnx} agrees with {args.source}: largest difference {parity.max_abs_diff:.2e}.")
+    return 0
