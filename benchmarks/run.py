@@ -1,0 +1,50 @@
+"""Measure everything that the README and the docs state, print it, and keep it as JSON beside this file.
+
+python benchmarks/run.py [--only pruning]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import machine, pruning_cost
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def pruning() -> dict[str, Any]:
+    """Cost of calibration and of selection."""
+    return {"calibration": pruning_cost.calibration_cost(), "selection": pruning_cost.selection_cost()}
+
+
+BENCHMARKS = {"pruning": pruning}
+
+
+def main() -> None:
+    """Run the benchmarks and print a table of each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=sorted(BENCHMARKS), action="append")
+    chosen = parser.parse_args().only or sorted(BENCHMARKS)
+    console = Console()
+    RESULTS.mkdir(exist_ok=True)
+    for name in chosen:
+        result = {"machine": machine.describe(), **BENCHMARKS[name]()}
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        for part, figures in result.items():
+            table = Table(title=f"{name}: {part}", show_header=False)
+            for key, value in figures.items():
+                table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else str(value))
+            console.print(table)
+
+
+if __name__ == "__main__":
+    main()
