@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,18 @@ def arrange(report: Mapping[str, Any]) -> tuple[Band, ...]:
 
 
 def short_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names without the dotted beginning and the ending that they all share."""
+    """Names without the beginning that all share and the ending that most share, as long as they stay distinct."""
     parts = [name.split(".") for name in names]
     front = _shared_count([part[:-1] for part in parts])
-    back = _shared_count([part[front + 1 :][::-1] for part in parts])
-    return tuple(".".join(part[front : len(part) - back]) for part in parts)
+    parts = [part[front:] for part in parts]
+    endings = Counter(part[-1] for part in parts if len(part) > 1)
+    for ending, count in endings.most_common(1):
+        if 2 * count <= len(names):
+            break
+        shorter = [part[:-1] if len(part) > 1 and part[-1] == ending else part for part in parts]
+        if len({tuple(part) for part in shorter}) == len(names):
+            parts = shorter
+    return tuple(".".join(part) for part in parts)
 
 
 def _shared_count(paths: Sequence[Sequence[str]]) -> int:
@@ -124,7 +132,7 @@ def _draw(report: Mapping[str, Any]) -> Figure:
     longest = max((len(label) for band in bands for label in band.labels), default=0) if is_labelled else 0
     width = min(max(8.5, 2.2 + 0.26 * count), 14.0)
     columns = max(1, int(width / (0.9 + 0.08 * max([len(band.region) + 9 for band in bands], default=9))))
-    bottom = 0.2 + (0.075 * longest if is_labelled else 0.3)
+    bottom = 0.2 + (0.062 * longest if is_labelled else 0.3)
     top = 0.8 + 0.2 * math.ceil((len(bands) + 1) / columns)
     height = 3.2 + bottom + top
     figure = Figure(figsize=(width, height))
@@ -147,9 +155,7 @@ def _draw_bars(axes: Axes, bands: Sequence[Band], gap: float) -> None:
 
 def _draw_frame(axes: Axes, bands: Sequence[Band], report: Mapping[str, Any], is_labelled: bool) -> None:
     requested = 100 * report["options"]["sparsity"]
-    axes.axhline(
-        requested, color=INK, linestyle=(0, (5, 3)), linewidth=1.1, label=f"requested: {requested:g} %", zorder=3
-    )
+    axes.axhline(requested, color=INK, linestyle=(0, (5, 3)), linewidth=1.1, label=f"requested: {requested:g} %", zorder=3)
     axes.set_ylim(0, 100)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("sparsity: weights removed (%)")
@@ -188,9 +194,7 @@ def _draw_title(figure: Figure, axes: Axes, report: Mapping[str, Any], columns: 
     height = figure.get_figheight()
     prunable, everything = report["totals"]["prunable"], report["totals"]["all_parameters"]
     left = axes.get_position().x0
-    figure.text(
-        left, 1 - 0.28 / height, f"Sparsity per layer of {report['model']['class']}", fontsize=13, fontweight="bold"
-    )
+    figure.text(left, 1 - 0.28 / height, f"Sparsity per layer of {report['model']['class']}", fontsize=13, fontweight="bold")
     figure.text(
         left,
         1 - 0.50 / height,

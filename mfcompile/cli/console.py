@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-PLAIN_WIDTH = 120
+PLAIN_WIDTH = 200
 """Width of tables where no terminal gives one: wide enough that parameter names are not cut."""
 
 LINE_INTERVAL = 5.0
@@ -155,7 +155,7 @@ class LineProgress(StageProgress):
             self._current, self._began, self._told = stage, now, now
             self._terminal.note(f"{STAGES.get(stage, stage)} …")
         self._done, self._total = done, total
-        if now - self._told >= LINE_INTERVAL and done:
+        if now - self._told >= LINE_INTERVAL and done and done != total:
             self._told = now
             left = f", {_seconds((now - self._began) * (total - done) / done)} left" if total else ""
             self._terminal.note(f"  {self._count()}{left}")

@@ -39,10 +39,12 @@ class Evaluation:
         """
         if self._evaluate is None:
             return
+        import torch
+
         was_training = model.training
         model.eval()
         try:
-            with self._progress.stage(f"evaluating: {variant}"):
+            with self._progress.stage(f"evaluating: {variant}"), torch.no_grad():
                 result = self._evaluate(model)
         except Exception as error:
             raise InputError(

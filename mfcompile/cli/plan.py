@@ -36,7 +36,11 @@ def show(recipe: Recipe, terminal: Terminal) -> None:
     terminal.say(f"Calibration: with {data}.")
     terminal.say(
         f"Parameters: {view['parameters']:,}, {tables.size(view['dense_bytes'])} dense."
-        + (f" model.onnx: about {tables.size(view['predicted_bytes'])} ({_stored(recipe)})." if recipe.onnx else "")
+        + (
+            f" In model.onnx: about {tables.size(view['predicted_bytes'])} ({recipe.format}, {recipe.values})."
+            if recipe.onnx
+            else ""
+        )
     )
     terminal.say("This was a dry run: nothing was written.")
 
@@ -53,7 +57,7 @@ def describe(captured: CapturedGraph, regions: RegionMap, recipe: Recipe) -> dic
                 "region": region,
                 "sites": len(sites),
                 "weights": weights,
-                "kept": weights - round(weights * recipe.sparsity),
+                "kept": weights - int(recipe.sparsity * weights),  # what the allocation gives every region
                 "sparsity_requested": recipe.sparsity,
             }
         )
@@ -76,7 +80,3 @@ def stored_bytes(weights: int, recipe: Recipe) -> float:
     if recipe.format == "dense":
         return dense
     return min(dense, weights * (1 - recipe.sparsity) * (VALUE_BYTES[recipe.values] + GAP_BYTES))
-
-
-def _stored(recipe: Recipe) -> str:
-    return f"{recipe.format}, {recipe.values}"

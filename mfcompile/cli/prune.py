@@ -106,9 +106,9 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     directory = args.output_dir or Path(f"{_stem(recipe.source)}-pruned")
     outputs.check_directory(directory, overwrite=args.overwrite)
-    terminal.note(f"{recipe.source} -> {directory}")
     with terminal.progress() as progress:
         source = load(recipe.source, progress)
+        terminal.note(f"{recipe.source} -> {directory}")
         _announce(source, terminal)
         compiled = _compile(source, recipe, progress)
         recipe.check_reproduced(compiled.masks.digest(), compiled.masks.fingerprint, compiled.report["versions"])

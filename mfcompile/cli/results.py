@@ -26,8 +26,8 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
     if report["latency"] is not None:
         for line in latency_lines(report["latency"]):
             terminal.say(line)
-    if report["parity"] is not None:
         out.print()
+    if report["parity"] is not None:
         out.print(tables.parity_table(report["parity"]))
     if report["evaluation"] is not None:
         out.print(tables.evaluation_table(report["evaluation"]["metrics"]))

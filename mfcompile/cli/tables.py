@@ -50,7 +50,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
         is_total = index >= len(cells) - emphasis
         styled = (Text(cell, style="bold" if is_total else REGION_STYLES.get(cell, "")) for cell in row)
         view.add_row(*styled, end_section=index == len(cells) - emphasis - 1)
-    return Group(Text(title, style="bold underline"), Padding(view, (0, 0, 1, 1)))
+    return Group(Text(title, style="bold underline"), Padding(view, (0, 0, 1, 1), expand=False))
 
 
 def inputs_table(report: Mapping[str, Any]) -> RenderableType:
@@ -167,7 +167,8 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, float | None]]) -> Re
 def files_table(report: Mapping[str, Any], directory: Path) -> RenderableType:
     """What was written, and where."""
     rows = [(name, size(count), FILES.get(name, "")) for name, count in report["files"].items()]
-    rows.append(("report.json", "", FILES["report.json"]))
+    own = directory / "report.json"  # it cannot hold its own size
+    rows.append((own.name, size(own.stat().st_size), FILES[own.name]))
     return table(f"Written to {directory}", ("file", ">size", "what it is"), sorted(rows))
 
 

@@ -37,7 +37,7 @@ def test_bands_follow_the_regions_in_order_without_overlap() -> None:
 def test_interleaved_sites_are_gathered_by_region() -> None:
     report = _report({"text": 2, "vision": 2})
     report["sites"] = [report["sites"][index] for index in (0, 2, 1, 3)]
-    assert [band.labels for band in arrange(report)] == [("0", "1"), ("0", "1")]
+    assert [band.labels for band in arrange(report)] == [("0.fc", "1.fc"), ("0.fc", "1.fc")]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,8 @@ def test_interleaved_sites_are_gathered_by_region() -> None:
     [
         (["a.0.q.weight", "a.0.k.weight", "a.1.q.weight"], ("0.q", "0.k", "1.q")),
         (["a.0.q.weight", "a.0.q.weight[0:4]"], ("weight", "weight[0:4]")),
+        (["a.0.q.weight", "a.1.q.weight", "a.1.c.proj[0:4]"], ("0.q", "1.q", "1.c.proj[0:4]")),
+        (["a.0.q", "a.0.q.weight"], ("q", "q.weight")),
         (["only.one.weight"], ("weight",)),
         (["proj", "a.proj"], ("proj", "a.proj")),
         ([], ()),
@@ -55,9 +57,7 @@ def test_short_names_drop_what_is_shared_and_stay_distinct(names: list[str], sho
     assert len(set(short)) == len(names)
 
 
-@pytest.mark.parametrize(
-    "counts", [{}, {"vision": 1}, {"vision": 4, "text": 8}, {"vision": 80, "text": 60, "fusion": 60}]
-)
+@pytest.mark.parametrize("counts", [{}, {"vision": 1}, {"vision": 4, "text": 8}, {"vision": 80, "text": 60, "fusion": 60}])
 def test_files_are_whole_and_repeatable(tmp_path: Path, counts: dict[str, int]) -> None:
     png, svg = plot_sparsity(_report(counts), tmp_path)
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
