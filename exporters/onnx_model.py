@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 
 from mfcompile._version import __version__
 from mfcompile.artifact import ExportedArtifact, TensorEncoding
 from mfcompile.errors import ExportError, InputError
+from mfcompile.exporters.conversion import convert_program
 from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight
-from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, strip_metadata, write_files
+from mfcompile.exporters.messages import first_line
+from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, write_files
 from mfcompile.exporters.onnx_names import Interface, name_interface
 from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, encode, plan_encoding
-from mfcompile.exporters.messages import first_line
-from mfcompile.exporters.program import prepare_program, tensor_aliases, tensor_input_nodes
-from mfcompile.exporters.simplification import simplify
+from mfcompile.exporters.program import tensor_aliases, tensor_input_nodes
 from mfcompile.graph import CapturedGraph, ExportedModel
 from mfcompile.masks import MaskSet
 
 FORMATS = ("packed", "dense")
-OPSET = 18
-logger = logging.getLogger(__name__)
-
-OPERATOR = re.compile(r"OpOverload\(op='([^']+)', overload='([^']+)'\)")
 
 
 @dataclass(frozen=True)
@@ -127,40 +118,6 @@ def load_peak_bytes(layout: FileLayout, plans: Mapping[str, EncodingPlan]) -> in
     per weight 8 bytes x density + 8 bytes for gap8 with fp32 values (EncodingPlan.folded_bytes).
     """
     return 2 * layout.model_size_bytes + layout.data_size_bytes + sum(plan.folded_bytes for plan in plans.values())
-
-
-def convert_program(exported: ExportedModel) -> ir.Model:
-    """The program as a simplified onnx_ir model; its initializers share memory with the user's parameters.
-
-    Raises:
-        ExportError: an operator of the program has no translation (names it).
-    """
-    model = _convert(exported)
-    try:
-        simplify(model)
-    except Exception as error:  # the graph as converted is as right, only longer
-        logger.warning("the ONNX graph is not simplified: %s", first_line(error))
-        model = _convert(exported)
-    strip_metadata(model)
-    return model
-
-
-def _convert(exported: ExportedModel) -> ir.Model:
-    try:
-        with _quiet_converter():
-            program = torch.onnx.export(
-                prepare_program(exported.program), dynamo=True, optimize=False, opset_version=OPSET, verbose=False
-            )
-    except Exception as error:
-        reason, operator = _explain(error)
-        subject = f"operator {operator}" if operator else "the model"
-        raise ExportError(
-            f"{subject} cannot be converted to ONNX: {reason} (exported by {exported.route}). "
-            f"Replace the operator in the model's forward, or capture a part of the model that does without it"
-        ) from error
-    assert program is not None  # torch.onnx.export with dynamo=True returns a program
-    model: ir.Model = program.model
-    return model
 
 
 def _check(captured: CapturedGraph, path: Path, format: str, values: str) -> ExportedModel:
@@ -319,28 +276,3 @@ def _check_file(path: Path) -> None:
 
 def _encoding(fqn: str, plan: EncodingPlan) -> TensorEncoding:
     return TensorEncoding(fqn, plan.encoding, plan.stored_bytes, 4 * plan.weight_count, plan.kept_count, plan.weight_count)
-
-
-def _explain(error: BaseException) -> tuple[str, str]:
-    """First line of the innermost cause, and the operator that it names ("" when it names none)."""
-    texts = [str(error)]
-    while error.__cause__ is not None:
-        error = error.__cause__
-        texts.append(str(error))
-    reason = next((line.strip() for line in texts[-1].splitlines() if line.strip()), type(error).__name__)
-    match = next((found for text in reversed(texts) if (found := OPERATOR.search(text))), None)
-    return reason.rstrip("."), f"{match[1]}.{match[2]}" if match else ""
-
-
-@contextmanager
-def _quiet_converter() -> Iterator[None]:
-    """The converter's progress and its notes on packages that are not installed are not our user's business."""
-    converter = logging.getLogger("torch.onnx")
-    level = converter.level
-    converter.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        converter.setLevel(level)

@@ -40,6 +40,8 @@ def prepare_program(program: ExportedProgram) -> ExportedProgram:
         A program over a copy of the graph.
     """
     graph = copy.deepcopy(program.graph)
+    for original, node in zip(program.graph.nodes, graph.nodes, strict=True):
+        node.name = original.name  # copying renames nodes called like a Python builtin ("input"); the signature does not
     for node in reversed(list(graph.nodes)):
         if _is_check(node):
             _erase_with_inputs(node)

@@ -19,6 +19,7 @@ def simplify(model: ir.Model) -> None:
         model: as converted; initializers keep their names and values.
     """
     graph = model.graph
+    inputs = [(value, value.name) for value in graph.inputs]
     hidden = [(value, value.const_value) for value in graph.initializers.values()]
     graph.initializers.clear()
     for value, _ in hidden:
@@ -30,3 +31,14 @@ def simplify(model: ir.Model) -> None:
             value.const_value = tensor
             if value.uses() or value.is_graph_output():
                 graph.initializers.add(value)
+        _restore_names(graph, inputs)
+
+
+def _restore_names(graph: ir.Graph, inputs: list[tuple[ir.Value, str | None]]) -> None:
+    """Inputs that are outputs as well lose their name to the output; they get it back."""
+    for value, name in inputs:
+        if value.name != name:
+            for output in graph.outputs:
+                if output.name == name:
+                    output.name = f"{name}_copy"
+            value.name = name
