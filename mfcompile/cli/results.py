@@ -15,6 +15,8 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
     out = terminal.out
     out.print(tables.inputs_table(report))
     out.print(tables.regions_table(report))
+    if report["calibration"] is not None:
+        terminal.say(f"{calibration_line(report['calibration'])}\n")
     skipped = tables.skipped_table(report)
     if skipped is not None:
         out.print(skipped)
@@ -36,6 +38,15 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
     out.print(tables.files_table(report, directory))
     for line in next_steps(report, directory, source):
         terminal.say(line)
+
+
+def calibration_line(calibration: Mapping[str, Any]) -> str:
+    """What the statistics were collected from."""
+    padding = ", ".join(calibration["padding_masks"]) or "none found"
+    return (
+        f"Calibrated with {calibration['source']}: {calibration['batches']:,} batches, {calibration['samples']:,} "
+        f"samples; padding mask: {padding}."
+    )
 
 
 def size_lines(export: Mapping[str, Any]) -> list[str]:
