@@ -22,9 +22,7 @@ def test_parameter_names_are_those_of_the_recorded_weights() -> None:
     stored = load_tensors(recorded.DATA / "model.safetensors")
     assert set(module.state_dict()) == set(stored)
     names = {layer.name for layer in recorded.layers()}
-    assert [name for name, _ in module.named_parameters() if name in names] == [
-        layer.name for layer in recorded.layers()
-    ]
+    assert [name for name, _ in module.named_parameters() if name in names] == [layer.name for layer in recorded.layers()]
 
 
 @pytest.mark.parametrize("call", [0, 1], ids=["general", "region"])
