@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
@@ -18,7 +16,7 @@ from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters import onnx_model
 from mfcompile.exporters.onnx_model import export_onnx
-from mfcompile.graph import CapturedGraph, ExportedModel
+from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet, PackedMask
 from tests.unit.exporters import toy_session
 from tests.unit.exporters.toy_models import (
@@ -43,22 +41,6 @@ DENSITIES = {
     "value.weight": 0.004,
     "head.weight": 0.8,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _convert_each_program_once() -> Iterator[None]:
-    """The same program converts to the same model; conversions after the first are copies of it, to save minutes."""
-    convert = onnx_model.convert_program
-    converted: dict[int, tuple[ExportedModel, bytes]] = {}
-
-    def convert_once(exported: ExportedModel) -> ir.Model:
-        if id(exported) not in converted:
-            converted[id(exported)] = (exported, ir.to_proto(convert(exported)).SerializeToString())
-        return ir.from_proto(onnx.load_from_string(converted[id(exported)][1]))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_model, "convert_program", convert_once)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +168,7 @@ def test_names_and_axes(artifacts: dict[tuple[str, str], ExportedArtifact]) -> N
 
 
 @pytest.mark.parametrize(("format", "values"), [("dense", "fp32"), ("packed", "fp32"), ("packed", "fp16")])
-def test_sizes_are_those_of_the_files(
-    artifacts: dict[tuple[str, str], ExportedArtifact], format: str, values: str
-) -> None:
+def test_sizes_are_those_of_the_files(artifacts: dict[tuple[str, str], ExportedArtifact], format: str, values: str) -> None:
     artifact = artifacts[format, values]
     assert artifact.size_bytes == artifact.path.stat().st_size
     assert artifact.files == (artifact.path,)
@@ -234,7 +214,7 @@ def test_external_data(
     assert sorted(os.listdir(tmp_path)) == ["big.onnx", "big.onnx.data"]
     assert artifact.size_bytes == sum(file.stat().st_size for file in artifact.files)
     external = {
-        tensor.name: dict((entry.key, entry.value) for entry in tensor.external_data)
+        tensor.name: {entry.key: entry.value for entry in tensor.external_data}
         for tensor in onnx.load(artifact.path, load_external_data=False).graph.initializer
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     }
@@ -272,7 +252,9 @@ def test_tied_weights_are_one_initializer_and_masked_once(tmp_path: Path) -> Non
     actual = toy_session.run(packed.path, {"input_ids": ids.numpy()})["output_0"]
     assert actual.tobytes() == toy_session.run(dense.path, {"input_ids": ids.numpy()})["output_0"].tobytes()
     np.testing.assert_allclose(actual, expected, atol=1e-6)
-    under_other_name = MaskSet({"head.weight": masks.packed["embedding.weight"], "middle.weight": masks.packed["middle.weight"]})
+    under_other_name = MaskSet(
+        {"head.weight": masks.packed["embedding.weight"], "middle.weight": masks.packed["middle.weight"]}
+    )
     renamed = export_onnx(dataclasses.replace(captured, masks=under_other_name), tmp_path / "r.onnx", format="dense")
     assert initializers(renamed.path)["head.weight"].tobytes() == stored["embedding.weight"].tobytes()
     both = MaskSet({**masks.packed, "head.weight": PackedMask.pack(~masks["embedding.weight"])})

@@ -150,7 +150,9 @@ def test_uneven_layers_take_at_most_047_at_63_percent(allowed: tuple[str, ...]) 
     rng = np.random.default_rng(0)
     sparsities = [0.2, 0.3, 0.5, 0.95, 0.95, 0.88]
     assert sum(sparsities) / len(sparsities) == pytest.approx(0.63)
-    plans = [plan_encoding(rng.random((300, 1000)) < 1 - sparsity, np.float32, "fp32", allowed=allowed) for sparsity in sparsities]
+    plans = [
+        plan_encoding(rng.random((300, 1000)) < 1 - sparsity, np.float32, "fp32", allowed=allowed) for sparsity in sparsities
+    ]
     assert sum(plan.stored_bytes for plan in plans) <= 0.47 * 4 * 300_000 * len(plans)
 
 
