@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,15 +82,24 @@ def select_masks(
     for site in sites:
         by_fqn.setdefault(site.fqn, []).append(site)
     for index, (fqn, group) in enumerate(by_fqn.items()):
-        mask = torch.ones(tuple(captured.parameter(fqn).shape), dtype=torch.bool)
-        for site in group:
-            kept = ~pick(scorer.ranking(site), budget.pruned[site.name])
-            _rows_of(mask, site).copy_(kept)
-        packed[fqn] = PackedMask.pack(mask)
+        packed[fqn] = PackedMask.pack(
+            _mask_of(captured, group, lambda site: ~pick(scorer.ranking(site), budget.pruned[site.name]))
+        )
         if progress is not None:
             progress(index + 1, len(by_fqn))
     kept_regions = {fqn: regions.weights[fqn] for fqn in packed}
     return MaskSet(packed, kept_regions, fingerprint(captured.module), options.sparsity)
+
+
+def _mask_of(captured: CapturedGraph, sites: Sequence[PruneSite], kept: Callable[[PruneSite], Tensor]) -> Tensor:
+    """The mask of one parameter, in its own layout, from the masks of its sites; rows of no site are kept."""
+    shape = tuple(captured.parameter(sites[0].fqn).shape)
+    if len(sites) == 1 and not sites[0].is_transposed and sites[0].weight_count == shape[0] * shape[1]:
+        return kept(sites[0])
+    mask = torch.ones(shape, dtype=torch.bool)
+    for site in sites:
+        _rows_of(mask, site).copy_(kept(site))
+    return mask
 
 
 def site_weight(captured: CapturedGraph, site: PruneSite) -> Tensor:

@@ -20,7 +20,11 @@ def node_saliencies(weight: Tensor, input_norm: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         (S of the inputs (in_features,), S of the outputs (out_features,)), both float64.
     """
-    magnitude = weight.detach().abs().float()
+    return _saliencies(weight.detach().abs().float(), input_norm)
+
+
+def _saliencies(magnitude: Tensor, input_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 4 and 5 from the float32 magnitudes."""
     ones = torch.ones(magnitude.shape[0], dtype=torch.float32, device=magnitude.device)
     mean_magnitude = (ones @ magnitude).double() / magnitude.shape[0]
     norm = input_norm.double()
@@ -47,9 +51,8 @@ def score_weights(weight: Tensor, input_norm: Tensor) -> Tensor:
         InputError: the shapes do not fit, or input_norm holds a NaN or an infinity (names the feature).
     """
     _check(weight, input_norm)
-    inputs, outputs = node_saliencies(weight, input_norm)
-    inputs, outputs = (side / (float(side.max()) or 1.0) for side in (inputs, outputs))
     score = weight.detach().abs().float()
+    inputs, outputs = (side / (float(side.max()) or 1.0) for side in _saliencies(score, input_norm))
     score *= outputs.float().unsqueeze(1)
     score *= inputs.float().unsqueeze(0)
     return score
