@@ -47,9 +47,10 @@ class Evaluation:
             with self._progress.stage(f"evaluating: {variant}"), torch.no_grad():
                 result = self._evaluate(model)
         except Exception as error:
+            cause = _first_cause(error)
             raise InputError(
-                f"evaluate failed on the {variant} model: {type(error).__name__}: {error}. "
-                f"Correct it in model.py, or pass --no-evaluate"
+                f"evaluate failed on the {variant} model: {type(cause).__name__}: {cause}. "
+                f"Correct it in model.py (--debug shows where), or pass --no-evaluate"
             ) from error
         finally:
             model.train(was_training)
@@ -64,7 +65,7 @@ class Evaluation:
         try:
             self.add(ONNX, OnnxModule(path, module, example_inputs))
         except Exception as error:  # an evaluate may need more of a model than its forward
-            cause = error.__cause__ or error
+            cause = _first_cause(error)
             self.notes.append(f"evaluate does not run on the ONNX file ({type(cause).__name__}: {cause})")
 
 
@@ -82,3 +83,10 @@ def read_metrics(result: Any) -> dict[str, float]:
             f"evaluate returned {type(result).__name__} {str(result)[:80]!r}: "
             f"it must return a number, or a dict from metric names to numbers"
         ) from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong first, below the explanations that were put around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mfcompile.errors import InputError
-
 if TYPE_CHECKING:
     from mfcompile.cli.console import StageProgress
     from mfcompile.frontends.sources import ModelSource
@@ -35,13 +33,8 @@ def load(path: Path, progress: StageProgress) -> ModelSource:
     """Load a model.py or a model directory.
 
     Raises:
-        InputError: there is nothing there, or it does not define what is needed.
+        InputError: there is no model, or it does not define what is needed.
     """
-    if not path.exists():
-        raise InputError(
-            f"there is no {path}. Give a model.py that defines model and example_inputs, a Hugging Face model "
-            f"directory, or a recipe.yaml"
-        )
     with progress.stage("load"):
         from mfcompile.frontends.sources import load_source
 

@@ -371,13 +371,14 @@ def test_mistakes_are_found_before_the_model_is_loaded(
         (("model = Net().eval()", "model = Net().eval(); model.left[0].a.weight.data[0, 0] = float('nan')"), "NaN"),
         (("import torch\n", "import torch\nraise RuntimeError('no luck')\n"), "no luck"),
         (("def forward(self, pixel_values, input_ids,", "def forward(self, pixel_values, other,"), "other"),
+        (('float(model(**batch(3, 99))["logits"].mean())', "model.missing"), "evaluate failed on the dense model"),
     ],
 )
 @pytest.mark.usefixtures("nothing_left")
 def test_what_is_wrong_with_a_model_is_one_message(folder: Path, change: tuple[str, str], message: str) -> None:
     assert change[0] in MODEL
     (folder / "model.py").write_text(MODEL.replace(*change))
-    result = run("prune", "model.py", "--no-evaluate")
+    result = run("prune", "model.py", "--no-onnx")
     assert result.status == 2, result.err
     assert "error: " in result.err
     assert message in result.err.rpartition("error: ")[2]
@@ -396,7 +397,7 @@ def test_without_calibration_data_the_example_inputs_are_used_and_it_is_said(fol
 
 def test_a_source_that_is_not_there(folder: Path) -> None:
     result = run("prune", "nothing.py")
-    assert (result.status, "there is no nothing.py" in result.err) == (2, True)
+    assert (result.status, "nothing.py does not exist" in result.err) == (2, True)
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest(folder: Path) -> None:

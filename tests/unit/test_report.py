@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mfcompile.report import (
     Report,
     build_report,
     save_report,
+    with_capture,
     with_evaluation,
     with_export,
     with_files,
@@ -263,16 +265,23 @@ def test_later_parts_are_added_to_a_copy(report: Report, tmp_path: Path) -> None
     full = with_export(full, _artifact())
     full = with_parity(full, _parity(1e-6))
     full = with_latency(full, {"medians_ms": {"dense": 2.0, "packed": 2.0}, "ratio": 1.0})
-    full = with_evaluation(full, {"dense": {"R@1": 0.9}, "pruned": {"R@1": float("nan")}})
+    full = with_evaluation(full, {"dense": {"R@1": 0.9}, "pruned": {"R@1": float("nan")}}, ["a note"])
     full = with_files(full, {"masks.safetensors": 12})
     assert report == before
     assert full["export"]["pruned_ratio"] == 16 / 64
     assert full["export"]["encodings"] == {"gap8": 2}
     assert full["export"]["dynamic_axes"] == {"image": {"0": "batch"}}
     assert full["export"]["files"] == ["model.onnx"]
-    assert full["evaluation"]["pruned"] == {"R@1": None}
+    assert full["evaluation"] == {"metrics": {"dense": {"R@1": 0.9}, "pruned": {"R@1": None}}, "notes": ["a note"]}
     assert full["parity"]["passed"] is True
     assert json.loads(save_report(full, tmp_path / "report.json").read_text()) == full
+
+
+def test_a_later_capture_replaces_the_earlier_one(report: Report, captured: CapturedGraph) -> None:
+    failed = CaptureAttempt("torch.export", False, "another reason", 2.0)
+    later = with_capture(report, replace(captured, attempts=(*captured.attempts, failed)))
+    assert [item["detail"] for item in later["capture"]["attempts"]] == ["", "why", "another reason"]
+    assert len(report["capture"]["attempts"]) == 2
 
 
 def test_a_difference_that_is_nan_fails_and_is_json(report: Report, tmp_path: Path) -> None:
