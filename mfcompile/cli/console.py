@@ -109,6 +109,7 @@ class StageProgress:
         self(name, 0, None)
         yield
         self(name, 1, 1)
+        self.finish()
 
 
 class BarProgress(StageProgress):
@@ -134,6 +135,7 @@ class BarProgress(StageProgress):
             task = self._tasks[self._current]
             steps = max(1, int(next(item.completed for item in self._bars.tasks if item.id == task)))
             self._bars.update(task, completed=steps, total=steps)
+            self._current = None
 
 
 class LineProgress(StageProgress):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +86,7 @@ def publish(
             report = _export(staging, recipe, compiled, evaluation, report, progress)
         if evaluation.metrics:
             report = with_evaluation(report, evaluation.metrics, evaluation.notes)
-        with progress.stage("write"):
+        with progress.stage("write"), _without_bars_of_transformers():
             save_weights(compiled.strip(), staging)
             if source.save_extras is not None:
                 source.save_extras(staging)
@@ -99,6 +102,20 @@ def publish(
             report = with_files(report, {file.name: file.stat().st_size for file in sorted(staging.iterdir())})
             save_report(report, staging / "report.json")
     return report
+
+
+@contextmanager
+def _without_bars_of_transformers() -> Iterator[None]:
+    """Its progress bars would tear ours; a model that came without transformers has none."""
+    logging = getattr(sys.modules.get("transformers.utils"), "logging", None)
+    if logging is None or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _export(

@@ -43,9 +43,10 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
 def calibration_line(calibration: Mapping[str, Any]) -> str:
     """What the statistics were collected from."""
     padding = ", ".join(calibration["padding_masks"]) or "none found"
+    batches, samples = calibration["batches"], calibration["samples"]
     return (
-        f"Calibrated with {calibration['source']}: {calibration['batches']:,} batches, {calibration['samples']:,} "
-        f"samples; padding mask: {padding}."
+        f"Calibrated with {calibration['source']}: {samples:,} samples in {batches:,} batch{'es' * (batches != 1)}; "
+        f"padding mask: {padding}."
     )
 
 
@@ -80,9 +81,7 @@ def next_steps(report: Mapping[str, Any], directory: Path, source: Path) -> list
     lines = ["Next:"]
     if report["export"] is not None:
         lines.append(f"  onnxruntime.InferenceSession('{directory / report['export']['file']}')      run it")
-        values = "" if report["export"]["values"] == "fp32" else f" --values {report['export']['values']}"
-        lines.append(
-            f"  mfcompile verify {directory / 'model.onnx'} {source} --masks {directory / 'masks.safetensors'}{values}"
-        )
+        masks = directory / "masks.safetensors"
+        lines.append(f"  mfcompile verify {directory / report['export']['file']} {source} --masks {masks}")
     lines.append(f"  mfcompile prune {directory / 'recipe.yaml'} -o DIR      run it again; the masks must be the same")
     return lines

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mfcompile.cli.console import Terminal
 from mfcompile.cli.loading import capture_masked, load
 from mfcompile.cli.parser import SOURCE_HELP, Subparsers, add_debug_option
 from mfcompile.errors import InputError, ParityError
 from mfcompile.recipe import VALUES
+
+if TYPE_CHECKING:
+    from mfcompile.masks import MaskSet
 
 DESCRIPTION = """\
 Run an ONNX file in onnxruntime and the PyTorch model with its masks on the same held-out inputs, and compare every
@@ -18,7 +22,7 @@ output. The tolerance is stated; the exit status is 1 where an output is outside
 EXAMPLES = """\
 examples:
   mfcompile verify model-pruned/model.onnx model.py --masks model-pruned/masks.safetensors
-  mfcompile verify model-fp16.onnx model.py --masks model-pruned/masks.safetensors --values fp16
+  mfcompile verify model-fp16.onnx model.py --masks model-pruned/masks.safetensors
   mfcompile verify dense.onnx model.py                  a file that was not pruned"""
 
 
@@ -34,7 +38,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("onnx", metavar="ONNX", type=Path, help="the .onnx file")
     parser.add_argument("source", metavar="SOURCE", type=Path, help=SOURCE_HELP)
     parser.add_argument("--masks", type=Path, metavar="FILE", help="the masks that the file was pruned with (default: none)")
-    parser.add_argument("--values", choices=VALUES, default="fp32", help="precision of its stored values (default: fp32)")
+    parser.add_argument(
+        "--values", choices=VALUES, help="precision of its stored values, which sets the tolerance (default: as it says)"
+    )
     add_debug_option(parser)
     parser.set_defaults(run=run)
 
@@ -48,12 +54,15 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from mfcompile.report import parity_rows
 
     masks = MaskSet.load(args.masks) if args.masks else None
+    metadata = read_metadata(args.onnx)
+    _check_masks(args, masks, metadata.get("mfcompile.masks_sha256", ""))
+    values = args.values or metadata.get("mfcompile.values", "fp32")
     with terminal.progress() as progress:
         model = capture_masked(load(args.source, progress), masks, progress)
         with progress.stage("verify"):
             from mfcompile.compile import verify
 
-            parity = verify(args.onnx, model, values=args.values)
+            parity = verify(args.onnx, model, values=values)
     terminal.out.print(tables.parity_table(parity_rows(parity)))
     for note in parity.notes:
         terminal.say(f"note: {note}")
@@ -66,3 +75,31 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         )
     terminal.say(f"{args.onnx} agrees with {args.source}: largest difference {parity.max_abs_diff:.2e}.")
     return 0
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What an ONNX file says about itself; empty for a file that other tools wrote.
+
+    Raises:
+        InputError: it is no ONNX file.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as an ONNX file ({type(error).__name__}: {error})") from error
+    return {item.key: item.value for item in model.metadata_props}
+
+
+def _check_masks(args: argparse.Namespace, masks: MaskSet | None, digest: str) -> None:
+    """Refuse masks that are not those the file was pruned with.
+
+    Raises:
+        InputError: names both digests.
+    """
+    if masks is not None and digest and masks.digest() != digest:
+        raise InputError(
+            f"{args.onnx} was pruned with masks {digest[:16]}…, but {args.masks} holds masks {masks.digest()[:16]}…. "
+            f"Give the masks of the same run"
+        )

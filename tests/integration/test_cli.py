@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,73 +16,9 @@ import yaml
 from safetensors.numpy import load_file
 
 from mfcompile.cli import main
-from mfcompile.masks import MaskSet
+from mfcompile.masks import MaskSet, PackedMask
 
-MODEL = '''\
-"""Two towers and their fusion, with names that say nothing."""
-
-import torch
-from torch import nn
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x):
-        return x + self.b(torch.relu(self.a(x)))
-
-
-class Joint(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.block = nn.Linear(8, 8), nn.Linear(8, 8), Block()
-
-    def forward(self, x, y):
-        return self.block(x + torch.softmax(self.q(x) @ self.k(y).transpose(1, 2), -1) @ y)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.p = nn.Linear(12, 8)
-        self.e = nn.Embedding(20, 8)
-        self.left, self.right, self.both = (nn.ModuleList([kind(), kind()]) for kind in (Block, Block, Joint))
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, pixel_values, input_ids, attention_mask):
-        x, y = self.p(pixel_values.flatten(2).transpose(1, 2).reshape(-1, 4, 12)), self.e(input_ids)
-        for block in self.left:
-            x = block(x)
-        for block in self.right:
-            y = block(y)
-        for block in self.both:
-            y = block(y, x)
-        weight = attention_mask[..., None].float()
-        return {"logits": self.head((y * weight).sum(1) / weight.sum(1))}
-
-
-def batch(size, seed):
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.ones(size, 5, dtype=torch.long)
-    mask[1:, 3:] = 0
-    ids = torch.randint(1, 20, (size, 5), generator=generator) * mask
-    return {"pixel_values": torch.randn(size, 3, 4, 4, generator=generator), "input_ids": ids, "attention_mask": mask}
-
-
-torch.manual_seed(0)
-model = Net().eval()
-example_inputs = batch(2, 0)
-
-
-def calibration_batches():
-    return [batch(4, seed) for seed in range(1, 5)]
-
-
-def evaluate(model):
-    return {"mean": float(model(**batch(3, 99))["logits"].mean())}
-'''
+MODEL = (Path(__file__).parent / "cli_model.py").read_text()
 
 FILES = {
     "masks.safetensors",
@@ -244,6 +180,23 @@ def test_verify_agrees_with_the_masks_and_disagrees_without(done: Workplace) -> 
     assert "OUTSIDE" in bad.out
 
 
+def test_verify_refuses_the_masks_of_another_run(done: Workplace, tmp_path: Path) -> None:
+    masks = MaskSet.load(done.output / "masks.safetensors")
+    name = next(iter(masks))
+    other = replace(masks, packed={**masks.packed, name: PackedMask.pack(~masks[name])})
+    other.save(tmp_path / "other.safetensors")
+    result = run("verify", done.output / "model.onnx", done.model, "--masks", tmp_path / "other.safetensors")
+    assert result.status == 2
+    assert f"was pruned with masks {masks.digest()[:16]}…" in result.err
+    assert f"holds masks {other.digest()[:16]}…" in result.err
+
+
+def test_verify_refuses_what_is_no_onnx_file(done: Workplace) -> None:
+    result = run("verify", done.model, done.model)
+    assert (result.status, "cannot be read as an ONNX file" in result.err) == (2, True)
+    assert "there is no ONNX file" in run("verify", done.folder / "none.onnx", done.model).err
+
+
 def test_export_applies_saved_masks(done: Workplace, tmp_path: Path) -> None:
     target = tmp_path / "half.onnx"
     words = ("export", done.model, "--masks", done.output / "masks.safetensors", "-o", target, "--values", "fp16")
@@ -254,6 +207,8 @@ def test_export_applies_saved_masks(done: Workplace, tmp_path: Path) -> None:
     assert "rtol 0.02" in result.out
     assert f"wrote {target}" in result.out
     assert run(*words).err.startswith(f"error: the output {target} exists already")
+    checked = run("verify", target, done.model, "--masks", done.output / "masks.safetensors")
+    assert (checked.status, "rtol 0.02" in checked.out) == (0, True), "the file says that its values are fp16"
 
 
 def test_masks_of_other_weights_are_refused(done: Workplace, folder: Path) -> None:
@@ -370,7 +325,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(
         (("return [batch(4, seed) for seed in range(1, 5)]", "return []"), "empty"),
         (("model = Net().eval()", "model = Net().eval(); model.left[0].a.weight.data[0, 0] = float('nan')"), "NaN"),
         (("import torch\n", "import torch\nraise RuntimeError('no luck')\n"), "no luck"),
-        (("def forward(self, pixel_values, input_ids,", "def forward(self, pixel_values, other,"), "other"),
+        (("def forward(self, pixel_values: Tensor, input_ids:", "def forward(self, pixel_values: Tensor, other:"), "other"),
         (('float(model(**batch(3, 99))["logits"].mean())', "model.missing"), "evaluate failed on the dense model"),
     ],
 )
