@@ -11,9 +11,10 @@ most (v + 1) / 255 to gap8 and (v + 1/2) / 15 to gap4. gap8 or dense, whichever 
 min(5 d, 4) is concave in d.
 
 One bit per weight would be smallest at 63 % (0.401 of the dense bytes; gap4 0.417, gap8 0.463), but its decode works
-on every place instead of every kept one. Measured with onnxruntime 1.31 on 57 M fp32 weights, one thread, medians of
-five runs, creating a session: dense 0.36 s and 0.25 GB, gap8 1.1 s and 0.82 GB, gap4 1.0 s and 0.85 GB, one bit 3.2 s
-and 0.97 GB or more. So gap4 costs no more to load than gap8, and one bit per weight is not offered.
+on every place instead of every kept one. Creating a session with onnxruntime 1.31 on 57 M fp32 weights at 63 %, one
+thread, least CPU seconds of five runs and peak memory: dense 0.35 s and 0.25 GB, gap8 0.76 s and 0.82 GB, gap4 0.86 s
+and 0.85 GB, one bit 2.8 s and 1.64 GB. gap4 costs little over gap8, so it is used where it is smaller; one bit per
+weight is not offered.
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from mfcompile.exporters import onnx_model
+from mfcompile.exporters import conversion, onnx_model
 from mfcompile.graph import ExportedModel
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _convert_each_program_once() -> Iterator[None]:
     """The same program converts to the same model; conversions after the first are copies of it, to save minutes."""
-    convert = onnx_model.convert_program
+    convert = conversion.convert_program
     converted: dict[int, tuple[ExportedModel, bytes]] = {}
 
     def convert_once(exported: ExportedModel) -> ir.Model:
