@@ -20,6 +20,9 @@ from mfcompile.module_copy import share_weights_copy
 REPLAY_RTOL, REPLAY_ATOL = 1e-4, 1e-5
 """A recorded graph runs the same kernels in the same order; this leaves room for reductions over threads only."""
 
+_SEED = 0
+"""Both runs draw the same random numbers, so that a model that draws some can be compared with its recording."""
+
 
 def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> CapturedGraph:
     """Capture a model as a graph of aten operators, by running it once.
@@ -44,8 +47,11 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
     inputs = normalize_inputs(model, example_inputs)
     _refuse_meta(model)
     started = time.perf_counter()
-    recording = record(_second_object(model), inputs)
-    detail = _check_replay(model, recording, inputs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        recording = record(_second_object(model), inputs)
+        torch.manual_seed(_SEED)
+        detail = _check_replay(model, recording, inputs)
     attempt = CaptureAttempt("record", True, detail, time.perf_counter() - started)
     captured = CapturedGraph(
         graph_module=recording.graph_module,
@@ -129,6 +135,8 @@ def _specialised(recording: Recording) -> tuple[str, ...]:
     if from_input:
         where = ", ".join(dict.fromkeys(scalar.module for scalar in from_input[:5]))
         notes.append(f"{len(from_input)} numbers that the model read from its inputs (in {where})")
+    if recording.random_operators:
+        notes.append(f"nothing random: {recording.random_operators} operators draw new random numbers at every run")
     if recording.lifted_constants:
         notes.append(f"{recording.lifted_constants} tensors that are neither parameters nor buffers, kept as constants")
     return tuple(notes)

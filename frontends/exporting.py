@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from mfcompile.errors import CaptureError
-from mfcompile.frontends.recorder import eval_mode
+from mfcompile.frontends.module_calls import eval_mode
 from mfcompile.graph import CaptureAttempt, CapturedGraph, ExportedModel
 from mfcompile.inputs import ExampleInputs, output_tensors, slice_batch
 from mfcompile.module_copy import share_weights_copy

@@ -1,7 +1,8 @@
 """The recorder: run a model once and write every operator that it executes into an fx graph.
 
 It needs nothing from the model but that it runs. The graph is specialised to the example (its shapes, its branches,
-the numbers that were read from tensors) and says so. Run in inference mode, composite operators (``aten.linear``,
+the numbers that were read from tensors) and says so. State that the run writes (counters, queues, clamped
+temperatures) is put back, and the graph works on a copy of it. Run in inference mode, composite operators (``aten.linear``,
 ``aten.scaled_dot_product_attention``) reach the recorder whole, as in a torch.export program.
 """
 
@@ -9,18 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfcompile.errors import CaptureError
-from mfcompile.graph import BakedScalar, InputSpec, ModuleCall, TensorValue
+from mfcompile.frontends.module_calls import ModuleTracker, eval_mode, module_names, track_modules
+from mfcompile.graph import BakedScalar, InputSpec, TensorValue
 from mfcompile.inputs import ExampleInputs, output_tensors
+from mfcompile.module_copy import KeptState, storage_address, written_tensors
+
+_READS = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
+"""Ways to read a tensor that no operator shows; ``.item()``, ``bool()`` and indexing are operators."""
+
+_LISTED = 16
+"""Numbers of one reading that are listed; a whole array may be read."""
 
 
 @dataclass
@@ -34,6 +47,7 @@ class Recording:
     baked_scalars: tuple[BakedScalar, ...]
     outputs: dict[str, Tensor]
     lifted_constants: int
+    random_operators: int
 
 
 def record(module: nn.Module, inputs: ExampleInputs) -> Recording:
@@ -55,27 +69,19 @@ def record(module: nn.Module, inputs: ExampleInputs) -> Recording:
         recorder = _Recorder(module)
         recorder.add_inputs(inputs)
         try:
-            with torch.inference_mode(), track_modules(module, recorder.modules), recorder:
+            with torch.inference_mode(), track_modules(module, recorder.modules), recorder, _ReadingMode(recorder):
                 result = inputs.call(module)
+            return recorder.finish(result)
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(
                 f"{type(module).__name__} raised {type(error).__name__} when it was run on the example inputs "
-                f"(in {recorder.modules.describe()}): {error}. The model must run eagerly on example_inputs in eval mode"
+                f"(in {recorder.modules.where_raised(error)}): {error}. The model must run eagerly on example_inputs in "
+                f"eval mode"
             ) from error
-    return recorder.finish(result)
-
-
-@contextlib.contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Switch every submodule to eval mode for the duration of the block."""
-    training = [item for item in module.modules() if item.training]
-    for item in training:
-        item.training = False
-    try:
-        yield
-    finally:
-        for item in training:
-            item.training = True
+        finally:
+            recorder.state.restore()
 
 
 @contextlib.contextmanager
@@ -89,57 +95,8 @@ def _whole_operators() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-@dataclass
-class ModuleTracker:
-    """The stack of submodule calls that are running."""
-
-    names: dict[int, str]
-    stack: list[ModuleCall] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def enter(self, module: nn.Module) -> None:
-        """A submodule starts."""
-        path = self.names.get(id(module))
-        if path is None:
-            return
-        call = self.counts.get(path, 0)
-        self.counts[path] = call + 1
-        self.stack.append(ModuleCall(path, call))
-
-    def leave(self, module: nn.Module) -> None:
-        """A submodule returned or raised."""
-        path = self.names.get(id(module))
-        if path is not None and self.stack and self.stack[-1].path == path:
-            self.stack.pop()
-
-    def describe(self) -> str:
-        """Name of the innermost running submodule, for messages."""
-        return self.stack[-1].path or "the model itself" if self.stack else "the model itself"
-
-
-@contextlib.contextmanager
-def track_modules(module: nn.Module, tracker: ModuleTracker) -> Iterator[None]:
-    """Keep ``tracker.stack`` up to date while submodules of ``module`` run."""
-    handles = []
-    for item in module.modules():
-        if isinstance(item, torch.jit.ScriptModule):
-            continue
-        handles.append(item.register_forward_pre_hook(lambda mod, _: tracker.enter(mod), prepend=True))
-        handles.append(item.register_forward_hook(lambda mod, _, __: tracker.leave(mod), always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def module_names(module: nn.Module) -> dict[int, str]:
-    """id of every submodule -> its first name."""
-    return {id(item): name for name, item in module.named_modules()}
-
-
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
-    """Writes operators into an fx.Graph; holds every tensor, since a freed one's id would be used again."""
+    """Writes operators into an fx.Graph; keeps no tensor alive that the model lets go."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -150,17 +107,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         self.baked: list[BakedScalar] = []
         self.inputs: list[InputSpec] = []
         self.lifted_constants = 0
-        self._nodes: dict[int, fx.Node] = {}
-        self._alive: list[Any] = []
-        self._depends_on_input: set[fx.Node] = set()
-        self._names = {id(tensor): name for name, tensor in _named_tensors(module)}
+        self.random_operators = 0
+        self.state = KeptState(module)
+        self._nodes: dict[int, tuple[int, fx.Node, weakref.ref[Tensor]]] = {}
+        self._by_memory: dict[tuple[object, ...], tuple[fx.Node, StorageWeakRef]] = {}
+        self._from_input: set[int] = set()
+        self._attributes: list[tuple[fx.Node, Tensor]] = []
+        self._names = {(id(tensor), storage_address(tensor)): name for name, tensor in _named_tensors(module)}
 
     def add_inputs(self, inputs: ExampleInputs) -> None:
         """One placeholder per tensor input."""
         for name, tensor in inputs.tensors().items():
             node = self.graph.placeholder(name.replace(".", "_"))
+            node.target = node.name  # the generated code's argument: a legal name of its own
+            self.state.watch(tensor)
             self.inputs.append(InputSpec(name, node.name, tuple(tensor.shape), tensor.dtype))
-            self._depends_on_input.add(node)
+            self._attributes.append((node, tensor))
+            self._from_input.add(storage_address(tensor))
             self._remember(tensor, node)
 
     def finish(self, result: Any) -> Recording:
@@ -172,6 +135,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
                 f"Return a tensor, a tuple or a dict of tensors"
             )
         self.graph.output(tuple(self._node_of(tensor) for tensor in outputs.values()))
+        self._copy_written_state()
         self.graph.lint()
         graph_module = fx.GraphModule(self.root, self.graph)
         return Recording(
@@ -180,9 +144,32 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
             tuple(outputs),
             self.parameter_nodes,
             tuple(self.baked),
-            outputs,
+            {name: tensor.clone() if self.state.is_written(tensor) else tensor for name, tensor in outputs.items()},
             self.lifted_constants,
+            self.random_operators,
         )
+
+    def note_reading(self, tensor: Tensor, numbers: Sequence[Any]) -> None:
+        """Python read a whole tensor: list the first of its numbers."""
+        node = self._node_of(tensor)
+        for number in numbers[:_LISTED]:
+            self._bake(node, number, [tensor])
+
+    def _copy_written_state(self) -> None:
+        """Let the graph write into a copy, where the model wrote into a parameter, a buffer, a constant or an input.
+
+        ::
+
+            count --> add_(count, 1)      ==>      count --> clone --> add_(clone, 1)
+        """
+        for node, tensor in self._attributes:
+            if self.state.is_written(tensor):
+                readers = list(node.users)
+                with self.graph.inserting_after(node):
+                    copy = self.graph.call_function(torch.ops.aten.clone.default, (node,))
+                copy.meta.update(node.meta)
+                for reader in readers:
+                    reader.replace_input_with(node, copy)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -191,23 +178,33 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         node_args, node_kwargs = pytree.tree_map(
             lambda leaf: self._node_of(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
         )
+        self.state.before(func, args, kwargs)
+        operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)) and not func._schema.is_mutable:
-            self._bake(func, node_args, result)
+        results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not results and not func._schema.is_mutable:
+            if operands and isinstance(result, (bool, int, float)):
+                self._bake(self._node_of(operands[0]), result, operands)
             return result
         node = self.graph.call_function(func, tuple(node_args), dict(node_kwargs))
         self._describe(node, result)
-        if any(source in self._depends_on_input for source in node.all_input_nodes):
-            self._depends_on_input.add(node)
         self._bind(result, node)
+        self.random_operators += torch.Tag.nondeterministic_seeded in func.tags
+        given = {storage_address(operand) for operand in operands}
+        if given & self._from_input:
+            written = written_tensors(func, args, kwargs) if func._schema.is_mutable else []
+            self._from_input.update(storage_address(tensor) for tensor in (*results, *written))
+        else:
+            self._from_input -= {storage_address(tensor) for tensor in results} - given  # memory that is used again
+        if _has_free_size(func, args):
+            for tensor in results:
+                self._bake(self._node_of(tensor), tensor.shape[0], operands)
         return result
 
-    def _bake(self, func: Any, node_args: Any, result: Any) -> None:
+    def _bake(self, node: fx.Node, number: float, operands: Sequence[Tensor]) -> None:
         """A tensor was read as a Python number: from here on the graph holds that number."""
-        sources = [leaf for leaf in pytree.tree_leaves(node_args) if isinstance(leaf, fx.Node)]
-        if sources and isinstance(result, (bool, int, float)):
-            from_input = any(source in self._depends_on_input for source in sources)
-            self.baked.append(BakedScalar(sources[0].name, result, self.modules.describe(), from_input))
+        from_input = any(storage_address(operand) in self._from_input for operand in operands)
+        self.baked.append(BakedScalar(node.name, number, self.modules.describe(), from_input))
 
     def _bind(self, result: Any, node: fx.Node) -> None:
         if isinstance(result, Tensor):
@@ -217,8 +214,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
                 if isinstance(item, (Tensor, list, tuple)):
                     picked = self.graph.call_function(operator.getitem, (node, index))
                     self._describe(picked, item)
-                    if node in self._depends_on_input:
-                        self._depends_on_input.add(picked)
                     self._bind(item, picked)
 
     def _describe(self, node: fx.Node, value: Any) -> None:
@@ -231,21 +226,29 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta.setdefault("val", TensorValue(tuple(tensor.shape), tensor.dtype))
         node.meta.setdefault("module_stack", tuple(self.modules.stack))
-        self._nodes[id(tensor)] = node
-        self._alive.append(tensor)
+        # A freed tensor's id is used again: the entry goes with the tensor.
+        identity, nodes = id(tensor), self._nodes
+        nodes[identity] = (storage_address(tensor), node, weakref.ref(tensor, lambda _: nodes.pop(identity, None)))
+        if tensor.layout is torch.strided and tensor.numel():
+            self._by_memory[_memory(tensor)] = (node, StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
 
     def _node_of(self, tensor: Tensor) -> fx.Node:
-        node = self._nodes.get(id(tensor))
-        if node is None:
-            node = self._attribute(tensor)
-        return node
+        address, node, _ = self._nodes.get(id(tensor), (None, None, None))
+        if node is not None and address == storage_address(tensor):
+            return node
+        # A tensor whose ``data`` was exchanged, or that came back from NumPy, is known by its memory.
+        node, storage = self._by_memory.get(_memory(tensor), (None, None))
+        if node is not None and storage is not None and not storage.expired():  # type: ignore[no-untyped-call]
+            return node
+        return self._attribute(tensor)
 
     def _attribute(self, tensor: Tensor) -> fx.Node:
         """A parameter, a buffer, or a tensor that existed before the run (then a constant of the graph)."""
-        fqn = self._names.get(id(tensor))
+        fqn = self._names.get((id(tensor), storage_address(tensor)))
         if fqn is None:
             target = f"_constant_{self.lifted_constants}"
             self.lifted_constants += 1
+            self._from_input.discard(storage_address(tensor))
             self.root.register_buffer(target, tensor.detach(), persistent=False)
         else:
             target = fqn
@@ -255,7 +258,39 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
             self.parameter_nodes[node.name] = fqn
         node.meta["module_stack"] = tuple(self.modules.stack)
         self._remember(tensor, node)
+        self._attributes.append((node, tensor))
+        self.state.watch(tensor)
         return node
+
+
+class _ReadingMode(TorchFunctionMode):
+    """Tells the recorder of readings that no operator shows."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _READS:
+            self._recorder.note_reading(args[0], np.asarray(result).reshape(-1).tolist())
+        return result
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for two living tensors that are the same view of the same memory."""
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _has_free_size(func: Any, args: tuple[Any, ...]) -> bool:
+    """How long the result is depends on values: the sizes that follow from it are fixed in the graph."""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return True
 
 
 def _attach(root: nn.Module, fqn: str, tensor: Tensor) -> None:

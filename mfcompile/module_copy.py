@@ -1,11 +1,14 @@
-"""A second module object over the same weights."""
+"""A second module object over the same weights, and runs that leave these weights as they were."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 def share_weights_copy(module: nn.Module) -> nn.Module:
@@ -22,3 +25,68 @@ def share_weights_copy(module: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo)
+
+
+class KeptState:
+    """What a module's parameters and buffers held before a run wrote into them, so that it can be put back.
+
+    Models count steps, clamp temperatures and fill queues in their forward. A dispatch mode calls ``before`` for every
+    operator; only tensors that are about to be written are copied, so that a run that writes none costs nothing.
+
+    Args:
+        module: the module that will run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = [(item._buffers, dict(item._buffers)) for item in module.modules()]
+        self._watched: dict[int, list[Tensor]] = {}
+        self._aliases: list[tuple[Tensor, Tensor]] = []
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._aliases.append((tensor, tensor.detach()))
+            self.watch(tensor)
+
+    def watch(self, tensor: Tensor) -> None:
+        """Keep this tensor's values as well."""
+        self._watched.setdefault(storage_address(tensor), []).append(tensor)
+
+    def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """An operator is about to run: copy the watched tensors that it writes."""
+        if not func._schema.is_mutable:
+            return
+        for written in written_tensors(func, args, kwargs):
+            for tensor in self._watched.get(storage_address(written), ()):
+                if id(tensor) not in self._saved:
+                    self._saved[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def is_written(self, tensor: Tensor) -> bool:
+        """The run wrote into memory that a watched tensor shares with this one."""
+        address = storage_address(tensor)
+        return any(storage_address(saved) == address for saved, _ in self._saved.values())
+
+    def restore(self) -> None:
+        """Put back what was written, also where ``tensor.data`` was exchanged or a buffer was replaced."""
+        for buffers, before in self._buffers:
+            buffers.clear()
+            buffers.update(before)
+        for tensor, alias in self._aliases:
+            if storage_address(tensor) != storage_address(alias):
+                tensor.data = alias
+        for tensor, values in self._saved.values():
+            tensor.detach().copy_(values)
+        self._saved.clear()
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins; equal for a tensor and its views."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
+def written_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensor arguments that an operator changes in place, by its schema."""
+    found: list[Tensor] = []
+    for position, item in enumerate(func._schema.arguments):
+        if item.alias_info is not None and item.alias_info.is_write:
+            value = kwargs[item.name] if item.name in kwargs else args[position] if position < len(args) else None
+            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
