@@ -107,7 +107,7 @@ def export_onnx(
         files=files,
         opset=model.opset_imports[""],
         load_peak_bytes=load_peak_bytes(layout, plans),
-        notes=(*exported.notes, *interface.notes, *unread),
+        notes=(*exported.notes, *interface.notes, *_describe_unread(unread)),
     )
 
 
@@ -150,11 +150,11 @@ def _name(model: ir.Model, exported: ExportedModel) -> Interface:
 
 
 def _find_weights(model: ir.Model, exported: ExportedModel, captured: CapturedGraph) -> tuple[list[MaskedWeight], list[str]]:
-    """The initializer of every masked parameter, renamed to its FQN; and a note for each that the graph does not read."""
+    """The initializer of every masked parameter, renamed to its FQN; and the parameters that the graph does not read."""
     masks = captured.masks
     if masks is None:
         return [], []
-    notes: list[str] = []
+    unread: list[str] = []
     aliases = tensor_aliases(exported.program)
     found: dict[ir.Value, MaskedWeight] = {}
     for fqn, packed in masks.packed.items():
@@ -163,7 +163,7 @@ def _find_weights(model: ir.Model, exported: ExportedModel, captured: CapturedGr
         if value is None and not any(name in exported.program.state_dict for name in names):
             raise InputError(f"the masks name {fqn}, but the model has no such parameter. Use the masks of this model")
         if value is None:
-            notes.append(f"parameter {fqn} is not in the file: the graph does not read it")
+            unread.append(fqn)
             continue
         tensor = value.const_value
         assert tensor is not None  # initializers of the main graph have values
@@ -179,7 +179,14 @@ def _find_weights(model: ir.Model, exported: ExportedModel, captured: CapturedGr
             continue
         value.name = fqn
         found[value] = MaskedWeight(fqn, value, tensor, masks)
-    return list(found.values()), notes
+    return list(found.values()), unread
+
+
+def _describe_unread(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [f"masked parameters that the graph does not read are not in the file ({len(names)}): {shown}"]
 
 
 def _replace_weights(model: ir.Model, weights: list[MaskedWeight], format: str, values: str) -> dict[str, EncodingPlan]:

@@ -133,6 +133,9 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _rename_axes(model: ir.Model, dynamic_axes: Mapping[str, Mapping[int, str]]) -> list[str]:
+    for value in all_values(model):  # a symbol that turned out to be one number is written as that number
+        if value.shape is not None and any(_is_number(size) for size in value.shape):
+            value.shape = ir.Shape([int(str(size)) if _is_number(size) else size for size in value.shape])
     inputs = {str(value.name): value for value in model.graph.inputs}
     axis_of: dict[str, str] = {}
     notes: list[str] = []
@@ -150,6 +153,10 @@ def _rename_axes(model: ir.Model, dynamic_axes: Mapping[str, Mapping[int, str]])
             if value.shape is not None:
                 value.shape = _substitute(value.shape, lambda match: axis_of.get(match[0], match[0]))
     return notes
+
+
+def _is_number(size: int | ir.SymbolicDim) -> bool:
+    return isinstance(size, ir.SymbolicDim) and size.value is not None and size.value.isdecimal()
 
 
 def _substitute(shape: ir.Shape, replace: Callable[[re.Match[str]], str]) -> ir.Shape:

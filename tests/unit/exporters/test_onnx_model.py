@@ -313,6 +313,27 @@ def test_the_packed_projection_of_cross_attention_is_folded(tmp_path: Path) -> N
     np.testing.assert_allclose(actual, masked(module, masks)(**inputs).detach(), atol=1e-5)
 
 
+class Skipping(nn.Module):
+    """Has a layer that forward does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.skipped = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.used(x)
+        return y
+
+
+def test_a_masked_parameter_that_the_graph_does_not_read_is_noted(tmp_path: Path) -> None:
+    module = seeded(Skipping)
+    captured = capture(module, torch.randn(2, 4), masks=random_masks(module, 0.5))
+    artifact = export_onnx(captured, tmp_path / "m.onnx")
+    assert [item.fqn for item in artifact.encodings] == ["used.weight"]
+    (note,) = artifact.notes
+    assert note == "masked parameters that the graph does not read are not in the file (1): skipped.weight"
+
+
 class Unconvertible(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         eigenvalues: Tensor = torch.linalg.eigvals(x)

@@ -65,6 +65,15 @@ def test_a_dimension_that_is_fixed_in_the_file_is_noted() -> None:
     assert interface.dynamic_axes == {"ids": {0: "s1"}}
 
 
+def test_a_symbol_that_is_a_number_is_a_fixed_dimension() -> None:
+    model = model_of(["2", 3], ["s1", "16"])
+    interface = name_interface(model, {"a": "image", "b": "ids"}, ("y", "z"), {"image": {0: "batch"}, "ids": {0: "batch"}})
+    assert interface.dynamic_axes == {"ids": {0: "batch"}}
+    assert list(model.graph.inputs[0].shape or ()) == [2, 3]
+    assert list(model.graph.outputs[1].shape or ())[1] == 16
+    assert interface.notes == ("dimension 0 (batch) of input image is fixed to 2 in the file",)
+
+
 def test_dropped_and_unused_inputs_are_noted() -> None:
     model = model_of(["s1"], ["s2"])
     model.graph.inputs.append(ir.val("c", ir.DataType.FLOAT, [1]))
