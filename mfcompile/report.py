@@ -141,7 +141,6 @@ def _calibration(statistics: CalibrationStatistics | None) -> dict[str, Any] | N
     return {
         "source": statistics.source,
         "batches": statistics.batch_count,
-        "samples": max((site.sample_count for site in statistics.sites.values()), default=0),
         "observed_by": statistics.observed_by,
         "padding_masks": list(statistics.padding_masks),
     }

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: BaseException, terminal: Terminal, command: str) -> int:
     """Say what went wrong, and give the exit status."""
     if isinstance(error, KeyboardInterrupt):
-        terminal.fail("interrupted; what was half written has been removed")
+        terminal.fail("interrupted; nothing is left half written")
         return INTERRUPTED
     if isinstance(error, MfcompileError):
         terminal.fail(str(error))

@@ -43,11 +43,7 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
 def calibration_line(calibration: Mapping[str, Any]) -> str:
     """What the statistics were collected from."""
     padding = ", ".join(calibration["padding_masks"]) or "none found"
-    batches, samples = calibration["batches"], calibration["samples"]
-    return (
-        f"Calibrated with {calibration['source']}: {samples:,} samples in {batches:,} batch{'es' * (batches != 1)}; "
-        f"padding mask: {padding}."
-    )
+    return f"Calibrated with {calibration['source']} ({calibration['batches']:,} in all); padding mask: {padding}."
 
 
 def size_lines(export: Mapping[str, Any]) -> list[str]:

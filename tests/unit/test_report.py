@@ -228,7 +228,6 @@ def test_inputs_skipped_sites_and_capture(report: Report, masks: MaskSet) -> Non
     assert report["calibration"] == {
         "source": "calibration batches",
         "batches": 2,
-        "samples": 4,
         "observed_by": "graph",
         "padding_masks": ["mask"],
     }
