@@ -182,34 +182,47 @@ ABLATIONS = {
     "omp": ("magnitude", "magnitude-global"),
     "omp_modality": ("magnitude", "magnitude-per-region"),
 }
-# The recorded magnitude masks use their threshold directly, not a budget per layer, so nothing is truncated.
+# The recorded masks of these use their threshold directly, not a budget per layer, so nothing is truncated.
 WITHOUT_LAYER_BUDGET = ("multiflow_wo_distribution", "omp", "omp_modality")
+# Ends when rounding="official" truncates nothing where the published code has no budget to truncate.
+TRUNCATED = pytest.mark.xfail(reason="magnitude masks are given a truncated layer budget; 1 bit in up to 7 layers", strict=True)
+
+
+def select_ablation(key: str, sparsity: str, rounding: str) -> recorded.Masks:
+    criterion, allocation = ABLATIONS[key]
+    masks = mfcompile.select_masks(
+        captured(),
+        regions(),
+        published_statistics(),
+        sparsity=float(sparsity),
+        criterion=criterion,
+        allocation=allocation,
+        rounding=rounding,
+    )
+    return as_arrays(masks)
 
 
 @pytest.mark.parametrize("sparsity", recorded.SPARSITIES)
 @pytest.mark.parametrize("key", ABLATIONS)
-def test_ablations_and_baselines_equal_the_recorded_masks(key: str, sparsity: str) -> None:
-    criterion, allocation = ABLATIONS[key]
-    expected = recorded.masks(f"{key}@{sparsity}")
-
-    def select(rounding: str) -> recorded.Masks:
-        return as_arrays(
-            mfcompile.select_masks(
-                captured(),
-                regions(),
-                published_statistics(),
-                sparsity=float(sparsity),
-                criterion=criterion,
-                allocation=allocation,
-                rounding=rounding,
-            )
-        )
-
+def test_exact_ablations_and_baselines_equal_the_recorded_masks(key: str, sparsity: str) -> None:
+    found, expected = select_ablation(key, sparsity, "exact"), recorded.masks(f"{key}@{sparsity}")
     if key in WITHOUT_LAYER_BUDGET:
-        assert recorded.differing_bits(select("exact"), expected) == {}
+        assert recorded.differing_bits(found, expected) == {}
     else:
-        assert recorded.differing_bits(select("official"), expected) == {}
-        assert_one_weight_a_layer(select("exact"), expected)
+        assert_one_weight_a_layer(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "sparsity"),
+    [
+        pytest.param(key, sparsity, marks=[TRUNCATED] if key.startswith("omp") and sparsity != "0.90" else [])
+        for key in ABLATIONS
+        for sparsity in recorded.SPARSITIES
+    ],
+)
+def test_official_ablations_and_baselines_equal_the_recorded_masks(key: str, sparsity: str) -> None:
+    found, expected = select_ablation(key, sparsity, "official"), recorded.masks(f"{key}@{sparsity}")
+    assert recorded.differing_bits(found, expected) == {}
 
 
 @pytest.mark.parametrize("sparsity", recorded.SPARSITIES)
