@@ -31,6 +31,34 @@ def attention_label(node: fx.Node, labels: Mapping[fx.Node, Labels]) -> Labels:
     return NO_LABELS
 
 
+def is_attention_projection(node: fx.Node, activation: fx.Node) -> bool:
+    """The contraction computes queries, keys or values of a softmax attention, or projects what one gives."""
+    return any(_is_attention(product) for product in _first_products(node)) or _comes_from_attention(activation)
+
+
+def _is_attention(product: fx.Node) -> bool:
+    """The product is part of a softmax attention: weights times values, or logits whose softmax weighs something."""
+    if operator_name(product) in SOFTMAX_ATTENTION or _reaches_softmax_backwards(product):
+        return True
+    following = _through_elementwise(product, stop=SOFTMAXES)
+    return any(_first_products(node) for node in following if operator_name(node) in SOFTMAXES)
+
+
+def _comes_from_attention(activation: fx.Node) -> bool:
+    """The nearest contraction upstream, along first operands, is a softmax attention."""
+    current = activation
+    for _ in range(_REACH):
+        name = operator_name(current)
+        if name in SOFTMAX_ATTENTION:
+            return True
+        if name in CONTRACTIONS:
+            return _reaches_softmax_backwards(current)
+        if not current.all_input_nodes:
+            return False
+        current = current.all_input_nodes[0]
+    return False
+
+
 def downstream_label(node: fx.Node, labels: Mapping[fx.Node, Labels]) -> Labels:
     """Label of the nearest labelled value that depends on a node, breadth first."""
     queue, seen = deque(node.users), set(node.users)

@@ -6,7 +6,8 @@ where an operand only steers (a mask, a condition, an index into labelled conten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,52 +15,79 @@ from torch import fx
 
 from mfcompile.graph import CapturedGraph
 from mfcompile.passes.operators import CONTENT_FREE, SOFTMAX_ATTENTION, argument, is_view, operator_name, written_arguments
-from mfcompile.region import NO_LABELS, InputModality, Labels
+from mfcompile.region import NO_LABELS, Labels
 
 LabelOf = Callable[[Any], Labels]
 
 
-def flow_labels(captured: CapturedGraph, modalities: Iterable[InputModality]) -> dict[fx.Node, Labels]:
+@dataclass(frozen=True)
+class LabelFlow:
+    """The labels of a graph in which operators may write in place.
+
+    Attributes:
+        computed: node -> modalities that reach its value when it is computed.
+        reread: (node, user) -> modalities of that value when the user reads it, where a write in between added some.
+        owner: view -> the node whose tensor it is a view of.
+    """
+
+    computed: Mapping[fx.Node, Labels]
+    reread: Mapping[tuple[fx.Node, fx.Node], Labels]
+    owner: Mapping[fx.Node, fx.Node]
+
+    def at(self, node: fx.Node, user: fx.Node) -> Labels:
+        """Label of a node's value when ``user`` reads it."""
+        return self.reread.get((node, user), self.computed[node])
+
+
+def flow_labels(
+    captured: CapturedGraph,
+    seeds: Mapping[str, Labels],
+    carries: Callable[[fx.Node], bool] | None = None,
+) -> LabelFlow:
     """The modalities that reach every node.
 
     Args:
         captured: a captured graph; its operators may write in place.
-        modalities: what each input is; control inputs start without a label.
+        seeds: input name -> its labels; an input that is missing has none.
+        carries: whether a node's value can carry labels at all; None for everything but truth values and shapes.
 
     Returns:
-        Node -> set of modalities.
+        Labels of every value, when it is computed and when it is read.
     """
-    seeds = {item.name: item.modality for item in modalities}
-    by_node = {spec.node: seeds[spec.name] for spec in captured.inputs}
-    labels: dict[fx.Node, Labels] = {}
+    carries = carries or _is_content
+    by_node = {spec.node: seeds.get(spec.name, NO_LABELS) for spec in captured.inputs}
+    computed: dict[fx.Node, Labels] = {}
+    reread: dict[tuple[fx.Node, fx.Node], Labels] = {}
     owner: dict[fx.Node, fx.Node] = {}
+    written: dict[fx.Node, Labels] = {}
 
     def label_of(value: Any) -> Labels:
         if isinstance(value, fx.Node):
-            return labels.get(value, NO_LABELS) | labels.get(owner.get(value, value), NO_LABELS)
+            return computed.get(value, NO_LABELS) | written.get(owner.get(value, value), NO_LABELS)
         if isinstance(value, (list, tuple)):
             return NO_LABELS.union(*(label_of(item) for item in value))
         return NO_LABELS
 
     for node in captured.graph.nodes:
-        if node.op == "placeholder":
-            modality = by_node.get(node.name)
-            labels[node] = frozenset({modality}) if modality else NO_LABELS
-        elif node.op == "get_attr":
-            labels[node] = NO_LABELS
+        if written:
+            for source in node.all_input_nodes:
+                now = label_of(source)
+                if now != computed[source]:
+                    reread[source, node] = now
+        if node.op in {"placeholder", "get_attr"}:
+            computed[node] = by_node.get(node.name, NO_LABELS)
         elif node.op == "output":
-            labels[node] = label_of(list(node.all_input_nodes))
+            computed[node] = label_of(list(node.all_input_nodes))
         else:
-            labels[node] = (_is_content(node) and node_label(node, label_of)) or NO_LABELS
+            computed[node] = (carries(node) and node_label(node, label_of)) or NO_LABELS
             if is_view(node) and node.all_input_nodes:
                 source = node.all_input_nodes[0]
                 owner[node] = owner.get(source, source)
             for target in written_arguments(node):
                 root = owner.get(target, target)
-                labels[target] = labels[target] | labels[node]
-                labels[root] = labels.get(root, NO_LABELS) | labels[node]
+                written[root] = written.get(root, NO_LABELS) | computed[node]
                 owner.setdefault(node, root)
-    return labels
+    return LabelFlow(computed, reread, owner)
 
 
 def _is_content(node: fx.Node) -> bool:
@@ -81,7 +109,7 @@ def node_label(node: fx.Node, label_of: LabelOf) -> Labels:
         return label_of([argument(node, "self", 0), argument(node, "values", 2)])
     if name in {"scatter", "scatter_add", "index_copy", "index_add", "slice_scatter", "select_scatter", "scatter_reduce"}:
         sources = [node.args[0], *[value for key, value in _named(node).items() if key in {"src", "source", "value"}]]
-        return label_of(sources)
+        return label_of(sources) or label_of(_named(node).get("index"))
     if operator_name(node) in SOFTMAX_ATTENTION:
         return label_of([argument(node, "query", 0), argument(node, "key", 1), argument(node, "value", 2)])
     if name in {"gather", "index_select", "take", "take_along_dim"}:

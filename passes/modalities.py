@@ -14,10 +14,14 @@ from torch import Tensor, fx
 
 from mfcompile.errors import InputError, RegionError
 from mfcompile.graph import CapturedGraph, InputSpec
-from mfcompile.passes.operators import argument, operator_name
+from mfcompile.passes.labels import flow_labels
+from mfcompile.passes.operators import CONTENT_FREE, argument, operator_name
 from mfcompile.region import InputModality
 
 VISION, TEXT, AUDIO = "vision", "text", "audio"
+
+_FEW_TYPES = 4
+"""A table of so few rows holds types of tokens, not words."""
 
 # Words that an input's name is made of. Control words come first: `pixel_attention_mask` is a mask, not an image.
 _CONTROL = re.compile(
@@ -25,8 +29,10 @@ _CONTROL = re.compile(
     r"bbox|boxes|cache_position|use_cache|labels?|ratio|spatial_shapes|num_\w+|idx_\w+|\w+_idx|indices|cu_seqlens)(_\d+)?$"
 )
 _TEXT_IN_MASK_NAME = re.compile(r"^(input|token|text|caption|question|decoder_input)?_?ids_mask(ed)?$")
-_TEXT = re.compile(r"(^|_)(input_ids?|inputs_embeds|text|texts|token_ids|tokens|caption|question|prompt|ids)(_|$)|_ids$")
-_VISION = re.compile(r"(^|_)(pixel\w*|images?|imgs?|videos?|frames?|vision|visual\w*|picture)(_|$)")
+_TEXT = re.compile(
+    r"(^|_)(input_ids?|inputs_embeds|texts?|txts?|token_ids|tokens|captions?|questions?|sentences?|prompts?|ids)(_|$)|_ids$"
+)
+_VISION = re.compile(r"(^|_)(pixel\w*|images?|imgs?|videos?|frames?|vision|visual\w*|pictures?|photos?|patches)(_|$)")
 _AUDIO = re.compile(r"(^|_)(input_features?|input_values|audios?|spectrograms?|waveforms?|mel|speech)(_|$)")
 
 
@@ -50,17 +56,22 @@ def infer_modalities(captured: CapturedGraph, overrides: Mapping[str, str] | Non
     if unknown:
         raise InputError(f"modalities: the model has no input {unknown[0]!r}; its inputs are {', '.join(names)}")
     tensors = captured.example_inputs.tensors()
-    uses = {spec.name: table_rows(captured, spec) for spec in captured.inputs}
+    uses = table_rows(captured)
     return tuple(_decide(spec, tensors[spec.name], overrides, uses) for spec in captured.inputs)
 
 
-def _decide(spec: InputSpec, tensor: Tensor, overrides: Mapping[str, str], uses: Mapping[str, int | None]) -> InputModality:
+def _decide(spec: InputSpec, tensor: Tensor, overrides: Mapping[str, str], uses: Mapping[str, int]) -> InputModality:
     if spec.name in overrides:
         given = overrides[spec.name]
         return InputModality(spec.name, None if given == "control" else given, "given by the user")
     if tensor.dtype == torch.bool:
         return InputModality(spec.name, None, "a bool tensor steers, it is no content")
     by_name = _by_name(spec.name.rpartition(".")[2].lower(), tensor)
+    if by_name is not None and by_name[0] is None and spec.name.rpartition(".")[2].lower().endswith("labels"):
+        # Teacher forcing: a model that shifts its labels and embeds them reads them as text.
+        rows = uses.get(spec.name, 0)
+        if rows and rows == max(uses.values()):
+            return InputModality(spec.name, TEXT, f"labels that look up a table of {rows} rows, the largest of this model")
     if by_name is not None:
         return InputModality(spec.name, by_name[0], by_name[1])
     by_shape = _by_structure(spec, tensor, uses)
@@ -91,51 +102,69 @@ def _by_name(name: str, tensor: Tensor) -> tuple[str | None, str] | None:
     return None
 
 
-def _by_structure(spec: InputSpec, tensor: Tensor, uses: Mapping[str, int | None]) -> tuple[str | None, str] | None:
-    if tensor.is_floating_point():
-        if tensor.ndim in (4, 5) and min(tensor.shape[1:3]) <= 4:
-            return VISION, f"a {tensor.ndim}-D float tensor with few channels"
-        if tensor.ndim <= 1:
-            return None, "a float scalar or vector"
-        return None if tensor.ndim != 2 or not _is_binary(tensor) else (None, "a 0/1 matrix")
+def _by_structure(spec: InputSpec, tensor: Tensor, uses: Mapping[str, int]) -> tuple[str | None, str] | None:
+    if tensor.is_floating_point() or tensor.dtype == torch.uint8:
+        if tensor.ndim >= 2 and _is_two_valued(tensor):
+            return None, "two values only: a mask"
+        if tensor.ndim in (4, 5) and (min(tensor.shape[1:3]) <= 4 or tensor.shape[-1] in (1, 3, 4)):
+            return VISION, f"a {tensor.ndim}-D tensor of numbers with few channels"
     if tensor.ndim <= 1:
-        return None, "an integer scalar or vector"
-    rows = uses[spec.name]
-    tables = [count for count in uses.values() if count is not None]
-    if rows is not None and rows == max(tables) and rows > 2:
+        return None, "a scalar or vector"
+    if tensor.is_floating_point():
+        return None
+    rows = uses.get(spec.name)
+    if rows is None:
+        return (None, "a 0/1 matrix that looks nothing up") if _is_binary(tensor) else None
+    if rows == max(uses.values()) and rows > 2:
         return TEXT, f"integers that look up a table of {rows} rows, the largest of this model"
-    if rows is not None:
+    if rows <= _FEW_TYPES or _counts_up(tensor):
         return None, f"integers that look up a small table of {rows} rows (types or positions)"
-    if _is_binary(tensor):
-        return None, "a 0/1 matrix that looks nothing up"
-    return None
+    return TEXT, f"integers that look up a table of {rows} rows, in no order"
+
+
+def _counts_up(tensor: Tensor) -> bool:
+    """Along every row the next number is the same or one more: positions."""
+    steps = tensor.long().diff(dim=-1)
+    return bool(((steps == 0) | (steps == 1)).all())
+
+
+def _is_two_valued(tensor: Tensor) -> bool:
+    return int(torch.unique(tensor).numel()) <= 2
 
 
 def _is_binary(tensor: Tensor) -> bool:
     return bool(((tensor == 0) | (tensor == 1)).all())
 
 
-def table_rows(captured: CapturedGraph, spec: InputSpec) -> int | None:
-    """Rows of the largest table that an integer input looks up directly, None when it looks nothing up."""
-    if spec.dtype.is_floating_point or spec.dtype == torch.bool:
-        return None
-    reached: set[fx.Node] = {captured.node(spec.node)}
-    rows: int | None = None
+def table_rows(captured: CapturedGraph) -> dict[str, int]:
+    """Input name -> rows of the largest table that it looks up; inputs of integers that look up none are left out.
+
+    Numbers that are computed from an input (positions counted from a mask) are not the input any more.
+    """
+    integers = [spec for spec in captured.inputs if not spec.dtype.is_floating_point and spec.dtype != torch.bool]
+    flow = flow_labels(captured, {spec.name: frozenset({spec.name}) for spec in integers}, _stays_index)
+    found: dict[str, int] = {}
     for node in captured.graph.nodes:
-        sources = [source for source in node.all_input_nodes if source in reached]
-        if not sources:
+        if operator_name(node) == "embedding":
+            table, index = argument(node, "weight", 0), argument(node, "indices", 1)
+        elif operator_name(node) == "index_select":
+            table, index = argument(node, "self", 0), argument(node, "index", 2)
+        elif operator_name(node) in {"index", "_unsafe_index"}:
+            table, index = argument(node, "self", 0), next((item for item in argument(node, "indices", 1) if item), None)
+        else:
             continue
-        if operator_name(node) in {"embedding", "index_select"}:
-            table = argument(node, "weight", 0) if operator_name(node) == "embedding" else argument(node, "self", 0)
-            index = argument(node, "indices", 1) if operator_name(node) == "embedding" else argument(node, "index", 2)
-            if index in reached and table not in reached:
-                rows = max(rows or 0, int(table.meta["val"].shape[0]))
-        elif _stays_integer(node):
-            reached.add(node)
-    return rows
+        if isinstance(index, fx.Node) and isinstance(table, fx.Node) and table.op == "get_attr":
+            for name in flow.at(index, node):
+                found[name] = max(found.get(name, 0), int(table.meta["val"].shape[0]))
+    return found
 
 
-def _stays_integer(node: fx.Node) -> bool:
+_COMPUTES = frozenset({"cumsum", "cumprod", "mul", "mul_", "sum", "argmax", "argmin", "argsort", "sort", "bitwise_and"})
+"""Operators after which integers are no more the indices that were given."""
+
+
+def _stays_index(node: fx.Node) -> bool:
     value = node.meta.get("val")
     dtype = getattr(value, "dtype", None)
-    return dtype is not None and not dtype.is_floating_point and dtype != torch.bool
+    is_integer = dtype is not None and not dtype.is_floating_point and dtype != torch.bool
+    return is_integer and operator_name(node) not in _COMPUTES and operator_name(node) not in CONTENT_FREE

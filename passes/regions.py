@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from mfcompile.graph import CapturedGraph, Diagnostic, module_stack
+from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.passes.attention import attention_label, downstream_label
-from mfcompile.passes.blocks import BlockFinder, leaving_labels
-from mfcompile.passes.labels import flow_labels
+from mfcompile.passes.blocks import BlockFinder, CallStacks, leaving_labels
+from mfcompile.passes.labels import LabelFlow, flow_labels
 from mfcompile.passes.modalities import infer_modalities
 from mfcompile.passes.sites import build_sites, linear_weights
 from mfcompile.passes.weights import find_weight_uses
@@ -54,14 +54,14 @@ def infer_regions(captured: CapturedGraph, options: RegionOptions | None = None)
     """
     options = options or RegionOptions()
     modalities = infer_modalities(captured, options.modalities)
-    labels = flow_labels(captured, modalities)
+    flow = flow_labels(captured, {item.name: frozenset({item.modality}) for item in modalities if item.modality})
     uses, refusals = find_weight_uses(captured)
-    uses = _with_labels(captured, uses, labels)
+    uses = _with_labels(captured, uses, flow)
     content = {item.modality for item in modalities if item.modality}
     evidence: dict[str, tuple[WeightUse, ...]] = {}
     for use in uses:
         evidence[use.fqn] = (*evidence.get(use.fqn, ()), use)
-    decided, diagnostics = _decide(captured, uses, labels, options)
+    decided, diagnostics = _decide(captured, uses, flow.computed, options)
     overrides: dict[str, str] = {}
 
     def region_for(fqn: str, found: Sequence[WeightUse]) -> str:
@@ -93,18 +93,18 @@ def name_region(labels: Labels, content: Iterable[str | None]) -> str:
     return FUSION if labels >= {item for item in content if item} else "+".join(sorted(labels))
 
 
-def _with_labels(
-    captured: CapturedGraph, uses: tuple[WeightUse, ...], labels: Mapping[fx.Node, Labels]
-) -> tuple[WeightUse, ...]:
+def _with_labels(captured: CapturedGraph, uses: tuple[WeightUse, ...], flow: LabelFlow) -> tuple[WeightUse, ...]:
     nodes = {node.name: node for node in captured.graph.nodes}
-    finder = BlockFinder(captured, uses)
-    leaving = leaving_labels(captured, labels)
+    stacks = CallStacks(captured)
+    finder = BlockFinder(captured, uses, stacks, flow)
+    leaving = leaving_labels(captured, flow, stacks)
     found = []
     for use in uses:
-        block = finder.block_of(use.stack)
-        calls = [call for call in module_stack(nodes[use.node]) if call.path == block]
-        block_label = leaving.get(calls[-1], NO_LABELS) if calls else NO_LABELS
-        found.append(replace(use, label=labels[nodes[use.activation]], block=block, block_label=block_label))
+        node = nodes[use.node]
+        block = finder.block_of(stacks.around(node))
+        label = flow.at(nodes[use.activation], node)
+        block_label = leaving.get(block, NO_LABELS) if block else NO_LABELS
+        found.append(replace(use, label=label, block=block.path if block else None, block_label=block_label))
     return tuple(found)
 
 

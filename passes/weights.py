@@ -40,19 +40,23 @@ def locate_operand(operand: Tensor, contracted: int, parameter: Tensor) -> Opera
     """Which output rows of a parameter an operand is, judged by offset and strides in their common storage.
 
     Args:
-        operand: the tensor that is multiplied.
-        contracted: dimension of the operand that is summed over.
+        operand: the tensor that is multiplied; its other dimensions are outputs (heads and their width, say), or
+            copies for each sample.
+        contracted: dimension of the operand that is summed over, counted from the end.
         parameter: (out_features, in_features) or (in_features, out_features); shares its storage with the operand.
 
     Returns:
         None when the operand is no block of whole output rows.
     """
-    if operand.ndim != 2 or parameter.ndim != 2:
+    if operand.ndim < max(2, -contracted) or parameter.ndim != 2:
         return None
     (height, width), (row_step, column_step) = parameter.shape, parameter.stride()
     offset = int(operand.storage_offset()) - int(parameter.storage_offset())
-    inputs, outputs = operand.shape[contracted], operand.shape[1 - contracted]
-    step_in, step_out = operand.stride(contracted), operand.stride(1 - contracted)
+    inputs, step_in = operand.shape[contracted], operand.stride(contracted)
+    merged = _merge(operand, contracted % operand.ndim)
+    if merged is None:
+        return None
+    outputs, step_out = merged
 
     def fits(length: int, along: int, across: int, limit: int) -> OperandView | None:
         """``along``: step of the input dimension in the parameter; ``across``: step of its output dimension."""
@@ -66,6 +70,20 @@ def locate_operand(operand: Tensor, contracted: int, parameter: Tensor) -> Opera
     return fits(width, column_step, row_step, height) or fits(height, row_step, column_step, width)
 
 
+def _merge(operand: Tensor, contracted: int) -> tuple[int, int] | None:
+    """Size and step of all dimensions but one, as one; None when they do not lie at one step. Copies do not count."""
+    size, step = 1, 1
+    for dim in reversed(range(operand.ndim)):
+        if dim == contracted or operand.shape[dim] == 1 or operand.stride(dim) == 0:
+            continue
+        if size == 1:
+            step = operand.stride(dim)
+        elif operand.stride(dim) != size * step:
+            return None
+        size *= operand.shape[dim]
+    return size, step
+
+
 def operand_pairs(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Any, int, Any, int]]:
     """What a contraction may multiply by what, for nodes and for tensors alike.
 
@@ -74,21 +92,21 @@ def operand_pairs(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         args, kwargs: its arguments.
 
     Returns:
-        (operand that may be the weight, its contracted dimension, the other operand, its contracted dimension counted
-        from the end), likelier weights first.
+        (operand that may be the weight, its contracted dimension, the other operand, its contracted dimension),
+        likelier weights first; dimensions are counted from the end.
     """
 
     def at(key: str, position: int) -> Any:
         return kwargs[key] if key in kwargs else args[position] if len(args) > position else None
 
     if name == "linear":
-        return [(at("weight", 1), 1, at("input", 0), -1)]
+        return [(at("weight", 1), -1, at("input", 0), -1)]
     if name in {"mm", "matmul", "bmm"}:
         first, second = at("self", 0), at("other" if name == "matmul" else "mat2", 1)
-        return [(second, 0, first, -1), (first, 1, second, -2)]
+        return [(second, -2, first, -1), (first, -1, second, -2)]
     if name == "addmm":
         first, second = at("mat1", 1), at("mat2", 2)
-        return [(second, 0, first, -1), (first, 1, second, -2)]
+        return [(second, -2, first, -1), (first, -1, second, -2)]
     if name == "einsum":
         return _einsum_pairs(at("equation", 0), at("tensors", 1))
     return []
@@ -99,12 +117,15 @@ def _einsum_pairs(equation: Any, tensors: Any) -> list[tuple[Any, int, Any, int]
         return []
     left, _, result = equation.replace(" ", "").partition("->")
     terms = left.split(",")
+    if "." in equation or len(terms) != 2:
+        return []
     found: list[tuple[Any, int, Any, int]] = []
     for weight, other in ((1, 0), (0, 1)):
-        summed = [letter for letter in terms[weight] if letter in terms[other] and letter not in result]
-        if len(terms[weight]) == 2 and len(summed) == 1:
-            position = terms[other].index(summed[0]) - len(terms[other])
-            found.append((tensors[weight], terms[weight].index(summed[0]), tensors[other], position))
+        common = set(terms[weight]) & set(terms[other])
+        if len(common) == 1 and not common & set(result):
+            (letter,) = common
+            dims = [terms[index].index(letter) - len(terms[index]) for index in (weight, other)]
+            found.append((tensors[weight], dims[0], tensors[other], dims[1]))
     return found
 
 
@@ -121,28 +142,35 @@ def find_weight_uses(captured: CapturedGraph) -> tuple[tuple[WeightUse, ...], tu
     for node in captured.graph.nodes:
         if operator_name(node) not in CONTRACTIONS:
             continue
-        for weight, contracted, other, feature_dim in operand_pairs(operator_name(node), node.args, node.kwargs):
-            # Two parameters may meet in a product (learned queries times a weight): only "linear" says which is which.
-            if weight not in views or (other in views and operator_name(node) != "linear"):
-                continue
-            fqn, view = views[weight]
-            located = locate_operand(view, contracted, _like(captured.parameter(fqn)))
-            if located is None:
-                refused.append(Diagnostic(fqn, _refusal(node, captured.parameter(fqn), view)))
-                continue
-            uses.append(
-                WeightUse(
-                    node=node.name,
-                    fqn=fqn,
-                    rows=located.rows,
-                    is_transposed=located.is_transposed,
-                    activation=other.name,
-                    feature_dim=feature_dim,
-                    stack=tuple(call.path for call in module_stack(node)),
-                )
-            )
-            break
+        use = _use_of(node, views, captured)
+        operands = [source for source in node.all_input_nodes if source in views and views[source][1].ndim > 1]
+        if use is not None:
+            uses.append(use)
+        elif operands:
+            refused += [_refusal(node, *views[source], captured) for source in operands]
     return tuple(uses), tuple(refused)
+
+
+def _use_of(node: fx.Node, views: Mapping[fx.Node, tuple[str, Tensor]], captured: CapturedGraph) -> WeightUse | None:
+    for weight, contracted, other, feature_dim in operand_pairs(operator_name(node), node.args, node.kwargs):
+        if weight not in views or not isinstance(other, fx.Node):
+            continue
+        # Two parameters may meet in a product (learned queries times a weight): a bare product does not say which is which.
+        if other in views and operator_name(node) != "linear" and captured.parameter(views[other][0]).ndim == 2:
+            continue
+        fqn, view = views[weight]
+        located = locate_operand(view, contracted, _like(captured.parameter(fqn)))
+        if located is not None:
+            return WeightUse(
+                node=node.name,
+                fqn=fqn,
+                rows=located.rows,
+                is_transposed=located.is_transposed,
+                activation=other.name,
+                feature_dim=feature_dim,
+                stack=tuple(call.path for call in module_stack(node)),
+            )
+    return None
 
 
 def _like(parameter: Tensor) -> Tensor:
@@ -150,10 +178,13 @@ def _like(parameter: Tensor) -> Tensor:
     return torch.empty(tuple(parameter.shape), device="meta")
 
 
-def _refusal(node: fx.Node, parameter: Tensor, view: Tensor) -> str:
-    if parameter.ndim != 2:
-        return f"a {parameter.ndim}-D weight {tuple(parameter.shape)}, used by {node.name}: only 2-D linear weights are pruned"
-    return f"{node.name} uses {tuple(view.shape)} of {tuple(parameter.shape)}, which is no block of whole output rows"
+def _refusal(node: fx.Node, fqn: str, view: Tensor, captured: CapturedGraph) -> Diagnostic:
+    shape = tuple(captured.parameter(fqn).shape)
+    if len(shape) != 2:
+        return Diagnostic(fqn, f"a {len(shape)}-D weight {shape}, used by {node.name}: only 2-D linear weights are pruned")
+    return Diagnostic(
+        fqn, f"{node.name} uses {tuple(view.shape)} of {shape} as no block of whole output rows of a linear layer"
+    )
 
 
 def parameter_views(captured: CapturedGraph) -> dict[fx.Node, tuple[str, Tensor]]:
