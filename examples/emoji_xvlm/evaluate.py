@@ -20,7 +20,7 @@ IntArray = npt.NDArray[np.int64]
 Forward = Callable[[Array, IntArray, IntArray], Mapping[str, npt.NDArray[np.float32]]]
 
 SCENES = 500
-CANDIDATES = 8
+CANDIDATES = 5
 BATCH_SIZE = 100
 
 

@@ -87,6 +87,14 @@ def region_loss(model: EmojiXvlm, batch: TrainingBatch, image_states: Tensor, sc
     return F.cross_entropy(logits, batch.region_names)
 
 
+def _draw_negatives(wrong: Tensor, hard_share: float, generator: torch.Generator) -> Tensor:
+    """One column for each row of (N, B) logits; -inf is never drawn."""
+    uniform = wrong.isfinite().float()
+    uniform = uniform / uniform.sum(dim=-1, keepdim=True)
+    chances = hard_share * wrong.softmax(dim=-1) + (1 - hard_share) * uniform
+    return torch.multinomial(chances, 1, generator=generator)[:, 0]
+
+
 def matching_loss(
     model: EmojiXvlm,
     batch: TrainingBatch,
@@ -94,18 +102,20 @@ def matching_loss(
     text_states: Tensor,
     similarity: Tensor,
     count: int,
+    hard_share: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Match or not, for ``count`` true pairs, each with a hard negative sentence and a hard negative image.
+    """Match or not, for ``count`` true pairs, each with a negative sentence and a negative image.
 
-    Negatives are drawn in proportion to the softmax of the (B, B) similarity, as in X-VLM.
+    ``hard_share`` of the negatives are drawn in proportion to the softmax of the (B, B) similarity, as in X-VLM; the
+    others uniformly, without which a young fusion stack sees only pairs that it cannot tell apart.
     """
     with torch.no_grad():
         wrong = similarity.detach().float().clone()
         wrong.fill_diagonal_(float("-inf"))
         wrong = wrong.masked_fill(batch.is_same_text, float("-inf")).cpu()
-        texts = torch.multinomial(wrong[:count].softmax(-1), 1, generator=generator)[:, 0]
-        images = torch.multinomial(wrong.T[:count].softmax(-1), 1, generator=generator)[:, 0]
+        texts = _draw_negatives(wrong[:count], hard_share, generator)
+        images = _draw_negatives(wrong.T[:count], hard_share, generator)
     own = torch.arange(count)
     image_rows = torch.cat([own, own, images]).to(image_states.device)
     text_rows = torch.cat([own, texts, own]).to(image_states.device)

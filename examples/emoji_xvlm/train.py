@@ -3,8 +3,8 @@
     cd examples && python -m emoji_xvlm.train --steps 2000
 
 writes ``model.safetensors`` (fp16) and ``training_log.json`` next to this file. An interrupted run continues from the
-last checkpoint in ``--work-dir`` when the same command is given again. The learning rate rises, holds and falls; the
-hold does not depend on ``--steps``, so a run that is too slow may be continued with fewer steps.
+last checkpoint in ``--work-dir`` when the command is given again; other options then begin a new stage, which the
+metadata records. The learning rate rises, holds and falls, and the hold does not depend on ``--steps``.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import math
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from emoji_xvlm.scenes import load_atlas, training_batch
 from emoji_xvlm.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
+LOG_EVERY = 50
 Metrics = dict[str, float]
 
 
@@ -53,6 +54,7 @@ class TrainConfig:
     fusion_start: int
     matching_pairs: int
     masked_pairs: int
+    hard_share: float
     seed: int
     bf16: bool
 
@@ -89,7 +91,9 @@ def compute_losses(
     }
     if step >= config.fusion_start:
         pairs = min(config.matching_pairs, len(image_states))
-        losses["itm"] = matching_loss(model, batch, image_states, text_states, similarity, pairs, generator)
+        losses["itm"] = matching_loss(
+            model, batch, image_states, text_states, similarity, pairs, config.hard_share, generator
+        )
         pairs = min(config.masked_pairs, len(image_states))
         losses["mlm"] = masked_word_loss(model, batch, image_states, pairs, mask_id, generator)
     return losses
@@ -101,34 +105,51 @@ def export_weights(model: EmojiXvlm, path: Path, metadata: dict[str, Any]) -> No
     save_file(tensors, path, metadata={name: json.dumps(value) for name, value in metadata.items()})
 
 
-def save_checkpoint(path: Path, model: EmojiXvlm, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+@dataclass
+class Progress:
+    """How far a run is; ``stages`` holds each configuration it was continued with and the step where that began."""
+
+    step: int = 0
+    seconds: float = 0.0
+    log: list[Metrics] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_checkpoint(path: Path, model: EmojiXvlm, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Replace the checkpoint in one move, so that an interruption leaves the old one."""
     temporary = path.with_suffix(".tmp")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}, temporary)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress)}
+    torch.save(state, temporary)
     temporary.replace(path)
 
 
+def load_checkpoint(path: Path, model: EmojiXvlm, optimizer: torch.optim.Optimizer) -> Progress:
+    """Fill model and optimizer from a checkpoint; a run that has none starts at step 0."""
+    if not path.exists():
+        return Progress()
+    stored = torch.load(path, map_location=model.logit_scale.device, weights_only=True)
+    model.load_state_dict(stored["model"])
+    optimizer.load_state_dict(stored["optimizer"])
+    return Progress(**stored["progress"])
+
+
 def train(
-    config: TrainConfig, device: torch.device, work_dir: Path, eval_every: int
-) -> tuple[EmojiXvlm, list[Metrics], float]:
-    """Train or continue; returns the model, the log and the seconds spent."""
+    config: TrainConfig, device: torch.device, work_dir: Path, stop_at: int, eval_every: int
+) -> tuple[EmojiXvlm, Progress]:
+    """Train or continue up to step ``stop_at`` of ``config.steps``."""
     torch.manual_seed(config.seed)
     tokenizer, names = Tokenizer.from_file(), load_atlas().names
     model = EmojiXvlm(ModelConfig(vocab_size=len(tokenizer))).to(device)
     optimizer = build_optimizer(model, config)
-    log: list[Metrics] = []
-    first_step, seconds = 0, 0.0
     checkpoint = work_dir / "checkpoint.pt"
-    if checkpoint.exists():
-        stored = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(stored["model"])
-        optimizer.load_state_dict(stored["optimizer"])
-        first_step, seconds, log = (stored["progress"][key] for key in ("step", "seconds", "log"))
+    progress = load_checkpoint(checkpoint, model, optimizer)
+    if not progress.stages or progress.stages[-1]["config"] != asdict(config):
+        progress.stages.append({"from_step": progress.step, "config": asdict(config)})
 
-    started = time.monotonic() - seconds
+    started = time.monotonic() - progress.seconds
     precision = torch.autocast(device.type, torch.bfloat16) if config.bf16 else contextlib.nullcontext()
     means: dict[str, list[float]] = {}
-    for step in range(first_step, config.steps):
+    for step in range(progress.step, stop_at):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, config)
         batch = collate(training_batch(config.seed, step, config.batch_size), tokenizer, names).to(device)
@@ -144,25 +165,25 @@ def train(
         for name, value in losses.items():
             means.setdefault(name, []).append(float(value.detach()))
 
-        done = step + 1
-        if done % 50 == 0 or done == config.steps:
-            seconds = time.monotonic() - started
-            row: Metrics = {"step": done, "seconds": round(seconds, 1)}
+        progress.step = step + 1
+        if progress.step % LOG_EVERY == 0 or progress.step == stop_at:
+            progress.seconds = time.monotonic() - started
+            row: Metrics = {"step": progress.step, "seconds": round(progress.seconds, 1)}
             row |= {name: round(float(np.mean(values)), 4) for name, values in means.items()}
-            if done % eval_every == 0 and done < config.steps:
+            if progress.step % eval_every == 0 and progress.step < stop_at:
                 row |= {name: round(value, 2) for name, value in evaluate(model, candidates=0).items()}
-            log.append(row)
+            progress.log.append(row)
             means = {}
             print(json.dumps(row), flush=True)
-            progress = {"step": done, "seconds": seconds, "log": log}
             save_checkpoint(checkpoint, model, optimizer, progress)
-    return model, log, time.monotonic() - started
+    return model, progress
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--stop-at", type=int, help="leave a checkpoint at this step and write no weights")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -171,6 +192,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fusion-start", type=int, default=300, help="first step with matching and masked words")
     parser.add_argument("--matching-pairs", type=int, default=24)
     parser.add_argument("--masked-pairs", type=int, default=32)
+    parser.add_argument("--hard-share", type=float, default=0.5, help="share of matching negatives that are hard")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cpu")
@@ -187,19 +209,22 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     config = TrainConfig(**{name: getattr(arguments, name) for name in TrainConfig.__dataclass_fields__})
-    model, log, seconds = train(config, torch.device(arguments.device), arguments.work_dir, arguments.eval_every)
+    stop_at = min(arguments.steps, arguments.stop_at or arguments.steps)
+    model, progress = train(config, torch.device(arguments.device), arguments.work_dir, stop_at, arguments.eval_every)
+    if stop_at < config.steps:
+        return
     metrics = {name: round(value, 2) for name, value in evaluate(model).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     metadata = {
         "command": " ".join(["python -m emoji_xvlm.train", *sys.argv[1:]]),
-        "config": asdict(config),
+        "stages": progress.stages,
         "model_config": asdict(model.config),
-        "seconds": round(seconds),
+        "seconds": round(progress.seconds),
         "versions": versions,
         "held_out": metrics,
     }
     export_weights(model, arguments.output, metadata)
-    document = json.dumps({**metadata, "log": log}, indent=1)
+    document = json.dumps({**metadata, "log": progress.log}, indent=1)
     arguments.output.with_name("training_log.json").write_text(document + "\n", encoding="utf-8")
     print(json.dumps(metrics))
 
