@@ -150,9 +150,10 @@ def _announce(source: ModelSource, terminal: Terminal) -> None:
     for note in source.notes:
         terminal.note(f"note: {note}")
     if source.calibration is None:
+        where = "in model.py" if source.kind == "python" else "in a model.py that loads this directory"
         terminal.warn(
-            "there is no calibration data, so the example inputs stand in for it. Masks are only as good as the data: "
-            "define calibration_batches in model.py with a few hundred real samples"
+            f"there is no calibration data, so the example inputs stand in for it. Masks are only as good as the data: "
+            f"define calibration_batches {where}, with a few hundred real samples"
         )
 
 

@@ -182,7 +182,7 @@ def evidence_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
             _shape(row["shape"]),
             " + ".join(row["label"]) or "nothing",
             f"{row['block']} ({' + '.join(row['block_label']) or 'nothing'})" if row["block"] else "-",
-            "pruned" if row["reason"] is None else row["reason"],
+            "yes" if row["reason"] is None else "no",
         )
         for row in rows
     ]
