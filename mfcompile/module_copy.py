@@ -40,15 +40,18 @@ class KeptState:
     def __init__(self, module: nn.Module) -> None:
         self._buffers = [(item._buffers, dict(item._buffers)) for item in module.modules()]
         self._watched: dict[int, list[Tensor]] = {}
+        self._passing: list[tuple[int, Tensor]] = []
         self._aliases: list[tuple[Tensor, Tensor]] = []
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         for tensor in (*module.parameters(), *module.buffers()):
             self._aliases.append((tensor, tensor.detach()))
-            self.watch(tensor)
+            self._watched.setdefault(storage_address(tensor), []).append(tensor)
 
     def watch(self, tensor: Tensor) -> None:
-        """Keep this tensor's values as well."""
-        self._watched.setdefault(storage_address(tensor), []).append(tensor)
+        """Keep this tensor's values as well, until the next ``restore``."""
+        address = storage_address(tensor)
+        self._watched.setdefault(address, []).append(tensor)
+        self._passing.append((address, tensor))
 
     def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """An operator is about to run: copy the watched tensors that it writes."""
@@ -75,6 +78,9 @@ class KeptState:
         for tensor, values in self._saved.values():
             tensor.detach().copy_(values)
         self._saved.clear()
+        for address, tensor in self._passing:
+            self._watched[address] = [item for item in self._watched[address] if item is not tensor]
+        self._passing.clear()
 
 
 def storage_address(tensor: Tensor) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from mfcompile.errors import CalibrationError, InputError
-from mfcompile.graph import CapturedGraph, Diagnostic
+from mfcompile.graph import CapturedGraph, Diagnostic, tensor_values
 from mfcompile.inputs import ExampleInputs, normalize_inputs
 from mfcompile.module_copy import share_weights_copy
 from mfcompile.passes.base import run_transform
@@ -41,15 +43,15 @@ def plan_padding(captured: CapturedGraph, regions: RegionMap, padding_mask: str 
     masks = find_padding_masks(captured, regions.modalities, padding_mask)
     if not masks:
         return PaddingPlan()
-    before = _observe_shapes(captured, regions, captured.example_inputs)
+    before = recorded_shapes(captured, regions)
     covered: dict[CallKey, str] = {}
     by_shape: frozenset[str] = frozenset()
     diagnostics: list[Diagnostic] = []
     for item in masks:
         size = captured.example_inputs.tensors()[item.mask].shape
         longer = lengthen(captured, item)
-        after = None if longer is None or before is None else _observe_shapes(captured, regions, longer)
-        if before is None or after is None or set(after) != set(before):
+        after = None if longer is None else _observe_shapes(captured, regions, longer)
+        if after is None or set(after) != set(before):
             by_shape |= {use.fqn for uses in regions.evidence.values() for use in uses if TEXT in use.label}
             diagnostics.append(Diagnostic(item.mask, "the model refuses a longer text: padding is matched by shape and label"))
             continue
@@ -60,6 +62,28 @@ def plan_padding(captured: CapturedGraph, regions: RegionMap, padding_mask: str 
                 reason = f"its rows {sizes} hold the text of {item.mask} among others: padding is not left out there"
                 diagnostics.append(Diagnostic(call[0], reason))
     return PaddingPlan(masks, covered, by_shape, tuple(diagnostics))
+
+
+def recorded_shapes(captured: CapturedGraph, regions: RegionMap) -> dict[CallKey, tuple[int, ...]]:
+    """Leading sizes of the activation of every call of a pruned weight, as the graph was captured."""
+    nodes = {node.name: node for node in captured.graph.nodes}
+    order = {name: index for index, name in enumerate(nodes)}
+    shapes: dict[CallKey, tuple[int, ...]] = {}
+    for fqn in {site.fqn for site in regions.pruned_sites}:
+        for call, use in enumerate(sorted(regions.evidence.get(fqn, ()), key=lambda use: order[use.node])):
+            sizes = list(tensor_values(nodes[use.activation])[0].shape)
+            del sizes[use.feature_dim]
+            shapes[fqn, call] = tuple(sizes)
+    return shapes
+
+
+def repeated_weights(regions: RegionMap) -> frozenset[str]:
+    """FQNs of the weights whose rows meet several activations in one forward."""
+    return frozenset(
+        fqn
+        for fqn, uses in regions.evidence.items()
+        if any(one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1] for one, other in combinations(uses, 2))
+    )
 
 
 def _observe_shapes(
@@ -73,6 +97,8 @@ def _observe_shapes(
             inputs.call(module)
     except Exception:  # any refusal of the user's model means the same here: it cannot take a longer text
         return None
+    finally:
+        observer.state.restore()
     return observer.shapes
 
 
@@ -102,13 +128,15 @@ def calibrate(
         Statistics of every pruned site.
 
     Raises:
+        InputError: ``batches`` is one batch or no iterable, or another argument is not valid.
         CalibrationError: no batch, a region without a single token, NaN or infinity in an activation, or a batch that
             the model refuses.
     """
+    _check_arguments(batches, num_samples, observe)
     plan = plan_padding(captured, regions, padding_mask)
     source = "calibration batches" if batches is not None else "example inputs"
-    total = len(batches) if isinstance(batches, Sized) else None
-    collector = StatisticsCollector(regions.pruned_sites, plan)
+    total = _length(batches)
+    collector = StatisticsCollector(regions.pruned_sites, plan, repeated_weights(regions))
     runner = _Runner(captured, regions, collector, observe)
     samples = 0
     for index, batch in enumerate([captured.example_inputs] if batches is None else batches):
@@ -129,7 +157,31 @@ def calibrate(
     )  # fmt: skip
     statistics.check()
     _check_regions(regions, statistics)
-    return statistics
+    unseen = [
+        Diagnostic(name, "it received no calibration token: magnitude ranks its weights")
+        for name, site in statistics.sites.items()
+        if not site.token_count
+    ]
+    return replace(statistics, diagnostics=(*statistics.diagnostics, *unseen))
+
+
+def _check_arguments(batches: Iterable[Any] | None, num_samples: int | None, observe: str) -> None:
+    if observe not in {"auto", "graph", "module"}:
+        raise InputError(f"observe={observe!r} is unknown; choose auto, graph or module")
+    if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1):
+        raise InputError(f"num_samples must be a positive integer or None, got {num_samples!r}")
+    if isinstance(batches, (Mapping, Tensor, str)) or not (batches is None or isinstance(batches, Iterable)):
+        raise InputError(
+            f"calibration is a {type(batches).__name__}: give an iterable of batches, a list with this one batch in it say"
+        )
+
+
+def _length(batches: Iterable[Any] | None) -> int | None:
+    """Number of batches, None where it is not known (a loader over an endless data set has a length that raises)."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
 
 
 def _normalize(module: nn.Module, batch: Any, index: int) -> ExampleInputs:
@@ -153,8 +205,6 @@ class _Runner:
     """Runs one batch after another, on the graph where it fits, else on the module."""
 
     def __init__(self, captured: CapturedGraph, regions: RegionMap, collector: StatisticsCollector, observe: str) -> None:
-        if observe not in {"auto", "graph", "module"}:
-            raise InputError(f"observe={observe!r} is unknown; choose auto, graph or module")
         self.observed_by: set[str] = set()
         self._captured, self._collector, self._observe = captured, collector, observe
         self._module = _runnable(captured)
@@ -176,14 +226,13 @@ class _Runner:
                 f"calibration batch {index} does not fit the graph, which is fixed to the shapes of the example inputs and "
                 f"to numbers that the model read from them. Use observe='auto'"
             )
-        self._collector.begin_batch(tensors)
         try:
             if graph is not None:
+                self._collector.begin_batch(tensors)
                 with torch.inference_mode():
                     graph(*tensors.values())
             else:
-                with _inference(self._module), self._observer:
-                    inputs.call(self._module)
+                self._run_module(inputs, tensors)
         except Exception as error:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
             raise CalibrationError(
@@ -191,6 +240,17 @@ class _Runner:
             ) from error
         self._collector.end_batch()
         self.observed_by.add("module" if graph is None else "graph")
+
+    def _run_module(self, inputs: ExampleInputs, tensors: Mapping[str, Tensor]) -> None:
+        """Watch the module run; what the run writes into parameters, buffers and the batch is put back."""
+        self._collector.begin_batch(tensors)
+        for tensor in tensors.values():
+            self._observer.state.watch(tensor)
+        try:
+            with _inference(self._module), self._observer:
+                inputs.call(self._module)
+        finally:
+            self._observer.state.restore()
 
 
 def fits_any_values(captured: CapturedGraph) -> bool:

@@ -13,61 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfcompile.errors import PostconditionError, PreconditionError
 from mfcompile.graph import CapturedGraph
+from mfcompile.module_copy import KeptState, storage_address
 from mfcompile.passes.base import PassResult
-from mfcompile.passes.operators import CONTRACTIONS
+from mfcompile.passes.operators import CONTRACTIONS, written_arguments
 from mfcompile.passes.padding import CallKey, PaddingPlan
+from mfcompile.passes.reduction import Reduction, distinct, reduce_activation
 from mfcompile.passes.weights import locate_operand, operand_pairs
 from mfcompile.region import PruneSite, RegionMap, WeightUse
 from mfcompile.statistics import SiteStatistics
 
-
-@dataclass(frozen=True)
-class Reduction:
-    """One activation, reduced: sums of squares (in_features,) in float64, and how many rows went in."""
-
-    sum_of_squares: Tensor
-    token_count: int
-    padding_count: int
-    sample_count: int
-
-
-def reduce_activation(activation: Tensor, feature_dim: int = -1, keep: Tensor | None = None) -> Reduction:
-    """Sum of squares of every feature over all kept rows (the inner sum of ||a||_2, Eq. 4 and 5).
-
-    Each sample is summed on its own in float32, samples are added in float64: the result depends neither on how
-    samples are batched nor on their order beyond the last bit of float64.
-
-    Args:
-        activation: (..., in_features), or (..., in_features, n) with feature_dim=-2; any float dtype.
-        feature_dim: dimension of the features, counted from the end.
-        keep: bool, sizes of the activation without the feature dimension; False rows are padding.
-
-    Returns:
-        The reduction; a row that is left out cannot spread NaN.
-    """
-    rows = activation if feature_dim == -1 else activation.movedim(feature_dim, -1)
-    leading = rows.shape[:-1]
-    samples = int(leading[0]) if leading else 1
-    matrix = rows.reshape(samples if len(leading) > 1 else 1, -1, rows.shape[-1]).float()
-    total = matrix.shape[0] * matrix.shape[1]
-    if keep is None:
-        ones = torch.ones((), dtype=matrix.dtype, device=matrix.device).expand(matrix.shape[0], 1, matrix.shape[1])
-        return Reduction(_weighted_squares(ones, matrix), total, 0, samples)
-    weights = keep.reshape(matrix.shape[0], 1, matrix.shape[1])
-    counted = int(weights.sum())
-    sums = _weighted_squares(weights.to(matrix.dtype), matrix)
-    if not bool(torch.isfinite(sums).all()):
-        sums = _weighted_squares(weights.to(matrix.dtype), torch.where(weights.mT, matrix, 0.0))
-    return Reduction(sums, counted, total - counted, samples)
-
-
-def _weighted_squares(weights: Tensor, matrix: Tensor) -> Tensor:
-    """(b, 1, n) x (b, n, f) -> (f,) float64. A matrix product: five times faster than a norm over rows."""
-    return torch.bmm(weights, matrix * matrix).squeeze(1).double().sum(0)
+_COPIES = frozenset({"clone", "contiguous", "to", "_to_copy"})
+"""Operators that may give a weight in memory of its own, in its layout."""
 
 
 @dataclass
@@ -77,11 +38,17 @@ class StatisticsCollector:
     Attributes:
         sites: the sites that want statistics.
         plan: where padding is.
+        repeated: FQNs of the weights that one forward calls several times: a sample that such a weight meets again is
+            counted once.
+        batch_count: forward passes that were added.
+        batch_size: samples of the running forward pass, None where the inputs do not agree.
     """
 
     sites: Sequence[PruneSite]
     plan: PaddingPlan
+    repeated: frozenset[str] = frozenset()
     batch_count: int = 0
+    batch_size: int | None = None
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _tokens: dict[str, int] = field(default_factory=dict)
     _padding: dict[str, int] = field(default_factory=dict)
@@ -98,11 +65,13 @@ class StatisticsCollector:
     def begin_batch(self, tensors: Mapping[str, Tensor]) -> None:
         """A forward pass starts on these inputs."""
         self._inputs, self._calls, self._seen = tensors, {}, {}
+        sizes = {tensor.shape[0] for tensor in tensors.values() if tensor.ndim}
+        self.batch_size = sizes.pop() if len(sizes) == 1 else None
 
     def end_batch(self) -> None:
         """The forward pass is over: add what it gave, each distinct activation once per site."""
         for name, reductions in self._seen.items():
-            for reduction in _distinct(reductions):
+            for reduction in distinct(reductions):
                 previous = self._sums.get(name)
                 sums = reduction.sum_of_squares
                 self._sums[name] = sums.clone() if previous is None else previous + sums
@@ -143,17 +112,36 @@ class StatisticsCollector:
         }
 
 
-def _distinct(reductions: list[Reduction]) -> list[Reduction]:
-    """Without repeats of the same activation: a call on the same input adds no information."""
-    found: list[Reduction] = []
-    for reduction in reductions:
-        if not any(
-            other.token_count == reduction.token_count
-            and torch.allclose(other.sum_of_squares, reduction.sum_of_squares, rtol=1e-6, atol=0.0)
-            for other in found
-        ):
-            found.append(reduction)
-    return found
+@dataclass(frozen=True)
+class _Copy:
+    """(Part of) a parameter in memory of its own.
+
+    Attributes:
+        fqn, parameter: the parameter.
+        source: meta tensor, where the copied part lies in the parameter.
+        result: meta tensor, how the copy lies in its memory.
+        storage: that memory.
+    """
+
+    fqn: str
+    parameter: Tensor
+    source: Tensor
+    result: Tensor
+    storage: StorageWeakRef
+
+    def place_of(self, view: Tensor) -> Tensor | None:
+        """Where in the parameter a view of the copy lies; None when the layouts differ and it is not the whole copy."""
+        if self.source.stride() == self.result.stride():
+            return _place(view, int(self.source.storage_offset()) - int(self.result.storage_offset()))
+        is_whole = (view.shape, view.stride()) == (self.result.shape, self.result.stride())
+        return self.source if is_whole else None
+
+
+def _place(tensor: Tensor, shift: int = 0) -> Tensor:
+    """A tensor's sizes, strides and offset on the meta device."""
+    offset = int(tensor.storage_offset()) + shift
+    extent = 1 + offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size)
+    return torch.empty(extent, device="meta").as_strided(tensor.shape, tensor.stride(), offset)
 
 
 class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
@@ -161,15 +149,27 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
 
     Weights are recognised by their storage, so that fused, sliced and functional uses are seen as well. The q, k and v
     projections of one activation share one reduction; no activation is kept alive.
+
+    Args:
+        module: the module that will run.
+        collector: where the reductions go.
+
+    Attributes:
+        state: what the forward passes wrote into parameters and buffers; ``state.restore()`` puts it back.
     """
 
     def __init__(self, module: nn.Module, collector: StatisticsCollector) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.collector = collector
+        self.state = KeptState(module)
         self._parameters: dict[int, list[tuple[str, Tensor]]] = {}
-        for fqn, parameter in module.named_parameters():
-            if fqn in collector.by_fqn:
-                self._parameters.setdefault(parameter.untyped_storage().data_ptr(), []).append((fqn, parameter))
+        self._copies: dict[int, _Copy] = {}
+        self._stored: set[int] = set()
+        for fqn, parameter in (*module.named_parameters(), *module.named_buffers()):
+            if parameter.ndim == 2 and parameter.is_floating_point():
+                self._stored.add(storage_address(parameter))
+                if fqn in collector.by_fqn:
+                    self._parameters.setdefault(storage_address(parameter), []).append((fqn, parameter))
         self._recent: list[tuple[weakref.ref[Tensor], int, str | None, Reduction]] = []
 
     def __torch_dispatch__(
@@ -179,17 +179,43 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         name = func._schema.name.partition("::")[2]
         if name in CONTRACTIONS:
             self._observe(name, args, kwargs)
+        self.state.before(func, args, kwargs)
         result = func(*args, **kwargs)
         if func._schema.is_mutable:
             self._recent.clear()
+        if name in _COPIES:
+            self._follow_copy(args[0], result)
         return result
+
+    def _follow_copy(self, source: Tensor, result: Tensor) -> None:
+        """A weight that is cast or copied is the same weight in other memory."""
+        address = storage_address(result)
+        if address != storage_address(source):
+            for fqn, parameter, place in self._places(source):
+                storage = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
+                self._copies[address] = _Copy(fqn, parameter, _place(place), _place(result), storage)
+
+    def _places(self, weight: Tensor) -> list[tuple[str, Tensor, Tensor]]:
+        """(FQN, parameter, where in the parameter the tensor lies) for every site weight that it may be rows of."""
+        address = storage_address(weight)
+        copy = self._copies.get(address)
+        if copy is None:
+            return [(fqn, parameter, weight) for fqn, parameter in self._parameters.get(address, ())]
+        if copy.storage.expired():  # type: ignore[no-untyped-call]
+            del self._copies[address]
+            return []
+        place = copy.place_of(weight)
+        return [] if place is None else [(copy.fqn, copy.parameter, place)]
 
     def _observe(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for weight, contracted, activation, feature_dim in operand_pairs(name, args, kwargs):
             if not isinstance(weight, Tensor) or not isinstance(activation, Tensor):
                 continue
-            for fqn, parameter in self._parameters.get(weight.untyped_storage().data_ptr(), ()):
-                view = locate_operand(weight, contracted, parameter)
+            # Two parameters may meet in a product (learned queries times a weight); see find_weight_uses.
+            if name != "linear" and storage_address(activation) in self._stored:
+                continue
+            for fqn, parameter, place in self._places(weight):
+                view = locate_operand(place, contracted, parameter)
                 if view is not None:
                     call = self.collector.next_call(fqn)
                     self.collector.add(fqn, view.rows, self._reduce(call, activation, feature_dim))
@@ -198,10 +224,14 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
     def _reduce(self, call: CallKey, activation: Tensor, feature_dim: int) -> Reduction:
         keep = self.collector.keep(call, activation, feature_dim)
         mask = None if keep is None else self.collector.plan.covered.get(call, "by shape")
+        by_sample = call[0] in self.collector.repeated
         for reference, dim, covered, reduction in self._recent:
             if reference() is activation and dim == feature_dim and covered == mask:
+                if by_sample and reduction.by_sample is None:
+                    continue
                 return reduction
-        reduction = reduce_activation(activation, feature_dim, keep)
+        batch_size = self.collector.batch_size
+        reduction = reduce_activation(activation, feature_dim, keep, batch_size=batch_size, by_sample=by_sample)
         self._recent = [*self._recent[-1:], (weakref.ref(activation), feature_dim, mask, reduction)]
         return reduction
 
@@ -231,13 +261,17 @@ class ActivationObserver(nn.Module):
     def forward(self, activation: Tensor) -> None:
         """Reduce ``activation`` (any shape with the features at the uses' feature dimension)."""
         done: list[tuple[Tensor | None, Reduction]] = []
+        collector = self._collector
+        by_sample = any(use.fqn in collector.repeated for use, _ in self._uses)
         for use, call in self._uses:
-            keep = self._collector.keep(call, activation, use.feature_dim)
+            keep = collector.keep(call, activation, use.feature_dim)
             reduction = next((old for mask, old in done if _same(mask, keep)), None)
             if reduction is None:
-                reduction = reduce_activation(activation, use.feature_dim, keep)
+                reduction = reduce_activation(
+                    activation, use.feature_dim, keep, batch_size=collector.batch_size, by_sample=by_sample
+                )
                 done.append((keep, reduction))
-            self._collector.add(use.fqn, use.rows, reduction)
+            collector.add(use.fqn, use.rows, reduction)
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -278,12 +312,15 @@ class InsertObservers:
         root = _shallow_root(graph.graph_module)
         by_name = {node.name: copy for node, copy in copies.items()}
         order = {node.name: index for index, node in enumerate(graph.graph.nodes)}
-        groups: dict[tuple[str, int], list[tuple[WeightUse, CallKey]]] = {}
+        writes = _writes_before(graph.graph)
+        groups: dict[tuple[str, int, int], list[tuple[WeightUse, CallKey]]] = {}
         for fqn in self.collector.by_fqn:
             uses = sorted(self.regions.evidence.get(fqn, ()), key=lambda use: order[use.node])
             for call, use in enumerate(uses):
-                groups.setdefault((use.activation, use.feature_dim), []).append((use, (fqn, call)))
-        for index, ((activation, _), group) in enumerate(groups.items()):
+                # An activation that is written in place between two uses is another one for the second.
+                key = (use.activation, use.feature_dim, writes[use.node])
+                groups.setdefault(key, []).append((use, (fqn, call)))
+        for index, ((activation, _, _), group) in enumerate(groups.items()):
             target = f"mfcompile_observer_{index}"
             root.add_module(target, ActivationObserver(self.collector, group))
             first = min((use.node for use, _ in group), key=lambda name: order[name])
@@ -296,6 +333,15 @@ class InsertObservers:
         added = [node for node in result.graph.graph.nodes if node.op == "call_module"]
         if len(result.graph.graph.nodes) - len(before.graph.nodes) != len(added):
             raise PostconditionError("inserting observers changed other nodes of the graph")
+
+
+def _writes_before(graph: fx.Graph) -> dict[str, int]:
+    """Node name -> how many operators before it write in place."""
+    count, found = 0, {}
+    for node in graph.nodes:
+        found[node.name] = count
+        count += bool(written_arguments(node))
+    return found
 
 
 def _shallow_root(graph_module: fx.GraphModule) -> nn.Module:
