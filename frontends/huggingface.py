@@ -55,7 +55,9 @@ def load_huggingface(directory: Path) -> ModelSource:
     config_json = _read_config(directory)
     _check_weights(directory)
     notes: list[str] = []
-    with _quiet(transformers):
+    # Weights that are not in the files are drawn at random: the same ones every time.
+    with _quiet(transformers), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         config = _load_config(transformers, directory, config_json)
         model_class = _find_class(transformers, config, notes)
         model = _load_model(model_class, directory, config, notes)

@@ -10,15 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
+_IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _SENTENCES = ("a small brown dog runs along the beach near the water", "two red apples")
 _IMAGE_HEIGHT, _IMAGE_WIDTH = 240, 320
 
@@ -33,35 +26,63 @@ def processor_inputs(directory: Path, failures: list[str]) -> Iterator[tuple[str
     Yields:
         How the inputs were made, and the inputs; more than one pair where the processor may be called in several ways.
     """
-    if not any((directory / name).is_file() for name in _FILES):
-        return
     transformers: Any = importlib.import_module("transformers")
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # missing files, missing packages, unknown classes
-        failures.append(f"the processor in the directory, which cannot be loaded: {describe_error(error)}")
+    processors = _load_processors(transformers, directory, failures)
+    if not processors:
         return
-    how = f"two synthetic samples through its {type(processor).__name__}"
+    how = f"two synthetic samples through its {' and '.join(type(processor).__name__ for processor in processors)}"
     problems = []
-    for call in _calls(processor, transformers.PreTrainedTokenizerBase):
+    ways = [_calls(processor, transformers.PreTrainedTokenizerBase) for processor in processors]
+    for calls in zip(*ways, strict=True) if len(ways) == 1 else [tuple(calls[0] for calls in ways)]:
+        inputs: dict[str, Any] = {}
         try:
-            inputs = _plain(call())
+            for call in calls:
+                inputs |= _plain(call())
         except Exception as error:  # a processor is foreign code
             problems.append(describe_error(error))
             continue
         yield how, inputs
     if problems:
-        failures.append(f"its {type(processor).__name__}, which raised {problems[0]}")
+        failures.append(f"{how}, which raised {problems[0]}")
 
 
-def _calls(processor: Any, tokenizer_class: type) -> list[Callable[[], Any]]:
+def _load_processors(transformers: Any, directory: Path, failures: list[str]) -> list[Any]:
+    """The processor, or else the tokenizer and the image processor, as far as the directory holds their files."""
+    has_tokenizer, has_images = (
+        any((directory / name).is_file() for name in names) for names in (_TOKENIZER_FILES, _IMAGE_PROCESSOR_FILES)
+    )
+    options = {"local_files_only": True, "trust_remote_code": False}
+    if not (has_tokenizer or has_images):
+        return []
+    problem = ""
+    processor = None
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(str(directory), **options)
+    except Exception as error:  # missing files, missing packages, unknown classes
+        problem = describe_error(error)
+    if isinstance(processor, transformers.ProcessorMixin):
+        return [processor]
+    found = []  # AutoProcessor gives a tokenizer or an image processor alone when it does not know how to join them
+    for is_there, loader in ((has_tokenizer, transformers.AutoTokenizer), (has_images, transformers.AutoImageProcessor)):
+        if is_there:
+            try:
+                found.append(loader.from_pretrained(str(directory), **options))
+            except Exception as error:  # as above
+                problem = describe_error(error)
+    if not found:
+        failures.append(f"the processor files in the directory, which cannot be loaded: {problem}")
+    return found
+
+
+def _calls(processor: Any, tokenizer_class: Any) -> list[Callable[[], Any]]:
     """Ways to call a processor, the most specific first."""
     images = [_image(0), _image(1)]
     options = {"padding": True, "return_tensors": "pt"}
-    tokenizer = processor if isinstance(processor, tokenizer_class) else getattr(processor, "tokenizer", None)
+    is_tokenizer = isinstance(processor, tokenizer_class)
+    tokenizer: Any = processor if is_tokenizer else getattr(processor, "tokenizer", None)
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer is processor:
+    if is_tokenizer:
         return [lambda: processor(list(_SENTENCES), **options)]
     if tokenizer is None:
         return [lambda: processor(images=images, return_tensors="pt")]

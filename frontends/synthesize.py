@@ -196,7 +196,7 @@ def _count_image_features(model: nn.Module, image: Inputs) -> int | None:
 def _text_inputs(config: Any, parameters: set[str], placeholders: int, generator: torch.Generator) -> Inputs:
     """Token ids (2, tokens) of two lengths, their mask, and decoder ids (2, tokens), where forward takes them."""
     inputs: Inputs = {}
-    section = _section_with(config, "vocab_size")
+    section = _text_section(config)
     if section is None:
         return inputs
     longest = _number(section, "max_position_embeddings", "n_positions") or _TEXT_LENGTH + 2
@@ -270,6 +270,15 @@ def _token(section: Any, *names: str) -> int | None:
 def _number(section: Any, *names: str) -> int | None:
     values = (getattr(section, name, None) for name in names)
     return next((value for value in values if isinstance(value, int) and value >= 0), None)
+
+
+def _text_section(config: Any) -> Any:
+    """The config that the token ids belong to; None when there is no vocabulary."""
+    try:
+        section = config.get_text_config()
+    except ValueError:  # several candidates
+        section = None
+    return section if hasattr(section, "vocab_size") else _section_with(config, "vocab_size")
 
 
 def _decoder_section(config: Any) -> Any:

@@ -148,13 +148,13 @@ class UserModule:
 
     def _explain(self, doing: str, error: BaseException) -> str:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        advice = "Correct that line; `python FILE` reproduces it without mfcompile"
+        advice = "Correct that line"
         if isinstance(error, ModuleNotFoundError):
             advice = f"Install {error.name}, or put it beside {self.path.name}"
         elif isinstance(error, SystemExit):
             what = f"SystemExit({error.code})"
             advice = 'Move code that ends the program or reads the command line under `if __name__ == "__main__":`'
-        return f"{doing} failed at {self._location(error)}: {what}. {advice.replace('FILE', self.path.name)}"
+        return f"{doing} failed at {self._location(error)}: {what}. {advice}"
 
     def _location(self, error: BaseException) -> str:
         """file:line of the user's code that raised, the innermost one of its own folder."""
