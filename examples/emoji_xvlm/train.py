@@ -1,6 +1,6 @@
 """Pretrain the model from scratch on composed scenes.
 
-    cd examples && python -m emoji_xvlm.train --steps 2000
+    cd examples && python -m emoji_xvlm.train --steps 790
 
 writes ``model.safetensors`` (fp16) and ``training_log.json`` next to this file. An interrupted run continues from the
 last checkpoint in ``--work-dir`` when the command is given again; other options then begin a new stage, which the
@@ -182,7 +182,7 @@ def train(
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=790)
     parser.add_argument("--stop-at", type=int, help="leave a checkpoint at this step and write no weights")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -213,6 +213,7 @@ def main() -> None:
     model, progress = train(config, torch.device(arguments.device), arguments.work_dir, stop_at, arguments.eval_every)
     if stop_at < config.steps:
         return
+    model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})  # as shipped
     metrics = {name: round(value, 2) for name, value in evaluate(model).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     metadata = {
