@@ -12,8 +12,8 @@ import mfcompile
 from tests.oracle import recorded, reference
 from tests.oracle.reference import Rounding
 
-STEP = 0.25  # a power of two: magnitudes are exact, 91 % of them are zero
-SPARSITIES = (0.63, 0.75, 0.95)  # two cuts among the zeros, one among the other levels
+STEP = 0.125  # a power of two: magnitudes are exact, 70 % of them are zero
+SPARSITIES = (0.3, 0.63, 0.9)  # two cuts among the zeros, one among the other levels
 GROUPS = {layer.name: layer.modality for layer in recorded.layers()}
 
 
