@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfcompile.errors import CalibrationError, InputError
-from mfcompile.graph import CapturedGraph, Diagnostic, tensor_values
+from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.inputs import ExampleInputs, normalize_inputs
 from mfcompile.module_copy import share_weights_copy
 from mfcompile.passes.base import run_transform
-from mfcompile.passes.modalities import TEXT
-from mfcompile.passes.observers import InsertObservers, ModuleObserver, ShapeObserver, StatisticsCollector
-from mfcompile.passes.padding import CallKey, PaddingPlan, covers_text, find_padding_masks, lengthen
+from mfcompile.passes.observers import InsertObservers, ModuleObserver, StatisticsCollector
+from mfcompile.passes.padding import PaddingPlan, find_padding_masks
 from mfcompile.region import RegionMap
 from mfcompile.statistics import CalibrationStatistics
 
@@ -26,11 +25,9 @@ Progress = Callable[[int, int | None], None]
 
 
 def plan_padding(captured: CapturedGraph, regions: RegionMap, padding_mask: str | None = None) -> PaddingPlan:
-    """Find the padding masks and the activations that they cover.
+    """Find the padding masks and the tokens that they speak of.
 
-    The model is run once more with padding appended to the text: an activation whose token axis grows with it is
-    text, also where another axis (image tokens) happens to have the same length. Where the model refuses the longer
-    text, shapes and labels decide.
+    Which activations they cover is not planned: padding is followed through every forward pass (``padding_flow``).
 
     Args:
         captured: the captured model.
@@ -40,41 +37,7 @@ def plan_padding(captured: CapturedGraph, regions: RegionMap, padding_mask: str 
     Raises:
         InputError: ``padding_mask`` names no (batch, length) input.
     """
-    masks = find_padding_masks(captured, regions.modalities, padding_mask)
-    if not masks:
-        return PaddingPlan()
-    before = recorded_shapes(captured, regions)
-    covered: dict[CallKey, str] = {}
-    by_shape: frozenset[str] = frozenset()
-    diagnostics: list[Diagnostic] = []
-    for item in masks:
-        size = captured.example_inputs.tensors()[item.mask].shape
-        longer = lengthen(captured, item)
-        after = None if longer is None else _observe_shapes(captured, regions, longer)
-        if after is None or set(after) != set(before):
-            by_shape |= {use.fqn for uses in regions.evidence.values() for use in uses if TEXT in use.label}
-            diagnostics.append(Diagnostic(item.mask, "the model refuses a longer text: padding is matched by shape and label"))
-            continue
-        for call, sizes in before.items():
-            if covers_text(sizes, after[call], (int(size[0]), int(size[1]))):
-                covered[call] = item.mask
-            elif sizes != after[call]:
-                reason = f"its rows {sizes} hold the text of {item.mask} among others: padding is not left out there"
-                diagnostics.append(Diagnostic(call[0], reason))
-    return PaddingPlan(masks, covered, by_shape, tuple(diagnostics))
-
-
-def recorded_shapes(captured: CapturedGraph, regions: RegionMap) -> dict[CallKey, tuple[int, ...]]:
-    """Leading sizes of the activation of every call of a pruned weight, as the graph was captured."""
-    nodes = {node.name: node for node in captured.graph.nodes}
-    order = {name: index for index, name in enumerate(nodes)}
-    shapes: dict[CallKey, tuple[int, ...]] = {}
-    for fqn in {site.fqn for site in regions.pruned_sites}:
-        for call, use in enumerate(sorted(regions.evidence.get(fqn, ()), key=lambda use: order[use.node])):
-            sizes = list(tensor_values(nodes[use.activation])[0].shape)
-            del sizes[use.feature_dim]
-            shapes[fqn, call] = tuple(sizes)
-    return shapes
+    return PaddingPlan(find_padding_masks(captured, regions.modalities, padding_mask))
 
 
 def repeated_weights(regions: RegionMap) -> frozenset[str]:
@@ -84,22 +47,6 @@ def repeated_weights(regions: RegionMap) -> frozenset[str]:
         for fqn, uses in regions.evidence.items()
         if any(one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1] for one, other in combinations(uses, 2))
     )
-
-
-def _observe_shapes(
-    captured: CapturedGraph, regions: RegionMap, inputs: ExampleInputs
-) -> dict[CallKey, tuple[int, ...]] | None:
-    """Leading sizes of the activation of every call; None when the model does not run on the inputs."""
-    module = _runnable(captured)
-    observer = ShapeObserver(module, StatisticsCollector(regions.pruned_sites, PaddingPlan()))
-    try:
-        with _inference(module), observer:
-            inputs.call(module)
-    except Exception:  # any refusal of the user's model means the same here: it cannot take a longer text
-        return None
-    finally:
-        observer.state.restore()
-    return observer.shapes
 
 
 def calibrate(
@@ -153,7 +100,7 @@ def calibrate(
         )
     statistics = CalibrationStatistics(
         collector.statistics(), collector.batch_count, source, "+".join(sorted(runner.observed_by)),
-        tuple(item.mask for item in plan.masks), plan.diagnostics,
+        tuple(dict.fromkeys(item.mask for item in plan.masks)), collector.tracker.diagnostics(),
     )  # fmt: skip
     statistics.check()
     _check_regions(regions, statistics)
@@ -229,7 +176,7 @@ class _Runner:
         try:
             if graph is not None:
                 self._collector.begin_batch(tensors)
-                with torch.inference_mode():
+                with torch.inference_mode(), self._collector.tracker.following():
                     graph(*tensors.values())
             else:
                 self._run_module(inputs, tensors)

@@ -21,7 +21,8 @@ from mfcompile.graph import CapturedGraph
 from mfcompile.module_copy import KeptState, storage_address
 from mfcompile.passes.base import PassResult
 from mfcompile.passes.operators import CONTRACTIONS, written_arguments
-from mfcompile.passes.padding import CallKey, PaddingPlan
+from mfcompile.passes.padding import PaddingPlan
+from mfcompile.passes.padding_flow import PaddingTracker
 from mfcompile.passes.reduction import Reduction, distinct, reduce_activation
 from mfcompile.passes.weights import locate_operand, operand_pairs
 from mfcompile.region import PruneSite, RegionMap, WeightUse
@@ -53,18 +54,18 @@ class StatisticsCollector:
     _tokens: dict[str, int] = field(default_factory=dict)
     _padding: dict[str, int] = field(default_factory=dict)
     _samples: dict[str, int] = field(default_factory=dict)
-    _inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    _calls: dict[str, int] = field(default_factory=dict)
     _seen: dict[str, list[Reduction]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.by_fqn: dict[str, list[PruneSite]] = {}
         for site in self.sites:
             self.by_fqn.setdefault(site.fqn, []).append(site)
+        self.tracker = PaddingTracker(self.plan.masks)
 
     def begin_batch(self, tensors: Mapping[str, Tensor]) -> None:
         """A forward pass starts on these inputs."""
-        self._inputs, self._calls, self._seen = tensors, {}, {}
+        self._seen = {}
+        self.tracker.begin(tensors)
         sizes = {tensor.shape[0] for tensor in tensors.values() if tensor.ndim}
         self.batch_size = sizes.pop() if len(sizes) == 1 else None
 
@@ -79,19 +80,8 @@ class StatisticsCollector:
                 self._padding[name] = self._padding.get(name, 0) + reduction.padding_count
                 self._samples[name] = self._samples.get(name, 0) + reduction.sample_count
         self.batch_count += 1
-        self._inputs, self._seen = {}, {}
-
-    def next_call(self, fqn: str) -> CallKey:
-        """Number the calls of a weight within one forward pass."""
-        index = self._calls.get(fqn, 0)
-        self._calls[fqn] = index + 1
-        return (fqn, index)
-
-    def keep(self, call: CallKey, activation: Tensor, feature_dim: int) -> Tensor | None:
-        """Which rows of the activation are tokens, None for all."""
-        sizes = list(activation.shape)
-        del sizes[feature_dim]
-        return self.plan.keep(call, tuple(sizes), self._inputs)
+        self._seen = {}
+        self.tracker.end()
 
     def add(self, fqn: str, rows: tuple[int, int], reduction: Reduction) -> None:
         """An activation met these output rows of a weight."""
@@ -170,7 +160,7 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
                 self._stored.add(storage_address(parameter))
                 if fqn in collector.by_fqn:
                     self._parameters.setdefault(storage_address(parameter), []).append((fqn, parameter))
-        self._recent: list[tuple[weakref.ref[Tensor], int, str | None, Reduction]] = []
+        self._recent: list[tuple[weakref.ref[Tensor], int, Reduction]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -185,6 +175,7 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
             self._recent.clear()
         if name in _COPIES:
             self._follow_copy(args[0], result)
+        self.collector.tracker.follow(func, args, kwargs, result)
         return result
 
     def _follow_copy(self, source: Tensor, result: Tensor) -> None:
@@ -217,65 +208,40 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
             for fqn, parameter, place in self._places(weight):
                 view = locate_operand(place, contracted, parameter)
                 if view is not None:
-                    call = self.collector.next_call(fqn)
-                    self.collector.add(fqn, view.rows, self._reduce(call, activation, feature_dim))
+                    self.collector.add(fqn, view.rows, self._reduce(fqn, activation, feature_dim))
                     return
 
-    def _reduce(self, call: CallKey, activation: Tensor, feature_dim: int) -> Reduction:
-        keep = self.collector.keep(call, activation, feature_dim)
-        mask = None if keep is None else self.collector.plan.covered.get(call, "by shape")
-        by_sample = call[0] in self.collector.repeated
-        for reference, dim, covered, reduction in self._recent:
-            if reference() is activation and dim == feature_dim and covered == mask:
+    def _reduce(self, fqn: str, activation: Tensor, feature_dim: int) -> Reduction:
+        by_sample = fqn in self.collector.repeated
+        for reference, dim, reduction in self._recent:
+            if reference() is activation and dim == feature_dim:
                 if by_sample and reduction.by_sample is None:
                     continue
                 return reduction
+        keep = self.collector.tracker.keep(activation, feature_dim)
         batch_size = self.collector.batch_size
         reduction = reduce_activation(activation, feature_dim, keep, batch_size=batch_size, by_sample=by_sample)
-        self._recent = [*self._recent[-1:], (weakref.ref(activation), feature_dim, mask, reduction)]
+        self._recent = [*self._recent[-1:], (weakref.ref(activation), feature_dim, reduction)]
         return reduction
-
-
-class ShapeObserver(ModuleObserver):  # type: ignore[no-untyped-call]
-    """Notes the leading sizes of every activation that meets a site's weight, and reduces nothing."""
-
-    def __init__(self, module: nn.Module, collector: StatisticsCollector) -> None:
-        super().__init__(module, collector)
-        self.shapes: dict[CallKey, tuple[int, ...]] = {}
-
-    def _reduce(self, call: CallKey, activation: Tensor, feature_dim: int) -> Reduction:
-        sizes = list(activation.shape)
-        del sizes[feature_dim]
-        self.shapes[call] = tuple(sizes)
-        return Reduction(torch.zeros(0, dtype=torch.float64), 0, 0, 0)
 
 
 class ActivationObserver(nn.Module):
     """A node's worth of observing: reduces the activation and hands it to every use of it."""
 
-    def __init__(self, collector: StatisticsCollector, uses: Sequence[tuple[WeightUse, CallKey]]) -> None:
+    def __init__(self, collector: StatisticsCollector, uses: Sequence[WeightUse]) -> None:
         super().__init__()
         self._collector = collector
         self._uses = tuple(uses)
 
     def forward(self, activation: Tensor) -> None:
         """Reduce ``activation`` (any shape with the features at the uses' feature dimension)."""
-        done: list[tuple[Tensor | None, Reduction]] = []
-        collector = self._collector
-        by_sample = any(use.fqn in collector.repeated for use, _ in self._uses)
-        for use, call in self._uses:
-            keep = collector.keep(call, activation, use.feature_dim)
-            reduction = next((old for mask, old in done if _same(mask, keep)), None)
-            if reduction is None:
-                reduction = reduce_activation(
-                    activation, use.feature_dim, keep, batch_size=collector.batch_size, by_sample=by_sample
-                )
-                done.append((keep, reduction))
+        collector, feature_dim = self._collector, self._uses[0].feature_dim
+        by_sample = any(use.fqn in collector.repeated for use in self._uses)
+        with collector.tracker.paused():
+            keep = collector.tracker.keep(activation, feature_dim)
+            reduction = reduce_activation(activation, feature_dim, keep, batch_size=collector.batch_size, by_sample=by_sample)
+        for use in self._uses:
             collector.add(use.fqn, use.rows, reduction)
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return (one is None) == (other is None) and (one is None or other is None or torch.equal(one, other))
 
 
 @dataclass(frozen=True)
@@ -313,17 +279,15 @@ class InsertObservers:
         by_name = {node.name: copy for node, copy in copies.items()}
         order = {node.name: index for index, node in enumerate(graph.graph.nodes)}
         writes = _writes_before(graph.graph)
-        groups: dict[tuple[str, int, int], list[tuple[WeightUse, CallKey]]] = {}
+        groups: dict[tuple[str, int, int], list[WeightUse]] = {}
         for fqn in self.collector.by_fqn:
-            uses = sorted(self.regions.evidence.get(fqn, ()), key=lambda use: order[use.node])
-            for call, use in enumerate(uses):
+            for use in self.regions.evidence.get(fqn, ()):
                 # An activation that is written in place between two uses is another one for the second.
-                key = (use.activation, use.feature_dim, writes[use.node])
-                groups.setdefault(key, []).append((use, (fqn, call)))
+                groups.setdefault((use.activation, use.feature_dim, writes[use.node]), []).append(use)
         for index, ((activation, _, _), group) in enumerate(groups.items()):
             target = f"mfcompile_observer_{index}"
             root.add_module(target, ActivationObserver(self.collector, group))
-            first = min((use.node for use, _ in group), key=lambda name: order[name])
+            first = min((use.node for use in group), key=lambda name: order[name])
             with new_graph.inserting_before(by_name[first]):
                 new_graph.call_module(target, (by_name[activation],))
         return PassResult(replace(graph, graph_module=fx.GraphModule(root, new_graph)), modified=bool(groups))

@@ -1,159 +1,147 @@
-"""Padding: which mask input says that a token is padding, and which activations it speaks of."""
+"""Padding: which mask input says that a token is padding, and which token input it speaks of."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mfcompile.errors import InputError
-from mfcompile.graph import CapturedGraph, Diagnostic, InputSpec
-from mfcompile.inputs import ExampleInputs
+from mfcompile.graph import CapturedGraph, InputSpec
 from mfcompile.passes.modalities import VISION, table_rows
 from mfcompile.region import InputModality
-
-CallKey = tuple[str, int]
-"""FQN of a weight, and which of its calls in one forward."""
-
-_EXTRA = 3
-"""Tokens that are appended to tell the text axis from axes of equal length."""
 
 
 @dataclass(frozen=True)
 class PaddingMask:
-    """A mask input and the token input that it belongs to (shapes (batch, length); 1 = a token, 0 = padding)."""
+    """A mask input and the token input that it belongs to.
+
+    Attributes:
+        mask: (batch, length), of two values.
+        tokens: (batch, length) token ids, or (batch, length, width) embeddings.
+        is_inverted: 1 is padding, as in torch's ``key_padding_mask``; else 1 is a token.
+    """
 
     mask: str
     tokens: str
+    is_inverted: bool = False
+
+    def padding(self, mask: Tensor) -> Tensor:
+        """Bool of the mask's sizes, True where there is padding. A mask of 0 and large negative numbers is added to logits."""
+        if mask.is_floating_point() and bool((mask < 0).any()):
+            return mask < 0
+        return mask != 0 if self.is_inverted else mask == 0
 
 
 @dataclass(frozen=True)
 class PaddingPlan:
-    """Which activations a padding mask covers.
+    """The padding masks of a model; where their padding goes is followed while it runs.
 
     Attributes:
-        masks: the padding masks of the model.
-        covered: call of a weight -> the mask whose tokens its rows are; a call that is missing is not covered.
-        by_shape: FQNs for which the plan could not be made by running a longer text: rows count as text when shape
-            and labels say so.
-        diagnostics: what was decided by a weaker rule.
+        masks: every pair of a mask input and a token input.
     """
 
     masks: tuple[PaddingMask, ...] = ()
-    covered: Mapping[CallKey, str] = field(default_factory=dict)
-    by_shape: frozenset[str] = frozenset()
-    diagnostics: tuple[Diagnostic, ...] = ()
-
-    def keep(self, call: CallKey, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Which rows of an activation are tokens.
-
-        Args:
-            call: the weight and which of its calls this is.
-            shape: leading sizes of the activation, without the feature dimension.
-            tensors: the inputs of this batch, by name.
-
-        Returns:
-            bool, of ``shape``; None when no padding mask covers the activation.
-        """
-        names = [self.covered[call]] if call in self.covered else []
-        if not names and call[0] in self.by_shape:
-            names = [item.mask for item in self.masks]
-        for name in names:
-            mask = tensors.get(name)
-            if mask is not None:
-                aligned = align(mask != 0, shape)
-                if aligned is not None:
-                    return aligned
-        return None
-
-
-def align(mask: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """Spread a (batch, length) mask over the leading sizes of an activation.
-
-    Sizes may be (batch, length), (batch * length,), or (batch, ..., length) with heads or groups between.
-    """
-    batch, length = mask.shape
-    if shape == (batch * length,):
-        return mask.reshape(-1)
-    if len(shape) >= 2 and shape[0] == batch and shape[-1] == length:
-        return mask.reshape(batch, *[1] * (len(shape) - 2), length).expand(shape)
-    if len(shape) > 2 and shape[:2] == (batch, length):
-        return mask.reshape(batch, length, *[1] * (len(shape) - 2)).expand(shape)
-    return None
 
 
 def find_padding_masks(
     captured: CapturedGraph, modalities: Iterable[InputModality], given: str | None = None
 ) -> tuple[PaddingMask, ...]:
-    """The padding masks among the inputs: named by the user, else by convention and shape.
+    """The padding masks among the inputs: named by the user, else by convention, shape and values.
 
-    A 0/1 control input of the shape of a token input is its padding mask when its name says mask, or, among inputs
-    whose names say nothing, when every row is ones with zeros at one end only and it looks up no table.
+    A two-valued control input of the sizes of a token input is its padding mask when its name says mask, or, where
+    names say nothing, when its zeros (ones) lie at the ends of its rows and it looks up no table. Of several token
+    inputs of these sizes it belongs to those of the same name stem, and to those that repeat one token wherever it
+    says padding.
 
     Raises:
         InputError: ``given`` is no input, or no (batch, length) tensor.
     """
     modality = {item.name: item.modality for item in modalities}
     tensors = captured.example_inputs.tensors()
-    contents = [spec for spec in captured.inputs if modality[spec.name] not in (None, VISION) and len(spec.shape) >= 2]
+    contents = [
+        spec
+        for spec in captured.inputs
+        if modality[spec.name] is not None and len(spec.shape) >= 2 and (modality[spec.name] != VISION or len(spec.shape) == 3)
+    ]
+    if given is not None and (given not in tensors or tensors[given].ndim != 2):
+        raise InputError(
+            f"padding_mask={given!r} is no (batch, length) input; the model's inputs are "
+            f"{', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items())}"
+        )
     if given is not None:
-        if given not in tensors or tensors[given].ndim != 2:
-            raise InputError(
-                f"padding_mask={given!r} is no (batch, length) input; the model's inputs are "
-                f"{', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items())}"
-            )
-        contents = [spec for spec in contents if spec.shape[:2] == tuple(tensors[given].shape)]
-        return tuple(PaddingMask(given, spec.name) for spec in contents[:1]) or (PaddingMask(given, given),)
-    controls = [spec for spec in captured.inputs if modality[spec.name] is None]
+        candidates = [spec for spec in captured.inputs if spec.name == given]
+    else:
+        tables = table_rows(captured)
+        controls = [spec for spec in captured.inputs if modality[spec.name] is None and spec.name not in tables]
+        candidates = [spec for spec in controls if _is_mask(tensors[spec.name], spec.name)]
+    pairs = [
+        (content, mask)
+        for content in contents
+        for mask in candidates
+        if _fits(mask.shape, content.shape)
+        and (modality[content.name] != VISION or mask.name == given or _stem(content.name) == _stem(mask.name))
+    ]
     found = []
-    for content in contents:
-        matching = [spec for spec in controls if spec.shape == content.shape[:2] and _is_binary(tensors[spec.name])]
-        named = [spec for spec in matching if _says_mask(spec.name)]
-        silent = [spec for spec in matching if spec not in named and _looks_padded(captured, spec, tensors[spec.name])]
-        best = max(named, key=lambda spec: _shared_prefix(spec.name, content.name), default=silent[0] if silent else None)
-        if best is not None:
-            found.append(PaddingMask(best.name, content.name))
-    return tuple(found)
+    for content, mask in pairs:
+        rivals = [other for other, same in pairs if same is mask and other is not content]
+        others = [other for same, other in pairs if same is content and other is not mask]
+        if _claim(content, mask, tensors) >= max(
+            [_claim(rival, mask, tensors) for rival in rivals] + [_claim(content, other, tensors) for other in others],
+            default=0,
+        ):
+            found.append(PaddingMask(mask.name, content.name, _is_inverted(tensors[mask.name], tensors[content.name])))
+    unique = {item.tokens: item for item in reversed(found)}
+    return tuple(item for item in found if unique[item.tokens] is item)
 
 
-def lengthen(captured: CapturedGraph, mask: PaddingMask) -> ExampleInputs | None:
-    """The example inputs with padding appended to one text; None when the text cannot be told from other inputs.
-
-    Every input of shape (batch, length, ...) with the sizes of the mask grows by the same amount: the mask by zeros,
-    the others by repeats of their last column.
-    """
-    inputs = captured.example_inputs
-    size = tuple(inputs.tensors()[mask.mask].shape)
-
-    def grow(name: str, tensor: Tensor) -> Tensor:
-        if tuple(tensor.shape[:2]) != size or (tensor.is_floating_point() and tensor.ndim > 3):
-            return tensor
-        last = tensor[:, -1:].expand(tensor.shape[0], _EXTRA, *tensor.shape[2:])
-        return torch.cat([tensor, torch.zeros_like(last) if name == mask.mask else last], dim=1)
-
-    return inputs.map_tensors(grow)
+def _fits(mask: tuple[int, ...], content: tuple[int, ...]) -> bool:
+    return mask in (content, content[:2], content[:-1])
 
 
-def covers_text(before: tuple[int, ...], after: tuple[int, ...], size: tuple[int, int]) -> bool:
-    """Whether an activation has the text axis, from its leading sizes with the text as it is and longer.
+def _claim(content: InputSpec, mask: InputSpec, tensors: Mapping[str, Tensor]) -> int:
+    """How much speaks for a mask to belong to a token input: names first, then values."""
+    named = 2 if _stem(content.name) == _stem(mask.name) and _says_mask(mask.name) else 0
+    return named + (1 if _repeats_one_token(tensors[mask.name], tensors[content.name]) else 0)
 
-    Args:
-        before, after: leading sizes of the activation with the example and with the lengthened example.
-        size: (batch, length) of the mask in the example.
-    """
-    batch, length = size
-    if before == (batch * length,) and after == (batch * (length + _EXTRA),):
-        return True
-    if len(before) != len(after) or before == after or before[0] != batch:
+
+def _stem(name: str) -> str:
+    """A name without the words for tokens and masks: what pairs ``decoder_input_ids`` with ``decoder_attention_mask``."""
+    return _KIND.sub("", name.rpartition(".")[2].lower()).strip("_")
+
+
+_KIND = re.compile(
+    r"attention_mask|attn_mask|padding_mask|pad_mask|masked|mask|atts?|input_ids|token_ids|inputs_embeds|embeds|feat(ure)?s|ids|tokens?|input"
+)
+
+
+def _is_mask(mask: Tensor, name: str) -> bool:
+    values = torch.unique(mask)
+    is_additive = mask.is_floating_point() and values.numel() <= 2 and float(values.min()) < -1 and float(values.max()) == 0
+    if mask.ndim < 2 or not (is_additive or bool(((values == 0) | (values == 1)).all())):
         return False
-    differing = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
-    return differing == [(length, length + _EXTRA)]
+    return _says_mask(name) or is_additive or _looks_padded(mask)
 
 
-def _is_binary(tensor: Tensor) -> bool:
-    return bool(((tensor == 0) | (tensor == 1)).all())
+def _repeats_one_token(mask: Tensor, tokens: Tensor) -> bool:
+    """The places that are padding, whichever way round the mask is, hold one token, and the others hold several."""
+    if tokens.is_floating_point() or mask.shape != tokens.shape:
+        return False
+    one, zero = (int(torch.unique(tokens[mask == value]).numel()) for value in (1, 0))
+    return min(one, zero) == 1 and max(one, zero) > 1
+
+
+def _is_inverted(mask: Tensor, tokens: Tensor) -> bool:
+    """1 is padding: some text would have no token otherwise, or the ones repeat one token and the zeros do not."""
+    if not bool((mask == 1).flatten(1).any(dim=1).all()):
+        return True
+    if tokens.is_floating_point() or mask.shape != tokens.shape:
+        return False
+    one, zero = (torch.unique(tokens[mask == value]) for value in (1, 0))
+    return one.numel() == 1 and zero.numel() > 1 and not bool((zero == one).any())
 
 
 def _says_mask(name: str) -> bool:
@@ -161,18 +149,9 @@ def _says_mask(name: str) -> bool:
     return "mask" in leaf or leaf.endswith(("att", "atts"))
 
 
-def _looks_padded(captured: CapturedGraph, spec: InputSpec, mask: Tensor) -> bool:
-    if spec.name in table_rows(captured):
-        return False
-    steps = mask.long().diff(dim=1)
-    is_one_sided = bool(((steps <= 0).all(dim=1) | (steps >= 0).all(dim=1)).all())
-    return is_one_sided and bool((mask != 0).any(dim=1).all())
-
-
-def _shared_prefix(one: str, other: str) -> int:
-    length = 0
-    for left, right in zip(one, other, strict=False):
-        if left != right:
-            break
-        length += 1
-    return length
+def _looks_padded(mask: Tensor) -> bool:
+    """In every row ones lie at one end and zeros at the other, and no row is all padding (whichever of them it is)."""
+    steps = mask.long().diff(dim=-1)
+    is_one_sided = bool(((steps <= 0).all(dim=-1) | (steps >= 0).all(dim=-1)).all())
+    rows = mask != 0
+    return is_one_sided and (bool(rows.any(dim=-1).all()) or not bool(rows.all(dim=-1).any()))
