@@ -33,7 +33,7 @@ def processor_inputs(directory: Path, failures: list[str]) -> Iterator[tuple[str
     how = f"two synthetic samples through its {' and '.join(type(processor).__name__ for processor in processors)}"
     problems = []
     ways = [_calls(processor, transformers.PreTrainedTokenizerBase) for processor in processors]
-    for calls in zip(*ways, strict=True) if len(ways) == 1 else [tuple(calls[0] for calls in ways)]:
+    for calls in zip(*ways, strict=True):  # a tokenizer or an image processor alone has one way
         inputs: dict[str, Any] = {}
         try:
             for call in calls:

@@ -136,6 +136,7 @@ def test_synthesised_inputs(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found[key], value, rtol=0, atol=0)
     assert any(note.startswith("example inputs were synthesised from config.json: ") for note in source.notes)
     assert "a Hugging Face directory holds no calibration data" in source.notes
+    assert not any(note.startswith("tried before that") for note in source.notes), "the first inputs fit"
 
 
 def test_ids_are_words_between_start_and_end_and_rows_differ_in_length(tmp_path: Path) -> None:
@@ -148,6 +149,13 @@ def test_ids_are_words_between_start_and_end_and_rows_differ_in_length(tmp_path:
         assert ids[length - 1] == 98
         assert not {0, 1, 98} & set(ids[1 : length - 1])
         assert set(ids[length:]) <= {0}
+
+
+def test_words_are_no_special_tokens(tmp_path: Path) -> None:
+    special = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 4, "sep_token_id": 5, "mask_token_id": 6}
+    config = transformers.BertConfig(**{**_TEXT, "vocab_size": 10, **special, "stop_token_ids": [7]})
+    ids = load_source(_save(tmp_path, lambda: transformers.BertModel(config))).example_inputs["input_ids"]
+    assert set(ids[0, 1:-1].tolist()) == {1, 8}
 
 
 def test_image_tokens_are_as_many_as_image_features(tmp_path: Path) -> None:
@@ -215,6 +223,25 @@ def test_a_processor_is_preferred(tmp_path: Path) -> None:
     assert source.example_inputs["attention_mask"].sum(1).tolist() == [11, 3]
     assert source.example_inputs["pixel_values"].shape == _IMAGE
     assert source.notes[0].startswith("example inputs were synthesised from two synthetic samples through its BlipProcessor: ")
+
+
+def test_a_processor_that_puts_image_tokens_into_the_text(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    tokenizer = _word_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    _edit_config(_save(tmp_path, _llava), image_token_index=token)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
+    transformers.LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=15,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(tmp_path)
+    source = load_source(tmp_path)
+    assert "through its LlavaProcessor: " in source.notes[0]
+    assert (source.example_inputs["input_ids"] == token).sum(1).tolist() == [4, 4]
 
 
 def test_a_tokenizer_alone_gives_the_text(tmp_path: Path) -> None:
