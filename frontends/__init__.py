@@ -1,0 +1,1 @@
+"""Front ends: a model and example inputs become a CapturedGraph."""
