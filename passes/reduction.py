@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_CHUNK_ROWS = 256
+"""Rows that are summed in float32."""
+
 _REPEAT_RTOL = 1e-6
 """Sums of the same activation are equal to the last bit or two of float32."""
 
@@ -36,7 +39,7 @@ class SampleSums:
     """Sums of one activation, sample by sample.
 
     Attributes:
-        sums: (samples, 2, in_features) float32 sums of squares, plain and weighted by the place of the row.
+        sums: (samples, 2, in_features) float64 sums of squares, plain and weighted by the place of the row.
         tokens: (samples,) rows that were counted.
         rows: rows of every sample, counted or not.
     """
@@ -56,8 +59,8 @@ def reduce_activation(
 ) -> Reduction:
     """Sum of squares of every feature over all kept rows (the inner sum of ||a||_2, Eq. 4 and 5).
 
-    Each sample is summed on its own in float32, samples are added in float64: the result depends neither on how
-    samples are batched nor on their order beyond the last bit of float64.
+    Rows of a sample are summed in float32, a few hundred at a time; the rest is added in float64: the result depends
+    neither on how samples are batched nor on their order beyond the last bit of float64.
 
     Args:
         activation: (..., in_features), or (..., in_features, n) with feature_dim=-2; any float dtype.
@@ -83,18 +86,35 @@ def reduce_activation(
         weights, tokens = kept.to(matrix.dtype), kept.sum(dim=(1, 2)).cpu()
     if by_sample:
         weights = torch.cat([weights, weights * torch.linspace(1.0, 2.0, count, device=matrix.device)], dim=1)
-    sums = torch.bmm(weights, matrix * matrix)  # a matrix product: five times faster than a norm over rows
+    sums = _weighted_squares(weights, matrix)
     if keep is not None and not bool(torch.isfinite(sums).all()):
-        matrix = torch.where(kept.mT, matrix, 0.0)
-        sums = torch.bmm(weights, matrix * matrix)
+        sums = _weighted_squares(weights, torch.where(kept.mT, matrix, 0.0))
     counted = int(tokens.sum())
     return Reduction(
-        sums[:, 0].double().sum(0),
+        sums[:, 0].sum(0),
         counted,
         samples * count - counted,
         samples,
         SampleSums(sums, tokens, count) if by_sample else None,
     )
+
+
+def _weighted_squares(weights: Tensor, matrix: Tensor) -> Tensor:
+    """(b, k, n) x (b, n, f) squared -> (b, k, f) float64.
+
+    A matrix product in float32: five times faster than a norm over rows, and exact enough for as many rows as one chunk.
+    """
+    batch, count, features = matrix.shape
+    whole = count - count % _CHUNK_ROWS
+    total = torch.zeros(batch, weights.shape[1], features, dtype=torch.float64, device=matrix.device)
+    if whole:
+        chunks = whole // _CHUNK_ROWS
+        squares = matrix[:, :whole].square().view(batch * chunks, _CHUNK_ROWS, features)
+        factors = weights[:, :, :whole].unflatten(2, (chunks, _CHUNK_ROWS)).transpose(1, 2).flatten(0, 1)  # type: ignore[no-untyped-call]
+        total += torch.bmm(factors, squares).view(batch, chunks, -1, features).double().sum(1)
+    if whole < count:
+        total += torch.bmm(weights[:, :, whole:], matrix[:, whole:].square())
+    return total
 
 
 def distinct(reductions: Sequence[Reduction]) -> list[Reduction]:
@@ -119,7 +139,7 @@ def distinct(reductions: Sequence[Reduction]) -> list[Reduction]:
         earlier.append(samples)
         if bool(fresh.any()):
             counted, taken = int(samples.tokens[fresh].sum()), int(fresh.sum())
-            sums = samples.sums[fresh.to(samples.sums.device), 0].double().sum(0)
+            sums = samples.sums[fresh.to(samples.sums.device), 0].sum(0)
             found.append(Reduction(sums, counted, taken * samples.rows - counted, taken))
     return found
 
