@@ -11,10 +11,15 @@ from torch import nn
 _INDEXED = (nn.ModuleList, nn.Sequential, nn.ParameterList)
 
 
-def rename(model: nn.Module, seed: int = 0) -> dict[str, str]:
+def rename(model: nn.Module, seed: int = 0, *, classes_too: bool = True) -> dict[str, str]:
     """Rename in place.
 
     Items of lists keep their numbers, keys of dicts are the model's own data and stay.
+
+    Args:
+        model: any module.
+        seed: of the names.
+        classes_too: also rename classes; transformers looks some of its own up by name.
 
     Returns:
         New FQN of every parameter -> old FQN.
@@ -24,11 +29,11 @@ def rename(model: nn.Module, seed: int = 0) -> dict[str, str]:
     classes: dict[type, type] = {}
     for module in list(model.modules()):
         if not isinstance(module, (*_INDEXED, nn.ModuleDict)):
-            _rename_one(module, draw, classes)
+            _rename_one(module, draw, classes, classes_too)
     return {name: before[id(parameter)] for name, parameter in model.named_parameters()}
 
 
-def _rename_one(module: nn.Module, draw: random.Random, classes: dict[type, type]) -> None:
+def _rename_one(module: nn.Module, draw: random.Random, classes: dict[type, type], classes_too: bool) -> None:
     aliases: dict[str, str] = {}
     for attribute in ("_modules", "_parameters"):
         renamed: OrderedDict[str, Any] = OrderedDict()
@@ -40,7 +45,8 @@ def _rename_one(module: nn.Module, draw: random.Random, classes: dict[type, type
     module.__dict__["_aliases"] = aliases
     own = type(module)
     if own not in classes:
-        classes[own] = type(f"Z{len(classes)}", (own,), {"__getattr__": _getattr(own)})
+        name = f"Z{len(classes)}" if classes_too else own.__name__
+        classes[own] = type(name, (own,), {"__getattr__": _getattr(own)})
     module.__class__ = classes[own]
 
 
