@@ -1,7 +1,8 @@
 """Padding followed through a running model: which rows of which activation come from padding tokens.
 
-Every operator that reads a marked tensor marks its result. A mark is one bool per element, kept per storage, so that
-views and writes through views need no rule of their own:
+Every operator that reads a marked tensor marks its result. A mark is one bool per element (or per row of
+elements), kept per storage, so that views and writes through views need no rule of their own. Marks in hand are thin:
+of size one in dimensions along which they do not differ. The rules:
 
 * what only moves elements (cat, index, masked_scatter, where, ...) moves their marks in the same way;
 * elementwise operators mark what any operand marks: a padding token plus a position is still padding;
@@ -12,8 +13,9 @@ views and writes through views need no rule of their own:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,10 +46,18 @@ _PURGE_EVERY = 256
 
 @dataclass(frozen=True)
 class _Mark:
-    """Marks of one storage, and what keeps its address from being used again."""
+    """Marks of one storage.
+
+    Attributes:
+        reference: keeps the storage's address from being used again, not its memory.
+        bits: (elements / chunk,) bool.
+        chunk: neighbouring elements that share a bit: a whole row where its features are alike.
+        itemsize: bytes of an element.
+    """
 
     reference: StorageWeakRef
     bits: Tensor
+    chunk: int
     itemsize: int
 
     def is_alive(self) -> bool:
@@ -97,7 +107,11 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         if mark is None:
             return None
         padding = mark.all(feature_dim)
-        return ~padding if bool(padding.any()) else None
+        if not bool(padding.any()):
+            return None
+        sizes = list(activation.shape)
+        del sizes[feature_dim]
+        return ~padding.expand(sizes)
 
     def following(self) -> contextlib.AbstractContextManager[Any]:
         """Follow what runs inside, where there is padding to follow."""
@@ -129,10 +143,10 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """An operator ran: mark what its result has of padding."""
-        if self._marks and not self._is_paused:
-            named = _named(func, args, kwargs)
-            if any(self._mark_of(leaf) is not None for leaf in _tensors(named.values())):
-                self._follow(func, named, result)
+        if not self._marks or self._is_paused:
+            return
+        if any(self._mark_of(leaf) is not None for leaf in _tensors((*args, *kwargs.values()))):
+            self._follow(func, _named(func, args, kwargs), result)
 
     def _follow(self, func: Any, named: dict[str, Any], result: Any) -> None:
         self._steps += 1
@@ -152,11 +166,9 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         if not isinstance(target, Tensor) or target.dtype == torch.bool:
             return
         if name in _MOVES:
-            if self._read(target) is None:
-                self._write(target, torch.zeros((), dtype=torch.bool, device=target.device))
-            func(**{key: self._moved(key, value) for key, value in named.items()})
+            func(**{key: self._moved(key, value) for key, value in named.items()} | {"self": self._place(target)})
         elif name in {"zero", "fill"}:
-            self._write(target, torch.zeros((), dtype=torch.bool, device=target.device))
+            self._write(target, _no_mark(target.device))
         else:
             self._write(target, self._any_of(named, target.shape))
 
@@ -172,7 +184,9 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         if name in _MOVES:
             moved = list(_tensors([func(**{key: self._moved(key, value) for key, value in named.items()})]))
             for index, leaf in fresh:
-                self._write(leaf, moved[index])
+                bits = moved[index]
+                is_by_row = bits.ndim > 1 and bool((bits == bits[..., :1]).all())
+                self._write(leaf, bits[..., :1] if is_by_row else bits)
             return
         for index, leaf in fresh:
             mark = self._result_mark(name, named, leaf)
@@ -189,67 +203,93 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         operands = [leaf for leaf in _tensors(named.values()) if self._read(leaf) is not None]
         if all(_broadcasts(leaf.shape, result.shape) for leaf in operands):
             return self._any_of(named, result.shape)
-        mark = self._require(operands[0])
+        mark, sizes = self._require(operands[0]), operands[0].shape
         if "dim" in named:
             dims = named["dim"]
             if dims is None or dims == []:
-                return torch.zeros((), dtype=torch.bool, device=mark.device)
+                return _no_mark(mark.device)
             return _all_over(mark, dims, bool(named.get("keepdim", False)))
         if name in {"reshape", "flatten", "contiguous", "clone", "_reshape_copy"}:
-            return mark.reshape(result.shape)
-        if mark.ndim == result.ndim and mark.shape[:-1] == result.shape[:-1]:
+            return mark.expand(sizes).reshape(result.shape)
+        if sizes[:-1] == result.shape[:-1]:
             return mark.all(-1, keepdim=True)
-        if (
-            mark.ndim == result.ndim
-            and mark.ndim > 2
-            and mark.shape[2:] == result.shape[2:]
-            and mark.shape[0] == result.shape[0]
-        ):
+        if len(sizes) > 2 and sizes[:1] == result.shape[:1] and sizes[2:] == result.shape[2:]:
             return mark.all(1, keepdim=True)
         return None
 
     def _any_of(self, named: dict[str, Any], shape: torch.Size) -> Tensor:
         """Elementwise: marked where any operand is."""
-        found = torch.zeros((), dtype=torch.bool)
+        found: Tensor | None = None
         for leaf in _tensors(named.values()):
             mark = self._read(leaf)
             if mark is not None and _broadcasts(leaf.shape, shape):
-                found = mark if found.ndim == 0 else found | mark
-        return found
+                found = mark if found is None else found | mark
+        return _no_mark(torch.device("cpu")) if found is None else found
 
     def _moved(self, key: str, value: Any) -> Any:
         """An argument of a moving operator, with marks in place of elements."""
         if key not in _CONTENT:
             return value
         if isinstance(value, Tensor):
-            return self._require(value)
+            return self._require(value).expand(value.shape)
         if isinstance(value, (list, tuple)):
-            return [self._require(item) if isinstance(item, Tensor) else item for item in value]
+            return [self._require(item).expand(item.shape) if isinstance(item, Tensor) else item for item in value]
         return False if isinstance(value, (int, float)) else value
 
     def _require(self, tensor: Tensor) -> Tensor:
+        """Thin marks of a tensor, all False where it has none."""
         mark = self._read(tensor)
-        return torch.zeros((), dtype=torch.bool, device=tensor.device).expand(tensor.shape) if mark is None else mark
+        return _no_mark(tensor.device).reshape([1] * tensor.ndim) if mark is None else mark
 
     def _mark_of(self, tensor: Tensor) -> _Mark | None:
         return self._marks.get(tensor.untyped_storage()._cdata)
 
     def _read(self, tensor: Tensor) -> Tensor | None:
-        """Marks of a tensor in its own sizes and strides; None without any."""
+        """Thin marks of a tensor; None without any."""
         mark = self._mark_of(tensor)
         if mark is None or mark.itemsize != tensor.element_size():
             return None
-        return torch.as_strided(mark.bits, tensor.shape, tensor.stride(), tensor.storage_offset())
+        strides, inside = [], int(tensor.storage_offset()) % mark.chunk
+        for size, step in zip(tensor.shape, tensor.stride(), strict=True):
+            strides.append(0 if step % mark.chunk else step // mark.chunk)
+            inside += (size - 1) * step if step % mark.chunk else 0
+        if inside >= mark.chunk:
+            self._spread(tensor, mark)
+            return self._read(tensor)
+        sizes = [size if step else 1 for size, step in zip(tensor.shape, strides, strict=True)]
+        return torch.as_strided(mark.bits, sizes, strides, int(tensor.storage_offset()) // mark.chunk)
+
+    def _spread(self, tensor: Tensor, mark: _Mark) -> None:
+        """From now on the storage has a bit for every element."""
+        bits = mark.bits.repeat_interleave(mark.chunk)
+        self._marks[tensor.untyped_storage()._cdata] = replace(mark, bits=bits, chunk=1)
 
     def _write(self, tensor: Tensor, marks: Tensor) -> None:
+        """Mark the elements of a tensor.
+
+        Args:
+            tensor: a result, or what was written to.
+            marks: broadcastable to its sizes.
+        """
         storage = tensor.untyped_storage()
-        if self._mark_of(tensor) is None:
-            bits = torch.zeros(storage.nbytes() // tensor.element_size(), dtype=torch.bool, device=tensor.device)
+        mark = self._mark_of(tensor)
+        if mark is None:
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            self._marks[storage._cdata] = _Mark(reference, bits, tensor.element_size())
-        place = self._read(tensor)
-        if place is not None:
-            place.copy_(marks.expand(tensor.shape))
+            bits, chunk = _by_chunk(tensor, marks, storage.nbytes() // tensor.element_size())
+            self._marks[storage._cdata] = _Mark(reference, bits, chunk, tensor.element_size())
+            return
+        self._place(tensor).copy_(marks.expand(tensor.shape))
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        """Marks of a tensor to write into: one of its own for every element."""
+        mark = self._mark_of(tensor)
+        if mark is None:
+            self._write(tensor, _no_mark(tensor.device))
+            mark = self._marks[tensor.untyped_storage()._cdata]
+        if mark.chunk > 1:
+            self._spread(tensor, mark)
+            mark = self._marks[tensor.untyped_storage()._cdata]
+        return torch.as_strided(mark.bits, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _lose(self, name: str) -> None:
         self._lost[name] = self._lost.get(name, 0) + 1
@@ -259,6 +299,31 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         if not isinstance(tensor, Tensor):
             return None
         return self._require(tensor).all(dim, keepdim=True)
+
+
+def _by_chunk(tensor: Tensor, marks: Tensor, count: int) -> tuple[Tensor, int]:
+    """Bits of a storage of ``count`` elements that holds one tensor, and the elements to a bit."""
+    if tensor.numel() != count or any(step == 0 for step in tensor.stride()):
+        bits = torch.zeros(count, dtype=torch.bool, device=tensor.device)
+        torch.as_strided(bits, tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(marks.expand(tensor.shape))
+        return bits, 1
+    marks = marks.reshape([1] * (tensor.ndim - marks.ndim) + list(marks.shape))
+    order = sorted((dim for dim in range(tensor.ndim) if tensor.shape[dim] > 1), key=tensor.stride, reverse=True)
+    chunk = 1
+    for dim in reversed(order):
+        if marks.shape[dim] > 1:
+            break
+        chunk *= tensor.shape[dim]
+    sizes = [tensor.shape[dim] if tensor.stride(dim) >= chunk else 1 for dim in order]
+    ones = [dim for dim in range(tensor.ndim) if tensor.shape[dim] == 1]
+    thin = marks.permute(*ones, *order)[(0,) * len(ones)] if ones else marks.permute(order)
+    # In memory of their own: bits are read by strides from the start of their storage.
+    return thin.expand(sizes).reshape(-1).clone(memory_format=torch.contiguous_format), chunk
+
+
+@functools.cache
+def _no_mark(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.bool, device=device)
 
 
 def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
