@@ -76,7 +76,7 @@ def select(patterns: Sequence[str], weights: Mapping[str, WeightNames], *, what:
     """FQN -> the most specific pattern that matches it; among equals the later one.
 
     Args:
-        patterns: the user's patterns.
+        patterns: the user's patterns; a single one may be given as it is.
         weights: FQN -> names of every weight.
         what: the argument that the patterns came from, for messages.
 
@@ -84,6 +84,7 @@ def select(patterns: Sequence[str], weights: Mapping[str, WeightNames], *, what:
         InputError: a pattern matches no weight; the nearest names are given.
     """
     chosen: dict[str, str] = {}
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in sorted(patterns, key=specificity):
         hits = [fqn for fqn, names in weights.items() if matches(pattern, names)]
         if not hits:

@@ -24,7 +24,7 @@ class ApplyMasks:
 
     ::
 
-        weight --> [t, slice, ...] --> linear      ==>      weight --> where(mask, weight, 0) --> [t, ...] --> linear
+        weight --> [t, slice, ...] --> linear      ==>      weight --> mask_weight(weight, mask) --> [t, ...] --> linear
 
     Attributes:
         masks: FQN -> mask in the layout of the parameter.
@@ -49,20 +49,20 @@ class ApplyMasks:
         new_graph.output(new_graph.graph_copy(graph.graph, copies))
         root = fx.GraphModule(graph.graph_module, new_graph)
         rewritten = 0
-        for index, (fqn, mask) in enumerate(self.masks.items()):
-            for node, copy in copies.items():
-                if node.op == "get_attr" and graph.parameter_nodes.get(node.name) == fqn:
-                    target = f"mfcompile_mask_{index}"
-                    root.register_buffer(target, mask.to(graph.parameter(fqn).device), persistent=False)
-                    readers = list(copy.users)
-                    with new_graph.inserting_after(copy):
-                        bits = new_graph.get_attr(target)
-                    with new_graph.inserting_after(bits):
-                        masked = new_graph.call_function(torch.ops.aten.where.ScalarOther, (bits, copy, 0.0))
-                    masked.meta.update(copy.meta)
-                    for reader in readers:
-                        reader.replace_input_with(copy, masked)
-                    rewritten += 1
+        for node, copy in copies.items():
+            fqn = graph.parameter_nodes.get(node.name) if node.op == "get_attr" else None
+            if fqn in self.masks.packed:
+                target = f"mfcompile_mask_{rewritten}"
+                root.register_buffer(target, self.masks[fqn].to(graph.parameter(fqn).device), persistent=False)
+                readers = list(copy.users)
+                with new_graph.inserting_after(copy):
+                    bits = new_graph.get_attr(target)
+                with new_graph.inserting_after(bits):
+                    masked = new_graph.call_function(mask_weight, (copy, bits))
+                masked.meta.update(copy.meta)
+                for reader in readers:
+                    reader.replace_input_with(copy, masked)
+                rewritten += 1
         return PassResult(
             replace(graph, graph_module=fx.GraphModule(root, new_graph), masks=self.masks), modified=rewritten > 0
         )
@@ -72,29 +72,47 @@ class ApplyMasks:
         views = parameter_views(result.graph)
         for node, (fqn, _) in views.items():
             if fqn in self.masks.packed and node.op == "get_attr":
-                stray = [user for user in node.users if user.target is not torch.ops.aten.where.ScalarOther]
+                stray = [user for user in node.users if user.target is not mask_weight]
                 if stray or not node.users:
                     raise PostconditionError(f"{fqn} is still read unmasked, by {[user.name for user in stray]}")
+
+
+def mask_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """The weight with zeros at its pruned places: exact (+0.0), also where the stored value is NaN.
+
+    Args:
+        weight: any shape and dtype; not changed.
+        mask: bool, of the same shape, 1 = kept.
+
+    Returns:
+        A new tensor of the weight's shape and dtype; no gradient flows to pruned places.
+    """
+    if not weight.requires_grad or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.where(mask, weight, 0.0)
+    # Without autograd torch still picks the kernel of a linear layer by whether its weight is trainable: this one is
+    # as much as the dense one, so that both round alike to the last bit. An inference tensor could not say so.
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.where(mask, weight, 0.0).requires_grad_()
 
 
 class WeightMask(nn.Module):
     """A parametrization that holds a weight's pruned places at zero.
 
-    Zeros are exact (+0.0), also where the stored value is NaN, and no gradient reaches them.
-
     Args:
         mask: bool, shape of the weight, 1 = kept.
+        order: parameter names of the module that owns the weight, in order of registration.
     """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, order: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
+        self.order = order
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight with zeros at its pruned places, same shape and dtype."""
-        return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        """The weight with zeros at its pruned places; see ``mask_weight``."""
+        return mask_weight(weight, self.mask)
 
 
 def mask_module(module: nn.Module, masks: MaskSet) -> nn.Module:
@@ -119,6 +137,7 @@ def mask_module(module: nn.Module, masks: MaskSet) -> nn.Module:
         ) from error
     named = dict(copy.named_parameters())
     places: dict[int, list[tuple[nn.Module, str]]] = {}
+    orders = {id(owner): tuple(owner._parameters) for owner in copy.modules()}
     for owner in copy.modules():
         for leaf, parameter in owner.named_parameters(recurse=False):
             places.setdefault(id(parameter), []).append((owner, leaf))
@@ -127,8 +146,9 @@ def mask_module(module: nn.Module, masks: MaskSet) -> nn.Module:
             raise InputError(
                 f"the masks hold {fqn} {packed.shape}, but the model has no such weight: they belong to another model"
             )
-        parametrization = WeightMask(packed.unpack().to(named[fqn].device))
+        mask = packed.unpack().to(named[fqn].device)
         for owner, leaf in places[id(named[fqn])]:
+            parametrization = WeightMask(mask, orders[id(owner)])
             parametrize.register_parametrization(owner, leaf, parametrization, unsafe=True)
     return copy
 
@@ -160,11 +180,20 @@ def strip(module: nn.Module) -> nn.Module:
         for leaf, stack in list(getattr(owner, "parametrizations", {}).items())
     ]
     for owner, leaf, stack in owners:
-        if not any(isinstance(item, WeightMask) for item in stack):
+        masks = [item for item in stack if isinstance(item, WeightMask)]
+        if not masks:
             continue
         original: Tensor = stack.original
         if id(original) not in baked:
             baked[id(original)] = nn.Parameter(getattr(owner, leaf).detach().clone(), requires_grad=original.requires_grad)
         parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
         setattr(owner, leaf, baked[id(original)])
+        _reorder(owner, masks[0].order)
     return module
+
+
+def _reorder(owner: nn.Module, order: tuple[str, ...]) -> None:
+    """Bring parameters back into their order of registration, which ``named_parameters`` and optimizers follow."""
+    found = dict(owner._parameters)
+    owner._parameters.clear()
+    owner._parameters.update({name: found.pop(name) for name in order if name in found} | found)

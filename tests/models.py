@@ -113,14 +113,14 @@ class Mlp(nn.Module):
 
 
 def tiny_vlm(seed: int = 0, layers: int = 2) -> TinyVlm:
-    """A TinyVlm in eval mode whose tensors differ in scale, so that budgets differ between layers."""
+    """A TinyVlm in eval mode with heavy-tailed weights of a scale of its own per tensor, so that budgets differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TinyVlm(layers)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:
-                    parameter.mul_(float(torch.empty(1).uniform_(0.5, 2.0)))
+                    parameter.mul_(float(torch.empty(1).uniform_(0.7, 1.4)) * torch.randn_like(parameter) * 2)
     return model.eval()
 
 
