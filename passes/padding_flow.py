@@ -4,8 +4,8 @@ Every operator that reads a marked tensor marks its result. A mark is one bool p
 elements), kept per storage, so that views and writes through views need no rule of their own. Marks in hand are thin:
 of size one in dimensions along which they do not differ. The rules:
 
-* what only moves elements (cat, index, masked_scatter, where, ...) moves their marks in the same way;
-* elementwise operators mark what any operand marks: a padding token plus a position is still padding;
+* what only moves elements (cat, index, masked_scatter, ...) moves their marks in the same way;
+* elementwise operators mark what any operand marks: a padding token plus a position, or put to zero, is still padding;
 * reductions, and the summed dimension of a product, mark what is padding throughout: a mean over tokens is none, a
   linear layer keeps the rows of its input, and an attention has the rows of its queries, not of its keys.
 """
@@ -32,7 +32,7 @@ _MOVES = frozenset(
     {
         "cat", "concat", "concatenate", "stack", "hstack", "vstack", "index", "_unsafe_index", "index_select", "gather",
         "take_along_dim", "masked_select", "repeat", "tile", "repeat_interleave", "roll", "flip", "constant_pad_nd", "pad",
-        "unfold", "where", "masked_scatter", "index_put", "_index_put_impl", "scatter", "scatter_add", "slice_scatter",
+        "unfold", "masked_scatter", "index_put", "_index_put_impl", "scatter", "scatter_add", "slice_scatter",
         "select_scatter", "index_copy", "index_add", "copy", "split_with_sizes_copy", "unbind_copy", "tril", "triu",
     }
 )  # fmt: skip
