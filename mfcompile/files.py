@@ -62,28 +62,42 @@ def staged_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: the final directory.
-        overwrite: replace what is there; the old content is removed only after the new one is complete.
+        overwrite: replace what is there; the old content is removed only after the new one is in its place.
 
     Raises:
         InputError: see check_output_dir.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # a name of its own, also for "."
     if not (overwrite and path.is_dir()):
         check_output_dir(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror}. Choose another output directory") from error
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
         if path.is_dir():
-            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, retired / "old")
-            os.replace(staging, path)
-            shutil.rmtree(retired)
+            _exchange(staging, path)
         else:
             os.replace(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(staging: Path, path: Path) -> None:
+    """Put ``staging`` in the place of ``path``; the old directory is back in its place when that fails half-way."""
+    retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    try:
+        os.replace(path, retired / "old")
+        try:
+            os.replace(staging, path)
+        except BaseException:
+            os.replace(retired / "old", path)
+            raise
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def _umask() -> int:

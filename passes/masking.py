@@ -50,7 +50,7 @@ class ApplyMasks:
         root = fx.GraphModule(graph.graph_module, new_graph)
         rewritten = 0
         for node, copy in copies.items():
-            fqn = graph.parameter_nodes.get(node.name) if node.op == "get_attr" else None
+            fqn = graph.parameter_nodes.get(node.name, "") if node.op == "get_attr" else ""
             if fqn in self.masks.packed:
                 target = f"mfcompile_mask_{rewritten}"
                 root.register_buffer(target, self.masks[fqn].to(graph.parameter(fqn).device), persistent=False)

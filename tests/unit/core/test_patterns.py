@@ -111,7 +111,7 @@ def test_a_pattern_without_a_match_names_near_ones(pattern: str, near: str) -> N
 
 
 def test_an_unknown_region_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="targets: the pattern 'region:audio' matches no weight; .* regions are text, vision"):
+    with pytest.raises(InputError, match=r"targets: the pattern 'region:audio' matches no weight; .* regions are text, vision"):
         select(["region:audio"], WEIGHTS, what="targets")
 
 

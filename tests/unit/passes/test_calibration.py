@@ -151,7 +151,8 @@ class LeakyVlm(nn.Module):
         states = states - states + self.embedding(input_ids) * (states * 0 + 1)
         for block in self.blocks:
             states = block(states)
-        return states
+        result: Tensor = states
+        return result
 
 
 @pytest.mark.parametrize("how", ["graph", "module"])
@@ -216,7 +217,7 @@ class Sometimes(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         first: Tensor = self.blocks[0](image)
-        return self.blocks[1](first) if image.shape[1] > 3 else first  # type: ignore[no-any-return]
+        return self.blocks[1](first) if image.shape[1] > 3 else first
 
 
 def test_a_site_without_a_token_in_a_region_with_some_is_said() -> None:
@@ -270,6 +271,9 @@ def digest(model: nn.Module) -> str:
 
 class Stateful(nn.Module):
     """Counts its calls, clamps a parameter, fills a queue, keeps a cache, and scales the batch in place."""
+
+    calls: Tensor
+    queue: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -126,8 +126,9 @@ def test_missing_statistics_are_refused() -> None:
 
 @pytest.mark.parametrize("option", ["criterion", "allocation", "rounding"])
 def test_unknown_options_name_the_known_ones(option: str) -> None:
+    options: dict[str, Any] = {option: "wanda"}
     with pytest.raises(InputError, match=f"{option}='wanda' is unknown; choose one of .*(magnitude|exact)"):
-        select(**{option: "wanda"})
+        select(**options)
 
 
 def test_nothing_to_prune_says_why() -> None:

@@ -151,7 +151,7 @@ def test_momentum_and_weight_decay_do_not_bring_weights_back(kind: str) -> None:
         if kind == "sgd"
         else torch.optim.AdamW(masked.parameters(), lr=0.01, weight_decay=0.1)
     )
-    before = {name: masked.get_submodule(name.rpartition(".")[0]).weight.detach().clone() for name in vlm_masks()}  # type: ignore[union-attr,operator]
+    before = {name: masked.get_submodule(name.rpartition(".")[0]).weight.detach().clone() for name in vlm_masks()}  # type: ignore[operator]
     for seed in range(3):
         optimizer.zero_grad()
         sum(item.square().mean() for item in output_tensors(masked(**vlm_batch(seed=seed))).values()).backward()  # type: ignore[union-attr]
@@ -248,9 +248,9 @@ def test_masks_of_another_model_are_refused() -> None:
 
 def test_a_model_that_cannot_be_copied_says_what_refused() -> None:
     model = TwoLayers()
-    model.handle = (item for item in ())  # type: ignore[assignment]
+    model.handle = (letter for letter in "")  # type: ignore[assignment]
     masks = MaskSet({"blocks.0.up.weight": PackedMask.pack(torch.ones(8, 4, dtype=torch.bool))})
-    with pytest.raises(InputError, match=r"TwoLayers cannot be copied \(TypeError: .*generator.*deepcopy refuses"):
+    with pytest.raises(InputError, match=r"TwoLayers cannot be copied \(TypeError: .*deepcopy refuses"):
         mask_module(model, masks)
 
 
