@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def normalize_inputs(module: nn.Module, inputs: Any, *, what: str = "example_inp
     """Bring what a user hands over into an ExampleInputs for ``module.forward``.
 
     A tensor or a tuple (list) is positional; a mapping (dict, BatchEncoding) is keyword arguments, or the single
-    positional argument when ``forward`` does not take its keys but takes one argument.
+    positional argument when ``forward`` does not take its keys but takes one argument (and perhaps flags).
 
     Args:
         module: the model whose forward will receive the inputs.
@@ -80,7 +81,7 @@ def normalize_inputs(module: nn.Module, inputs: Any, *, what: str = "example_inp
         plain = {str(key): _plain(value) for key, value in inputs.items()}
         if _accepts(module, (), plain) is None:
             args, kwargs = (), plain
-        elif _accepts(module, (plain,), {}) is None and not _parameter_names(module) & set(plain):
+        elif _takes_one_argument(module) and not _parameter_names(module) & set(plain):
             args, kwargs = (plain,), {}
         else:
             args, kwargs = (), plain
@@ -120,17 +121,22 @@ def _accepts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return None
 
 
+def _takes_one_argument(module: nn.Module) -> bool:
+    """``forward`` takes one argument; what else it takes has defaults other than None, and is no further input."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    plain = [item for item in parameters if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
+    return bool(plain) and all(item.default is not None and item.default is not item.empty for item in plain[1:])
+
+
 def _parameter_names(module: nn.Module) -> set[str]:
     return set(inspect.signature(module.forward).parameters)
 
 
 def _tensor_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
     parameters = list(inspect.signature(module.forward).parameters.values())
-    positional: list[str] = []
-    for index in range(len(args)):
-        parameter = parameters[index] if index < len(parameters) else parameters[-1]
-        is_variadic = parameter.kind is inspect.Parameter.VAR_POSITIONAL
-        positional.append(f"{parameter.name}_{index}" if is_variadic else parameter.name)
+    listed = [item.name for item in parameters if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)]
+    rest = next((item.name for item in parameters if item.kind is item.VAR_POSITIONAL), "")
+    positional = [listed[index] if index < len(listed) else f"{rest}_{index}" for index in range(len(args))]
     flat, _ = pytree.tree_flatten_with_path((args, kwargs))
     names: list[str] = []
     for path, leaf in flat:
@@ -152,7 +158,8 @@ def _key_text(key: Any) -> str:
 def output_tensors(output: Any) -> dict[str, Tensor]:
     """Name -> tensor for every tensor in a model's output, in flattening order.
 
-    Mappings (ModelOutput among them) give their keys, named tuples their fields, plain tuples ``output_0``, ...
+    Mappings (ModelOutput among them) give their keys, named tuples and dataclasses their fields, plain tuples
+    ``output_0``, ...
     """
     found: dict[str, Tensor] = {}
 
@@ -166,6 +173,9 @@ def output_tensors(output: Any) -> dict[str, Tensor]:
         elif isinstance(value, tuple) and hasattr(value, "_fields"):
             for key, item in zip(value._fields, value, strict=True):
                 visit(item, (*path, str(key)))
+        elif dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                visit(getattr(value, field.name), (*path, field.name))
         elif isinstance(value, (list, tuple)):
             for index, item in enumerate(value):
                 visit(item, (*path, str(index)))

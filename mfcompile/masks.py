@@ -21,7 +21,7 @@ from mfcompile.files import write_atomically
 FORMAT_VERSION = "1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedMask:
     """One mask, one bit per weight (numpy.packbits order), 1 = kept.
 
@@ -54,9 +54,11 @@ class PackedMask:
         return int(np.prod(self.shape))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaskSet(Mapping[str, Tensor]):
     """FQN -> bool mask in the layout of the parameter ((out, in) for nn.Linear), 1 = kept.
+
+    Two sets are equal when their masks are (by digest), whatever model they were made for.
 
     Attributes:
         packed: FQN -> packed mask.
@@ -78,6 +80,12 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.packed)
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest() == other.digest() if isinstance(other, MaskSet) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
 
     @property
     def kept_count(self) -> int:
@@ -134,16 +142,16 @@ class MaskSet(Mapping[str, Tensor]):
                     )
                 shapes = json.loads(metadata["shapes"])
                 packed = {fqn: PackedMask(file.get_tensor(fqn), tuple(shape)) for fqn, shape in shapes.items()}
-                regions = json.loads(metadata.get("regions", "{}"))
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            if isinstance(error, InputError):
-                raise
+                regions = dict(json.loads(metadata.get("regions", "{}")))
+                sparsity = float(metadata["sparsity"]) if metadata.get("sparsity") else None
+        except InputError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} cannot be read as a masks file ({error}): it is damaged or truncated") from error
         for fqn, mask in packed.items():
             if mask.bits.dtype != np.uint8 or mask.bits.size != (mask.weight_count + 7) // 8:
                 raise InputError(f"{path}: the mask of {fqn} does not hold {mask.weight_count} bits; the file is damaged")
-        text = metadata.get("sparsity", "")
-        masks = cls(packed, regions, metadata.get("base_model_fingerprint", ""), float(text) if text else None)
+        masks = cls(packed, regions, metadata.get("base_model_fingerprint", ""), sparsity)
         if masks.digest() != metadata.get("sha256"):
             raise InputError(f"{path}: the masks do not match their sha256; the file is damaged. Prune again, or use a backup")
         return masks
