@@ -2,7 +2,7 @@
 
 A block is a submodule that uses more than one linear weight and is repeated: an item of a ModuleList, Sequential or
 ModuleDict, or one of several attributes of equal structure (class and parameter shapes), of which one feeds another.
-A whole layer that is the only item of a list is a block as well.
+A whole layer that is the only item of a list is a block as well, and so is one that is applied again to its own results.
 
 Where such levels nest, the innermost that is a whole layer is taken, one that holds an attention and more than the
 attention's own projections: in a layer that holds its attentions in a list of its own, or as attributes that look
@@ -83,14 +83,15 @@ class BlockFinder:
 
     @cached_property
     def _repeated(self) -> dict[str, bool]:
-        """Path of every repeated submodule -> whether it repeats one of equal structure."""
+        """Path of every repeated submodule -> whether it repeats one of equal structure, or itself."""
         found: dict[str, bool] = {}
         for path in sorted(self._weights, key=len, reverse=True):
             if not path or len(self._weights[path]) < 2:
                 continue
             others = self._siblings(path)
             chained = [other for other in others if self._is_chained(path, other)]
-            if any(self._structure(other) == self._structure(path) for other in chained):
+            repeats_another = any(self._structure(other) == self._structure(path) for other in chained)
+            if repeats_another or (path in self._recurrent and not self._holds_layer(path, found)):
                 found[path] = True
             elif self._is_item_of_stack(path, others, chained, found):
                 found[path] = False
@@ -112,6 +113,30 @@ class BlockFinder:
     def _holds_layer(self, path: str, repeated: Mapping[str, bool]) -> bool:
         """A whole layer lies inside: then the submodule is a tower, not a layer."""
         return any(inner.startswith(path + ".") and inner in self._whole_layers for inner in repeated)
+
+    @cached_property
+    def _recurrent(self) -> set[str]:
+        """Paths of whole layers of which one call feeds another."""
+        calls: dict[ModuleCall, int] = {}
+        of_path: dict[str, int] = {}
+        for node in self.captured.graph.nodes:
+            for call in self.stacks.around(node):
+                if call.path in self._whole_layers and call not in calls:
+                    calls[call] = 1 << len(calls)
+                    of_path[call.path] = of_path.get(call.path, 0) | calls[call]
+        reached: dict[fx.Node, int] = {}
+        found: set[str] = set()
+        for node in self.captured.graph.nodes:
+            bits = 0
+            for source in node.all_input_nodes:
+                bits |= reached[source]
+            for call in self.stacks.around(node):
+                if call in calls:
+                    if bits & of_path[call.path] & ~calls[call]:
+                        found.add(call.path)
+                    bits |= calls[call]
+            reached[node] = bits
+        return found
 
     @cached_property
     def _whole_layers(self) -> set[str]:

@@ -137,18 +137,44 @@ def find_weight_uses(captured: CapturedGraph) -> tuple[tuple[WeightUse, ...], tu
         be read as whole rows of a linear weight.
     """
     views = parameter_views(captured)
+    changed = _changed_parameters(captured, views)
     uses: list[WeightUse] = []
     refused: list[Diagnostic] = []
     for node in captured.graph.nodes:
         if operator_name(node) not in CONTRACTIONS:
             continue
         use = _use_of(node, views, captured)
-        operands = [source for source in node.all_input_nodes if source in views and views[source][1].ndim > 1]
         if use is not None:
             uses.append(use)
-        elif operands:
-            refused += [_refusal(node, *views[source], captured) for source in operands]
+            continue
+        for source in node.all_input_nodes:
+            if source in views and views[source][1].ndim > 1:
+                refused.append(_refusal(node, *views[source], captured))
+            elif source in changed:
+                fqn, name = changed[source]
+                refused.append(Diagnostic(fqn, f"its values are changed by {name} before {node.name} multiplies them"))
     return tuple(uses), tuple(refused)
+
+
+def _changed_parameters(captured: CapturedGraph, views: Mapping[fx.Node, tuple[str, Tensor]]) -> dict[fx.Node, tuple[str, str]]:
+    """Node that computes something from one stored 2-D weight and smaller parameters alone -> (FQN, first operator)."""
+    changed: dict[fx.Node, tuple[str, str]] = {}
+    constant: set[fx.Node] = set()
+    for node in captured.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op != "get_attr" and not (node.op == "call_function" and sources and constant.issuperset(sources)):
+            continue
+        if operator_name(node) in CONTRACTIONS or "norm" in operator_name(node).removeprefix("_weight_norm"):
+            continue  # an activation that no input reaches (learned queries), not a weight any more
+        constant.add(node)
+        if node in views:
+            continue
+        for source in sources:
+            if source in changed:
+                changed.setdefault(node, changed[source])
+            elif source in views and len(captured.parameter(views[source][0]).shape) == 2 and min(views[source][1].shape) > 1:
+                changed.setdefault(node, (views[source][0], operator_name(node)))
+    return changed
 
 
 def _use_of(node: fx.Node, views: Mapping[fx.Node, tuple[str, Tensor]], captured: CapturedGraph) -> WeightUse | None:

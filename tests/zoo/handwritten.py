@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.zoo import one_stream, two_towers
+from tests.zoo import odd_styles, one_stream, two_towers
 
 BATCH = 3
 HEAD = "outside any repeated block"
@@ -223,5 +223,30 @@ CASES: dict[str, Case] = {
         {"stages.*": "vision", "down.*": "vision", "encoder.*": "text", "decoder.*": "fusion"},
         {"down.*": HEAD},
         text=(("q", "q_mask"), ("r", "r_mask")),
+    ),
+    "recurrent": Case(
+        odd_styles.Recurrent,
+        lambda n: (picture(), ids(n)),
+        {"see.*": "vision", "read.*": "text", "join.*": "fusion", "head.*": "fusion"},
+        {"head.*": HEAD},
+        # The first call of the fusion layer reads text, the second what the first has fused.
+        shared=("join.self_attention.*", "join.cross_attention.q.*"),
+    ),
+    "multiway": Case(
+        odd_styles.Multiway,
+        lambda n: (picture(), ids(n)),
+        {"layers.*": "fusion", "layers.*.ways.image.*": "vision", "layers.*.ways.text.*": "text"},
+        shared=("layers.*.attention.*",),
+    ),
+    "by kind": Case(
+        odd_styles.ByKind,
+        lambda n: (picture(), ids(n)),
+        {"mixers.*": "vision", "attentions.*": "text", "feed_forwards.*": "text", "layers.*": "fusion"},
+    ),
+    "reparametrized": Case(
+        odd_styles.Reparametrized,
+        lambda n: {"image": picture(), "ids": ids(n)},
+        {"layers.*": "fusion", "layers.*.mixing.*": "untagged"},
+        {"layers.*.mixing.*": "changed by mul before"},
     ),
 }

@@ -1,0 +1,152 @@
+"""What inputs are taken for where names say nothing: dtype, rank, values and the tables that they look up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mfcompile
+from mfcompile.errors import InputError, RegionError
+from tests.zoo.parts import WIDTH, SelfBlock, Words, pool
+
+B, L = 3, 5
+IDS = torch.tensor([[7, 3, 9, 4, 0], [5, 5, 2, 0, 0], [8, 1, 6, 3, 2]])
+KEEP = (IDS != 0).long()
+
+
+class Any2(nn.Module):
+    """A picture of whatever layout, a text, and something else; positional arguments without names."""
+
+    def __init__(self, use: Any = None) -> None:
+        super().__init__()
+        self.lift, self.words = nn.LazyLinear(WIDTH), Words(40)
+        self.types, self.places, self.other = nn.Embedding(3, WIDTH), nn.Embedding(20, WIDTH), Words(30)
+        self.see, self.read = SelfBlock(), SelfBlock()
+        self.use = use
+
+    def forward(self, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+        image = self.lift(a.float().flatten(1))[:, None]
+        text = self.words(b)
+        if self.use is not None and c is not None:
+            text = text + self.use(self, c)
+        joint: Tensor = self.read(torch.cat([self.see(image), text], dim=1))
+        return joint
+
+
+def modalities(a: Tensor, c: Tensor | None = None, use: Any = None) -> dict[str, str | None]:
+    model = Any2(use).eval()
+    inputs = (a, IDS) if c is None else (a, IDS, c)
+    with torch.no_grad():
+        model(*inputs)
+    found = mfcompile.infer_regions(mfcompile.capture(model, inputs)).modalities
+    return {item.name: item.modality for item in found}
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.rand(B, 3, 8, 8),
+        torch.rand(B, 1, 8, 8),
+        torch.rand(B, 8, 8, 3),
+        torch.rand(B, 6, 3, 8, 8),
+        torch.randint(0, 255, (B, 3, 8, 8), dtype=torch.uint8),
+        torch.randint(0, 255, (B, 8, 8, 3), dtype=torch.uint8),
+    ],
+    ids=["channels first", "grey", "channels last", "frames", "bytes", "bytes channels last"],
+)
+def test_pictures(image: Tensor) -> None:
+    assert modalities(image) == {"a": "vision", "b": "text"}
+
+
+PICTURE = torch.rand(B, 3, 8, 8)
+CONTROLS = {
+    "types": (torch.tensor([[0, 1, 1, 2, 0]] * B), lambda model, c: model.types(c)),
+    "positions": (torch.arange(L).expand(B, L).contiguous(), lambda model, c: model.places(c)),
+    "mask": (KEEP, lambda model, c: c[:, :, None] * 0.1),
+    "float mask": (KEEP.float(), lambda model, c: c[:, :, None] * 0.1),
+    "bool mask": (KEEP.bool(), lambda model, c: c[:, :, None] * 0.1),
+    "additive mask": ((1 - KEEP.float()) * -1e4, lambda model, c: c.exp()[:, :, None]),
+    "additive 4-D mask": (((1 - KEEP.float()) * -1e4)[:, None, None, :], lambda model, c: c[:, 0, 0, :, None].exp()),
+    "mask that gives positions": (KEEP, lambda model, c: model.places(c.cumsum(1))),
+    "lengths": (KEEP.sum(1), lambda model, c: c[:, None, None] * 0.1),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls(name: str) -> None:
+    tensor, use = CONTROLS[name]
+    assert modalities(PICTURE, tensor, use) == {"a": "vision", "b": "text", "c": None}
+
+
+def test_a_second_text_with_a_smaller_table_of_its_own() -> None:
+    other = torch.tensor([[9, 2, 7, 7, 1], [3, 8, 2, 0, 0], [6, 1, 1, 5, 4]])
+    assert modalities(PICTURE, other, lambda model, c: model.other(c))["c"] == "text"
+
+
+def test_one_hot_text() -> None:
+    def one_hot(model: Any2, c: Tensor) -> Tensor:
+        return nn.functional.one_hot(c, 40).float() @ model.words.table.weight
+
+    assert modalities(PICTURE, IDS.clone(), lambda model, c: model.words(c) + one_hot(model, c))["c"] == "text"
+
+
+def test_shifted_labels_are_text() -> None:
+    class Seq2Seq(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lift, self.words = nn.Conv2d(3, WIDTH, 4, 4), Words(40)
+            self.layers = nn.ModuleList(SelfBlock() for _ in range(2))
+
+        def forward(self, image: Tensor, labels: Tensor) -> Tensor:
+            shifted = labels.new_zeros(labels.shape)
+            shifted[:, 1:] = labels[:, :-1].clone()
+            shifted.masked_fill_(shifted == -100, 0)
+            states = torch.cat([self.lift(image).flatten(2).mT, self.words(shifted)], dim=1)
+            for layer in self.layers:
+                states = layer(states)
+            return states
+
+    labels = IDS.masked_fill(IDS == 0, -100)
+    found = mfcompile.infer_regions(mfcompile.capture(Seq2Seq(), {"image": PICTURE, "labels": labels}))
+    assert {item.name: item.modality for item in found.modalities} == {"image": "vision", "labels": "text"}
+    assert set(found.weights.values()) == {"fusion"}
+
+
+def test_feature_vectors_need_a_word_from_the_user() -> None:
+    features = torch.rand(B, 4, 10)
+    with pytest.raises(RegionError, match=r"modalities=\{'a': 'vision'\}"):
+        modalities(features)
+
+
+def test_an_override_of_no_input_is_refused() -> None:
+    model = Any2().eval()
+    model(PICTURE, IDS)
+    captured = mfcompile.capture(model, (PICTURE, IDS))
+    with pytest.raises(InputError, match=r"'z'.*a, b"):
+        mfcompile.infer_regions(captured, modalities={"z": "text"})
+
+
+def test_a_third_modality_mixes_under_its_name() -> None:
+    class Robot(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lift, self.words, self.state = nn.Conv2d(3, WIDTH, 4, 4), Words(40), nn.Linear(6, WIDTH)
+            self.one, self.two = (nn.ModuleList(SelfBlock() for _ in range(2)) for _ in range(2))
+
+        def forward(self, image: Tensor, text: Tensor, proprioception: Tensor) -> Tensor:
+            states = torch.cat([self.words(text), self.state(proprioception)[:, None]], dim=1)
+            for layer in self.one:
+                states = layer(states)
+            states = torch.cat([states, self.lift(image).flatten(2).mT], dim=1)
+            for layer in self.two:
+                states = layer(states)
+            return pool(states, torch.ones(states.shape[:2]))
+
+    inputs = {"image": PICTURE, "text": IDS, "proprioception": torch.rand(B, 6)}
+    found = mfcompile.infer_regions(mfcompile.capture(Robot(), inputs), modalities={"proprioception": "state"})
+    assert {found.weights[fqn] for fqn in found.weights if fqn.startswith("one")} == {"state+text"}
+    assert {found.weights[fqn] for fqn in found.weights if fqn.startswith("two")} == {"fusion"}
+    assert found.weights["state.weight"] == "state"
