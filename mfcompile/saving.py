@@ -12,7 +12,8 @@ def save_weights(module: nn.Module, directory: Path) -> None:
     """Write ``model.safetensors`` (and the configuration, where the module can write its own) into a directory.
 
     A module with ``save_pretrained`` writes itself. Any other gives its parameters and persistent buffers under their
-    own names; a tied weight is stored once, under its first name, and the other names are listed in the metadata.
+    own names; a tied weight is stored once, under its first name, and the other names are listed in the metadata. Extra
+    state that is no tensor is left out.
 
     Args:
         module: a module without masks in force (see ``strip``).
@@ -21,14 +22,21 @@ def save_weights(module: nn.Module, directory: Path) -> None:
     if callable(getattr(module, "save_pretrained", None)):
         module.save_pretrained(directory)  # type: ignore[operator]
         return
-    first: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    first: dict[tuple[object, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {"format": "pt"}
+    storages: set[int] = set()
     for name, tensor in module.state_dict().items():
-        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        if not isinstance(tensor, Tensor):  # a module's extra state: safetensors holds tensors only
+            continue
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() and key in first:
             metadata[name] = first[key]
             continue
         first[key] = name
-        tensors[name] = tensor.detach().cpu().contiguous()
+        stored = tensor.detach().cpu().contiguous()
+        # The format knows no views: what shares memory with another tensor is written in full for each of them.
+        address = stored.untyped_storage().data_ptr()
+        tensors[name] = stored.clone() if address in storages else stored
+        storages.add(address)
     save_file(tensors, directory / "model.safetensors", metadata=metadata)

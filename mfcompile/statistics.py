@@ -71,7 +71,15 @@ class CalibrationStatistics:
             )
             for name, own in self.sites.items()
         }
-        return replace(self, sites=merged, batch_count=self.batch_count + other.batch_count)
+        return replace(
+            self,
+            sites=merged,
+            batch_count=self.batch_count + other.batch_count,
+            source=" and ".join(dict.fromkeys((self.source, other.source))),
+            observed_by="+".join(sorted({*self.observed_by.split("+"), *other.observed_by.split("+")})),
+            padding_masks=tuple(dict.fromkeys((*self.padding_masks, *other.padding_masks))),
+            diagnostics=tuple(dict.fromkeys((*self.diagnostics, *other.diagnostics))),
+        )
 
     def check(self) -> None:
         """Refuse statistics that cannot rank weights.
