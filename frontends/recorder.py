@@ -189,7 +189,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         node = self.graph.call_function(func, tuple(node_args), dict(node_kwargs))
         self._describe(node, result)
         self._bind(result, node)
-        self.random_operators += torch.Tag.nondeterministic_seeded in func.tags
+        self.random_operators += _is_random(func, args, kwargs)
         given = {storage_address(operand) for operand in operands}
         if given & self._from_input:
             written = written_tensors(func, args, kwargs) if func._schema.is_mutable else []
@@ -277,6 +277,17 @@ class _ReadingMode(TorchFunctionMode):
         if func in _READS:
             self._recorder.note_reading(args[0], np.asarray(result).reshape(-1).tolist())
         return result
+
+
+def _is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """The operator draws random numbers; dropout that is switched off draws none."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for position, item in enumerate(func._schema.arguments):
+        if item.name in {"train", "training", "dropout_p"}:
+            given = args[position] if position < len(args) else item.default_value
+            return bool(kwargs.get(item.name, given))
+    return True
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
