@@ -170,8 +170,14 @@ def make_cases(
     return tuple(cases)
 
 
-def comparable_batch_sizes(artifact: ExportedArtifact, example_inputs: ExampleInputs) -> tuple[int, ...]:
+def comparable_batch_sizes(artifact: ExportedArtifact | Path | str, example_inputs: ExampleInputs) -> tuple[int, ...]:
     """Batch sizes to verify an artefact at, for make_cases: the example's and one more where the batch is free.
+
+    Where the batch is fixed to another size than the example's (a batch of one is exported as two), that size is it.
+
+    Args:
+        artifact: what export_onnx returned, or the path of an .onnx file.
+        example_inputs: what the comparison is drawn from.
 
     Returns:
         () where the inputs share no batch dimension.
@@ -179,12 +185,10 @@ def comparable_batch_sizes(artifact: ExportedArtifact, example_inputs: ExampleIn
     own = example_inputs.batch_size()
     if own is None:
         return ()
-    is_free = all(
-        0 in artifact.dynamic_axes.get(name, {})
-        for name, tensor in example_inputs.tensors().items()
-        if tensor.ndim and name in artifact.input_names
-    )
-    return (own, own + 1) if is_free else (own,)
+    path = artifact.path if isinstance(artifact, ExportedArtifact) else artifact
+    sizes = {item.shape[0] for item in open_session(path).get_inputs() if item.shape}
+    fixed = [size for size in sizes if isinstance(size, int)]
+    return (fixed[0],) if fixed else (own, own + 1)
 
 
 def describe(case: ExampleInputs) -> str:

@@ -196,7 +196,8 @@ def verify(
     inputs = pruned.example_inputs if example_inputs is None else normalize_inputs(pruned.module, example_inputs)
     module = pruned.module if pruned.masks is None else mask_module(pruned.module, pruned.masks)
     rtol, atol = parity.default_tolerance(stored)
-    return parity.verify(artifact, module, parity.make_cases(inputs, seed=seed), rtol=rtol, atol=atol)
+    cases = parity.make_cases(inputs, seed=seed, batch_sizes=parity.comparable_batch_sizes(artifact, inputs))
+    return parity.verify(artifact, module, cases, rtol=rtol, atol=atol)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def write_atomically(path: Path, data: bytes) -> Path:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def staged_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}. Choose another output directory") from error
     try:
         yield staging
-        staging.chmod(0o777 & ~_umask())
+        staging.chmod(0o777 & ~umask())
         if path.is_dir():
             _exchange(staging, path)
         else:
@@ -100,7 +100,8 @@ def _exchange(staging: Path, path: Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's umask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

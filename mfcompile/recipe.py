@@ -217,7 +217,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if not isinstance(document, dict):
         raise InputError(f"{path} is no recipe: it holds no keys. Give a recipe.yaml that mfcompile wrote")
     lines: dict[str, int] = {}
-    for key, _ in node.value:
+    for key, _ in node.value if node is not None else ():
         if key.value in lines:
             raise InputError(f"{path}, line {key.start_mark.line + 1}: the key {key.value} is given twice")
         lines[key.value] = key.start_mark.line + 1

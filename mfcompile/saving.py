@@ -7,6 +7,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mfcompile.files import umask
+
 
 def save_weights(module: nn.Module, directory: Path) -> None:
     """Write ``model.safetensors`` (and the configuration, where the module can write its own) into a directory.
@@ -21,6 +23,7 @@ def save_weights(module: nn.Module, directory: Path) -> None:
     """
     if callable(getattr(module, "save_pretrained", None)):
         module.save_pretrained(directory)  # type: ignore[operator]
+        _share_like_other_files(directory)
         return
     first: dict[tuple[object, ...], str] = {}
     tensors: dict[str, Tensor] = {}
@@ -40,3 +43,11 @@ def save_weights(module: nn.Module, directory: Path) -> None:
         tensors[name] = stored.clone() if address in storages else stored
         storages.add(address)
     save_file(tensors, directory / "model.safetensors", metadata=metadata)
+    _share_like_other_files(directory)
+
+
+def _share_like_other_files(directory: Path) -> None:
+    """safetensors writes files that only their owner may read; give them the mode that the umask gives any new file."""
+    mode = 0o666 & ~umask()
+    for file in directory.glob("*.safetensors"):
+        file.chmod(mode)

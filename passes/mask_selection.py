@@ -76,7 +76,9 @@ def select_masks(
         budget = _allocate_by_score(sites, scorer, options.sparsity)
     else:
         groups = regions.by_region() if options.allocation == "magnitude-per-region" else {"all": sites}
-        budget = allocate_by_magnitude(groups, lambda site: site_weight(captured, site), options.sparsity, options.rounding)
+        # The published truncation lies between budget and scores; published magnitude pruning has no such step.
+        rounding = "exact" if options.criterion == "magnitude" else options.rounding
+        budget = allocate_by_magnitude(groups, lambda site: site_weight(captured, site), options.sparsity, rounding)
     packed: dict[str, PackedMask] = {}
     by_fqn: dict[str, list[PruneSite]] = {}
     for site in sites:

@@ -49,14 +49,14 @@ class Layer(nn.Module):
         self.cross = Attention() if is_fusion else None
         self.up = nn.Linear(WIDTH, 2 * WIDTH)
         self.down = nn.Linear(2 * WIDTH, WIDTH)
-        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH) for _ in range(3)])
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH) for _ in range(3 if is_fusion else 2)])
 
     def forward(self, states: Tensor, bias: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         normed = self.norms[0](states)
         states = states + self.attention(normed, normed, bias)
         if self.cross is not None:
-            states = states + self.cross(self.norms[1](states), context)
-        result: Tensor = states + self.down(torch.relu(self.up(self.norms[2](states))))
+            states = states + self.cross(self.norms[2](states), context)
+        result: Tensor = states + self.down(torch.relu(self.up(self.norms[1](states))))
         return result
 
 

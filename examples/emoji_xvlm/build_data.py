@@ -114,15 +114,11 @@ def main() -> None:
 
     font = ImageFont.truetype(str(arguments.font), STRIKE_PX)
     sprites = [render(characters[name], font) for name in selection]
-    entries = [
-        {"emoji": characters[name], "name": name.lower(), "plural": pluralise(name.lower())} for name in selection
-    ]
+    entries = [{"emoji": characters[name], "name": name.lower(), "plural": pluralise(name.lower())} for name in selection]
 
     build_atlas(sprites).save(HERE / "data" / "sprites.png", optimize=True)
     document = {"sprite_px": SPRITE_PX, "columns": COLUMNS, "emoji": entries}
-    (HERE / "data" / "names.json").write_text(
-        json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
+    (HERE / "data" / "names.json").write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     vocabulary = build_vocabulary(entries)
     (HERE / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
     print(f"{len(entries)} emoji, {len(vocabulary)} tokens")

@@ -214,9 +214,7 @@ def _compose_group(rng: np.random.Generator, atlas: Atlas, emoji: int) -> tuple[
     return "group", placements, slots
 
 
-def _compose_pair(
-    rng: np.random.Generator, atlas: Atlas, emoji: Sequence[int]
-) -> tuple[str, list[Placement], dict[str, str]]:
+def _compose_pair(rng: np.random.Generator, atlas: Atlas, emoji: Sequence[int]) -> tuple[str, list[Placement], dict[str, str]]:
     """Two emoji, one or two of each, side by side or one above the other."""
     is_horizontal = bool(rng.random() < 0.5)
     slots: dict[str, str] = {}
@@ -230,9 +228,7 @@ def _compose_pair(
     return "horizontal" if is_horizontal else "vertical", placements, slots
 
 
-def _compose_many(
-    rng: np.random.Generator, atlas: Atlas, emoji: Sequence[int]
-) -> tuple[str, list[Placement], dict[str, str]]:
+def _compose_many(rng: np.random.Generator, atlas: Atlas, emoji: Sequence[int]) -> tuple[str, list[Placement], dict[str, str]]:
     """Three emoji (two in one row, one in the other) or four (two rows of two)."""
     slots = {slot: _phrase(atlas, index, 1) for slot, index in zip("abcd", emoji, strict=False)}
     if len(emoji) == 4:

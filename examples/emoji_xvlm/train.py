@@ -75,9 +75,7 @@ def build_optimizer(model: EmojiXvlm, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6)
 
 
-def compute_losses(
-    model: EmojiXvlm, batch: TrainingBatch, config: TrainConfig, step: int, mask_id: int
-) -> dict[str, Tensor]:
+def compute_losses(model: EmojiXvlm, batch: TrainingBatch, config: TrainConfig, step: int, mask_id: int) -> dict[str, Tensor]:
     """All losses of one batch; matching and masked words join at ``fusion_start``."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     image_states = model.encode_image(batch.pixel_values)
@@ -91,9 +89,7 @@ def compute_losses(
     }
     if step >= config.fusion_start:
         pairs = min(config.matching_pairs, len(image_states))
-        losses["itm"] = matching_loss(
-            model, batch, image_states, text_states, similarity, pairs, config.hard_share, generator
-        )
+        losses["itm"] = matching_loss(model, batch, image_states, text_states, similarity, pairs, config.hard_share, generator)
         pairs = min(config.masked_pairs, len(image_states))
         losses["mlm"] = masked_word_loss(model, batch, image_states, pairs, mask_id, generator)
     return losses

@@ -245,7 +245,11 @@ def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, fold
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("mfcompile.report_plot.plot_sparsity", interrupt)
-    result = run("prune", "model.py", "--no-onnx", "--no-evaluate")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of a parallel test run ignore it
+    try:
+        result = run("prune", "model.py", "--no-onnx", "--no-evaluate")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.status == 130
     assert "interrupted" in result.err
     assert {"masks.safetensors", "model.safetensors"} <= set(staged), "the interrupt must come when files are there"

@@ -184,8 +184,6 @@ ABLATIONS = {
 }
 # The recorded masks of these use their threshold directly, not a budget per layer, so nothing is truncated.
 WITHOUT_LAYER_BUDGET = ("multiflow_wo_distribution", "omp", "omp_modality")
-# Ends when rounding="official" truncates nothing where the published code has no budget to truncate.
-TRUNCATED = pytest.mark.xfail(reason="magnitude masks are given a truncated layer budget; 1 bit in up to 7 layers", strict=True)
 
 
 def select_ablation(key: str, sparsity: str, rounding: str) -> recorded.Masks:
@@ -212,14 +210,8 @@ def test_exact_ablations_and_baselines_equal_the_recorded_masks(key: str, sparsi
         assert_one_weight_a_layer(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("key", "sparsity"),
-    [
-        pytest.param(key, sparsity, marks=[TRUNCATED] if key.startswith("omp") and sparsity != "0.90" else [])
-        for key in ABLATIONS
-        for sparsity in recorded.SPARSITIES
-    ],
-)
+@pytest.mark.parametrize("sparsity", recorded.SPARSITIES)
+@pytest.mark.parametrize("key", ABLATIONS)
 def test_official_ablations_and_baselines_equal_the_recorded_masks(key: str, sparsity: str) -> None:
     found, expected = select_ablation(key, sparsity, "official"), recorded.masks(f"{key}@{sparsity}")
     assert recorded.differing_bits(found, expected) == {}

@@ -93,7 +93,8 @@ def tuples(m: Any, x: Tensor) -> dict[str, Any]:
 
 
 def data(m: Any, x: Tensor) -> Tensor:
-    return F.linear(x.data, m.linear.weight.data, m.linear.bias.detach())
+    result: Tensor = F.linear(x.data, m.linear.weight.data, m.linear.bias.detach())
+    return result
 
 
 def written_state(m: Any, x: Tensor) -> Tensor:
@@ -102,7 +103,8 @@ def written_state(m: Any, x: Tensor) -> Tensor:
     m.linear.weight.data = m.linear.weight.data * 0.5
     x *= 2.0
     m.plain.add_(1.0)
-    return m.linear(x) * m.scale + m.table.sum(0) + m.plain
+    result: Tensor = m.linear(x) * m.scale + m.table.sum(0) + m.plain
+    return result
 
 
 def returned_state(m: Any, x: Tensor) -> list[Tensor]:
