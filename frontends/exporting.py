@@ -7,6 +7,7 @@ why it failed is kept.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def export_program(captured: CapturedGraph) -> tuple[ExportedModel | None, tuple
         started = time.perf_counter()
         try:
             module = share_weights_copy(captured.module)
-            with eval_mode(module), context(module):
+            with eval_mode(module), _buffers_kept(module), context(module):
                 program = _export(module, inputs, dims)
                 names = _check(program, module, inputs)
             notes = _fixed(program, inputs, axes)
@@ -87,10 +88,15 @@ def symbolic_axes(program: ExportedProgram, inputs: ExampleInputs, axes: Axes) -
     values = _placeholder_values(program, inputs)
     kept: Axes = {}
     for name, dims in axes.items():
-        free = {dim: axis for dim, axis in dims.items() if name in values and isinstance(values[name].shape[dim], torch.SymInt)}
+        free = {dim: axis for dim, axis in dims.items() if name in values and _is_free(values[name].shape[dim])}
         if free:
             kept[name] = free
     return kept
+
+
+def _is_free(size: Any) -> bool:
+    """A size that is still a symbol; a SymInt may have become a number on the way."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _fixed(program: ExportedProgram, inputs: ExampleInputs, axes: Axes) -> tuple[str, ...]:
@@ -121,6 +127,9 @@ def _two_samples(inputs: ExampleInputs) -> ExampleInputs:
 
 
 def _export(module: nn.Module, inputs: ExampleInputs, axes: Axes) -> ExportedProgram:
+    # torch marks free dimensions on the tensors themselves, and a failed export leaves the marks: use others each time.
+    inputs = inputs.map_tensors(lambda _, tensor: tensor.clone())
+    signature = _spell_out_keywords(module, inputs)
     names = iter(inputs.names)
 
     def dims(leaf: Any) -> Any:
@@ -130,18 +139,47 @@ def _export(module: nn.Module, inputs: ExampleInputs, axes: Axes) -> ExportedPro
         return {dim: Dim.AUTO if dim in wanted else Dim.STATIC for dim in range(leaf.ndim)}
 
     args, kwargs = pytree.tree_map(dims, (inputs.args, inputs.kwargs))
-    shapes: Any = dict(kwargs)
-    parameters = list(_signature_names(module))
-    shapes = {**dict(zip(parameters, args, strict=False)), **kwargs} if axes else None
+    shapes = dict(signature.bind(*args, **kwargs).arguments) if axes else None
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.export.export(module, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _signature_names(module: nn.Module) -> Iterator[str]:
-    import inspect
+def _spell_out_keywords(module: nn.Module, inputs: ExampleInputs) -> inspect.Signature:
+    """Name the keywords that ``**kwargs`` of forward takes: torch.export gives them no free dimensions otherwise.
 
-    yield from inspect.signature(module.forward).parameters
+    Args:
+        module: a module of our own; its forward is replaced by one that says what it takes.
+        inputs: what it is called with.
+
+    Returns:
+        The signature of forward, without ``**kwargs``.
+    """
+    forward = module.forward
+    signature = inspect.signature(forward)
+    listed = {name: item for name, item in signature.parameters.items() if item.kind is not inspect.Parameter.VAR_KEYWORD}
+    if len(listed) < len(signature.parameters):
+        extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs.kwargs if name not in listed]
+        signature = signature.replace(parameters=[*listed.values(), *extra])
+
+        def explicit(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        explicit.__signature__ = signature  # type: ignore[attr-defined]
+        module.forward = explicit
+    return signature
+
+
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what the run of an exported program, or of the module, writes into buffers."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, values in before:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
 
 
 def _check(program: ExportedProgram, module: nn.Module, inputs: ExampleInputs) -> tuple[str, ...]:
