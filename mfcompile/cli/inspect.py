@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mfcompile.cli.console import Terminal
 from mfcompile.cli.loading import capture_source, load, region_options
 from mfcompile.cli.parser import SOURCE_HELP, Subparsers, add_debug_option, add_region_options
+from mfcompile.errors import InputError
 
 if TYPE_CHECKING:
     from mfcompile.graph import CapturedGraph
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Capture a model and show what mfcompile understands of it: what every input was taken for, the region of every
 linear weight with the dataflow that decided it, what stays dense and why, and every way of capturing that was
-tried. Nothing is pruned and nothing is written, except for --json."""
+tried. Nothing is pruned and nothing is written, except for --json and --picture."""
+
+PICTURES = (".svg", ".png", ".pdf")
 
 EXAMPLES = """\
 examples:
   mfcompile inspect model.py
-  mfcompile inspect ./blip-itm --json regions.json
+  mfcompile inspect ./blip-itm --json regions.json --picture regions.svg
   mfcompile inspect model.py --modality x=vision y=text --regions 'bridge.*=fusion'"""
 
 
@@ -39,6 +42,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("source", metavar="SOURCE", type=Path, help=SOURCE_HELP)
     add_region_options(parser)
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--picture", metavar="FILE", type=Path, help="draw inputs, stacks and heads coloured by region (.svg, .png or .pdf)"
+    )
     output.add_argument("--json", metavar="FILE", help="write everything as JSON; - for stdout, instead of the tables")
     add_debug_option(parser)
     parser.set_defaults(run=run)
@@ -46,6 +52,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``mfcompile inspect``."""
+    if args.picture is not None and args.picture.suffix not in PICTURES:
+        raise InputError(f"--picture {args.picture}: the suffix chooses the format; use one of {', '.join(PICTURES)}")
     with terminal.progress() as progress:
         source = load(args.source, progress)
         captured, regions = capture_source(source, region_options(args), progress)
@@ -55,11 +63,25 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         terminal.say(text)
         return 0
     _show(view, terminal)
+    if args.picture is not None:
+        terminal.say(f"wrote {_draw(captured, regions, args.picture)}")
     if args.json:
         from mfcompile.files import write_atomically
 
         terminal.say(f"wrote {write_atomically(Path(args.json), (text + chr(10)).encode())}")
     return 0
+
+
+def _draw(captured: CapturedGraph, regions: RegionMap, path: Path) -> Path:
+    import io
+
+    from mfcompile.files import write_atomically
+    from mfcompile.passes.block_graph import block_graph
+    from mfcompile.region_plot import plot_regions
+
+    buffer = io.BytesIO()
+    plot_regions(block_graph(captured, regions), buffer, format=path.suffix[1:], title=type(captured.module).__name__)
+    return write_atomically(path, buffer.getvalue())
 
 
 def describe(captured: CapturedGraph, regions: RegionMap) -> dict[str, Any]:
