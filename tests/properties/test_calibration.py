@@ -49,7 +49,7 @@ def partitions(draw: st.DrawFn) -> list[Batch]:
     ]
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=12, derandomize=True)
 @given(partitions())
 def test_batches_order_and_padding(batches: list[Batch]) -> None:
     assert masks(batches).digest() == expected()
@@ -61,7 +61,7 @@ def test_samples_matter() -> None:
     assert masks([vlm_batch(LENGTHS[:-1])]).digest() != expected()
 
 
-@settings(deadline=None, max_examples=10, derandomize=True)
+@settings(deadline=None, max_examples=6, derandomize=True)
 @given(st.integers(1, 2), st.sampled_from(["left", "right"]), st.sampled_from([6, IMAGE_TOKENS + 3, 9]))
 def test_threads(threads: int, side: str, total: int) -> None:
     before = torch.get_num_threads()
@@ -72,7 +72,7 @@ def test_threads(threads: int, side: str, total: int) -> None:
         torch.set_num_threads(before)
 
 
-@settings(deadline=None, max_examples=10, derandomize=True)
+@settings(deadline=None, max_examples=6, derandomize=True)
 @given(st.lists(st.integers(0, 7), min_size=2, max_size=6))
 def test_statistics_add_up_in_any_grouping(samples: list[int]) -> None:
     """merge() of single samples is one calibration on all of them; a sample that is given twice counts twice."""
