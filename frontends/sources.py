@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -230,6 +230,8 @@ def _find_calibration(user: UserModule, notes: list[str]) -> Callable[[], Iterab
         replay = _Replay(value)
         return lambda: user.iterate(doing, lambda: iter(replay))
     _iterate(user, what, value, check_only=True)
+    if isinstance(value, Sized):
+        return lambda: _SizedBatches(lambda: user.iterate(doing, lambda: _iterate(user, what, value)), value)
     return lambda: user.iterate(doing, lambda: _iterate(user, what, value))
 
 
@@ -255,6 +257,19 @@ def _iterate(user: UserModule, what: str, value: Any, *, check_only: bool = Fals
     if hasattr(value, "__iter__"):
         return cast("Iterator[Any]", iter(value))
     return (value[index] for index in range(len(value)))
+
+
+class _SizedBatches:
+    """Batches that know their number, so that calibration can say how much is left."""
+
+    def __init__(self, draw: Callable[[], Iterable[Any]], source: Sized) -> None:
+        self._draw, self._source = draw, source
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._draw())
+
+    def __len__(self) -> int:
+        return len(self._source)
 
 
 class _Replay:

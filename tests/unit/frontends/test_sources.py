@@ -55,6 +55,13 @@ def _draw(source: ModelSource) -> list[Any]:
 # What a model.py gives
 
 
+def test_a_list_of_batches_keeps_its_length(tmp_path: Path) -> None:
+    source = _load_with(tmp_path, "calibration_batches = [torch.ones(2, 3)] * 5")
+    assert source.calibration is not None
+    batches = source.calibration()
+    assert len(batches) == len(list(batches)) == 5  # type: ignore[arg-type]
+
+
 def test_smallest_file(tmp_path: Path) -> None:
     source = _load(tmp_path, _MODEL)
     assert isinstance(source.model, nn.Linear)
