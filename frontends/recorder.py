@@ -65,6 +65,7 @@ def record(module: nn.Module, inputs: ExampleInputs) -> Recording:
     Raises:
         CaptureError: the model raised, or gave no tensor.
     """
+    inputs = _told_apart(inputs)
     with eval_mode(module), _whole_operators():
         recorder = _Recorder(module)
         recorder.add_inputs(inputs)
@@ -82,6 +83,20 @@ def record(module: nn.Module, inputs: ExampleInputs) -> Recording:
             ) from error
         finally:
             recorder.state.restore()
+
+
+def _told_apart(inputs: ExampleInputs) -> ExampleInputs:
+    """One tensor object per input: ``labels`` may be the very tensor that ``input_ids`` is."""
+    seen: set[int] = set()
+
+    def own(_: str, tensor: Tensor) -> Tensor:
+        address = storage_address(tensor)
+        if address in seen:
+            return tensor.clone()
+        seen.add(address)
+        return tensor
+
+    return inputs.map_tensors(own)
 
 
 @contextlib.contextmanager
@@ -113,7 +128,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         self._by_memory: dict[tuple[object, ...], tuple[fx.Node, StorageWeakRef]] = {}
         self._from_input: set[int] = set()
         self._attributes: list[tuple[fx.Node, Tensor]] = []
-        self._names = {(id(tensor), storage_address(tensor)): name for name, tensor in _named_tensors(module)}
+        self._names: dict[object, str] = {}
+        for name, tensor in _named_tensors(module):
+            self._names[id(tensor), storage_address(tensor)] = name
+            if tensor.layout is torch.strided and tensor.numel():
+                self._names.setdefault(_memory(tensor), name)
 
     def add_inputs(self, inputs: ExampleInputs) -> None:
         """One placeholder per tensor input."""
@@ -245,6 +264,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
     def _attribute(self, tensor: Tensor) -> fx.Node:
         """A parameter, a buffer, or a tensor that existed before the run (then a constant of the graph)."""
         fqn = self._names.get((id(tensor), storage_address(tensor)))
+        if fqn is None and tensor.layout is torch.strided and tensor.numel():
+            fqn = self._names.get(_memory(tensor))  # another object for the same weight, as scripted modules give
         if fqn is None:
             target = f"_constant_{self.lifted_constants}"
             self.lifted_constants += 1

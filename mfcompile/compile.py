@@ -21,7 +21,7 @@ from mfcompile.passes.base import run_transform
 from mfcompile.passes.calibration import calibrate as _calibrate
 from mfcompile.passes.mask_selection import SelectionOptions
 from mfcompile.passes.mask_selection import select_masks as _select_masks
-from mfcompile.passes.masking import ApplyMasks, mask_module, strip
+from mfcompile.passes.masking import ApplyMasks, mask_module, masked_parameters, strip
 from mfcompile.passes.regions import RegionOptions
 from mfcompile.passes.regions import infer_regions as _infer_regions
 from mfcompile.region import RegionMap
@@ -296,6 +296,11 @@ def compile_pruned(
     check_sparsity(sparsity)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be an integer, got {seed!r}")
+    if next(masked_parameters(model), None) is not None:
+        raise InputError(
+            "the model has masks in force, from an earlier pruning: bake their zeros in with mfcompile.strip(model) first, "
+            "then prune it further"
+        )
 
     def step(stage: str) -> Callable[[int, int | None], None]:
         return lambda done, total: None if progress is None else progress(stage, done, total)

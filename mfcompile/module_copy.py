@@ -38,7 +38,8 @@ class KeptState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers = [(item._buffers, dict(item._buffers)) for item in module.modules()]
+        tables = [item._buffers for item in module.modules()]
+        self._buffers = [(table, dict(table)) for table in tables if isinstance(table, dict)]  # a scripted module's is none
         self._watched: dict[int, list[Tensor]] = {}
         self._passing: list[tuple[int, Tensor]] = []
         self._aliases: list[tuple[Tensor, Tensor]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,43 @@ def test_a_pruned_model_can_be_pruned_further() -> None:
     further = mfcompile.compile_pruned(example().strip(), vlm_batch(), calibration=batches(), sparsity=0.8)
     assert list(further.masks) == list(example().masks)
     assert further.masks.kept_count < example().masks.kept_count
+
+
+def test_a_model_with_masks_in_force_is_refused() -> None:
+    with pytest.raises(InputError, match=r"has masks in force.*mfcompile\.strip\(model\) first"):
+        mfcompile.compile_pruned(example().module, vlm_batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_float_dtype_can_be_pruned(dtype: torch.dtype) -> None:
+    batch = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in vlm_batch().items()}
+    found = mfcompile.compile_pruned(tiny_vlm().to(dtype), batch)
+    assert found.masks.kept_count == example().masks.kept_count
+    weight = found.module.get_submodule("text.0.up").weight
+    assert isinstance(weight, Tensor)
+    assert weight.dtype == dtype
+    assert torch.equal(weight == 0, ~found.masks["text.0.up.weight"])
+
+
+class Autocast(nn.Module):
+    """Weights are cast while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_vlm()
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.model(pixel_values, input_ids, attention_mask)
+
+
+@pytest.mark.parametrize("observe", ["graph", "module"])
+def test_weights_that_autocast_casts_are_seen(observe: str) -> None:
+    captured = mfcompile.capture(Autocast(), vlm_batch())
+    regions = mfcompile.infer_regions(captured)
+    assert [site.name for site in regions.pruned_sites] == [f"model.{site.name}" for site in vlm_regions().pruned_sites]
+    found = mfcompile.calibrate(captured, [vlm_batch()], regions=regions, observe=observe)
+    assert all(site.token_count for site in found.sites.values())
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,30 @@ def test_awkward_input_names() -> None:
     assert len({spec.node for spec in found.inputs}) == 4
 
 
+class Twice(nn.Module):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return input_ids * 2 - labels
+
+
+@pytest.mark.parametrize("second", ["same", "view"])
+def test_inputs_that_are_one_tensor_are_told_apart(second: str) -> None:
+    """Labels are often the very tensor that the token ids are."""
+    ids = torch.arange(6).view(2, 3)
+    given = {"input_ids": ids, "labels": ids if second == "same" else ids.view(2, 3)}
+    found = assert_replays(Twice(), given, {"input_ids": ids, "labels": ids + 1})
+    first, *_ = (node for node in found.graph_module.graph.nodes if node.op == "call_function")
+    assert [node.name for node in first.all_input_nodes] == ["input_ids"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_weights_of_a_scripted_submodule_keep_their_names() -> None:
+    torch.manual_seed(0)
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    found = assert_replays(nn.Sequential(scripted, nn.Linear(4, 4)), image())
+    assert set(found.parameter_nodes.values()) == {"0.0.weight", "0.0.bias", "1.weight", "1.bias"}
+    assert found.lifted_constants == 0
+
+
 def test_random_operators_are_counted() -> None:
     def body(m: Any, x: Tensor) -> Tensor:
         states = F.dropout(x + torch.randn(4), 0.5, m.training)

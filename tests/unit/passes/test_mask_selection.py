@@ -105,6 +105,17 @@ def test_score_global_has_one_threshold_over_all_scores() -> None:
     assert low <= high * (1 + 1e-5)
 
 
+def test_score_global_compares_norms_per_sample() -> None:
+    """A site that saw every sample four times is no more important for it."""
+    sites = dict(vlm_statistics().sites)
+    for name in list(sites)[::3]:
+        seen = sites[name]
+        sites[name] = replace(seen, sum_of_squares=4 * seen.sum_of_squares, sample_count=4 * seen.sample_count)
+    options: dict[str, Any] = {"sparsity": 0.5, "allocation": "score-global"}
+    masks = mfcompile.select_masks(vlm_captured(), vlm_regions(), replace(vlm_statistics(), sites=sites), **options)
+    assert masks == select(0.5, allocation="score-global")
+
+
 def test_a_site_without_a_token_is_ranked_by_magnitude() -> None:
     site = vlm_regions().pruned_sites[3]
     silent = SiteStatistics(torch.zeros(site.in_features, dtype=torch.float64), 0, 0, 0)
