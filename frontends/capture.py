@@ -77,8 +77,8 @@ def with_export(captured: CapturedGraph) -> CapturedGraph:
         The graph with ``exported`` set, or, when no way of exporting succeeded, without it and with the reasons in
         ``attempts``.
     """
-    if captured.exported is not None:
-        return captured
+    if captured.exported is not None or any(item.frontend.startswith("torch.export") for item in captured.attempts):
+        return captured  # what failed once fails again
     exported, attempts = export_program(captured)
     return replace(captured, exported=exported, attempts=(*captured.attempts, *attempts))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -140,7 +141,8 @@ def _export(module: nn.Module, inputs: ExampleInputs, axes: Axes) -> ExportedPro
 
     args, kwargs = pytree.tree_map(dims, (inputs.args, inputs.kwargs))
     shapes = dict(signature.bind(*args, **kwargs).arguments) if axes else None
-    with warnings.catch_warnings(), torch.no_grad():
+    # Before it fails, torch.export may print the whole graph to stderr; the error says what counts.
+    with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         return torch.export.export(module, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
 

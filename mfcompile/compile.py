@@ -159,12 +159,22 @@ def export_onnx(pruned: CapturedGraph, path: Path | str, *, format: str = "packe
     """
     from mfcompile.exporters.onnx_model import export_onnx as write
 
+    brain = next((name for name, item in pruned.module.named_parameters() if item.dtype == torch.bfloat16), None)
+    if brain is not None:
+        raise ExportError(
+            f"{brain} is bfloat16, which ONNX's operators and stock onnxruntime on CPU do not take. Convert the model before "
+            f"pruning (model.float() is exact), or do without ONNX (--no-onnx, or save(onnx=False))"
+        )
     ready = with_export(pruned)
     if ready.exported is None:
-        tried = "; ".join(f"{item.frontend}: {item.detail}" for item in ready.attempts if not item.succeeded)
+        reasons: dict[str, list[str]] = {}
+        for item in ready.attempts:
+            if not item.succeeded:
+                reasons.setdefault(item.detail, []).append(item.frontend)
+        tried = "; ".join(f"{' and '.join(ways)}: {detail}" for detail, ways in reasons.items())
         raise ExportError(
             f"{type(pruned.module).__name__} could not be turned into a re-executable program, which ONNX needs. "
-            f"Tried {tried}. The pruned PyTorch module works all the same"
+            f"Tried {tried}. The pruned PyTorch module works all the same: do without ONNX (--no-onnx, or save(onnx=False))"
         )
     return write(ready, path, format=format, values=values)
 
@@ -193,6 +203,8 @@ def verify(
     from mfcompile.inputs import normalize_inputs
 
     stored = values or (artifact.values if isinstance(artifact, ExportedArtifact) else "fp32")
+    if any(parameter.dtype == torch.float16 for parameter in pruned.module.parameters()):
+        stored = "fp16"  # both sides compute in half precision, whatever the file stores
     inputs = pruned.example_inputs if example_inputs is None else normalize_inputs(pruned.module, example_inputs)
     module = pruned.module if pruned.masks is None else mask_module(pruned.module, pruned.masks)
     rtol, atol = parity.default_tolerance(stored)
@@ -308,6 +320,7 @@ def compile_pruned(
     step("capture")(0, 1)
     captured = capture(model, example_inputs)
     found = infer_regions(captured, modalities=modalities, regions=regions, targets=targets, ignore=ignore)
+    _refuse_broken_parameters(model, found)
     step("capture")(1, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -321,6 +334,20 @@ def compile_pruned(
         )
     masks = select_masks(captured, found, statistics, sparsity=sparsity, rounding=rounding, progress=step("select"))
     return assemble(captured, found, statistics, masks, sparsity=sparsity, rounding=rounding, seed=seed)
+
+
+def _refuse_broken_parameters(model: nn.Module, regions: RegionMap) -> None:
+    """Name a damaged weight before calibration, which would only see what it does to the activations behind it.
+
+    Raises:
+        InputError: a parameter holds NaN, or a linear weight an infinity (elsewhere it may be meant, as in a mask).
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or not parameter.numel() or parameter.itemsize < 2:
+            continue
+        lowest, highest = torch.aminmax(parameter.detach())  # a NaN anywhere makes both NaN, and nothing is allocated
+        if lowest.isnan() or (name in regions.weights and (lowest.isinf() or highest.isinf())):
+            raise InputError(f"the parameter {name} holds NaN or infinity: the model cannot be pruned. Check the checkpoint")
 
 
 def assemble(
