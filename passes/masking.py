@@ -185,7 +185,7 @@ def strip(module: nn.Module) -> nn.Module:
             continue
         original: Tensor = stack.original
         if id(original) not in baked:
-            baked[id(original)] = nn.Parameter(getattr(owner, leaf).detach().clone(), requires_grad=original.requires_grad)
+            baked[id(original)] = nn.Parameter(getattr(owner, leaf).detach(), requires_grad=original.requires_grad)
         parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
         setattr(owner, leaf, baked[id(original)])
         _reorder(owner, masks[0].order)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfcompile.frontends.capture import capture
-from mfcompile.frontends.exporting import export_program, redraw, symbolic_axes, wanted_axes
+from mfcompile.frontends.exporting import _without_cache, export_program, redraw, symbolic_axes, wanted_axes
 from mfcompile.graph import CaptureAttempt, ExportedModel
 from mfcompile.inputs import normalize_inputs, output_tensors
 from tests.models import TwoLayers, tiny_vlm, vlm_batch
@@ -207,6 +207,15 @@ def test_ways_are_tried_in_order_and_kept(body: Callable[..., Tensor], rung: int
     assert model.config.use_cache
     assert model.config.text_config.use_cache
     assert_computes(found, model, inputs())
+
+
+def test_caches_are_switched_off_for_a_while() -> None:
+    model = nn.Sequential(Body(cached), nn.Identity())
+    config = model.get_submodule("0").config
+    assert isinstance(config, SimpleNamespace)
+    with _without_cache(model):
+        assert (config.use_cache, config.text_config.use_cache) == (False, False)
+    assert (config.use_cache, config.text_config.use_cache) == (True, True)
 
 
 def test_a_model_that_no_way_exports_is_told_why() -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import mfcompile
 from mfcompile.errors import InputError, PostconditionError, PreconditionError
 from mfcompile.frontends.recorder import replay
+from mfcompile.graph import module_stack, tensor_values
 from mfcompile.inputs import output_tensors
 from mfcompile.masks import MaskSet, PackedMask
 from mfcompile.passes.base import run_transform
-from mfcompile.passes.masking import ApplyMasks, WeightMask, mask_module, masked_parameters, strip
+from mfcompile.passes.masking import ApplyMasks, WeightMask, mask_module, mask_weight, masked_parameters, strip
 from tests.models import TwoLayers, tiny_vlm, vlm_batch, vlm_captured, vlm_regions, vlm_statistics
 
 
@@ -110,6 +111,16 @@ def test_the_given_graph_and_module_stay_as_they_were() -> None:
     assert [type(item) for item in model.modules()] == classes
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_masked_weight_is_described_as_the_weight_was() -> None:
+    pruned = mfcompile.apply_masks(vlm_captured(), vlm_masks())
+    nodes = [node for node in pruned.graph.nodes if node.target is mask_weight]
+    assert len(nodes) == len(vlm_masks())
+    for node in nodes:
+        weight = node.all_input_nodes[0]
+        assert [value.shape for value in tensor_values(node)] == [vlm_masks()[pruned.parameter_nodes[weight.name]].shape]
+        assert module_stack(node) == module_stack(weight) != ()
 
 
 def test_no_masks_leave_the_graph_alone() -> None:
