@@ -10,35 +10,32 @@ import torch
 import mfcompile
 from benchmarks.machine import paired, peak_memory
 from benchmarks.models import base_inputs, base_model
-from mfcompile.inputs import normalize_inputs
 from mfcompile.passes.allocation import allocate_by_magnitude
-from mfcompile.passes.calibration import plan_padding
 from mfcompile.passes.mask_selection import site_weight
-from mfcompile.passes.observers import ModuleObserver, StatisticsCollector
 
 
-def calibration_cost(batch: int = 8, rounds: int = 7) -> dict[str, Any]:
-    """Forward passes with observers against the same passes without, in turns."""
+def calibration_cost(batch: int = 8, batches: int = 3, rounds: int = 5) -> dict[str, Any]:
+    """``mfcompile.calibrate`` as users call it against the same forward passes without observers, in turns."""
     model = base_model()
     inputs = base_inputs(batch)
     captured = mfcompile.capture(model, base_inputs(2))
     regions = mfcompile.infer_regions(captured)
-    collector = StatisticsCollector(regions.pruned_sites, plan_padding(captured, regions))
-    observer = ModuleObserver(model, collector)
-    example = normalize_inputs(model, inputs)
 
     def plain() -> None:
         with torch.inference_mode():
-            model(**inputs)
+            for _ in range(batches):
+                model(**inputs)
 
     def observed() -> None:
-        collector.begin_batch(example.tensors())
-        with torch.inference_mode(), observer:
-            model(**inputs)
-        collector.end_batch()
+        mfcompile.calibrate(captured, [inputs] * batches, regions=regions)
 
     result = paired(plain, observed, rounds)
-    return {"batch": batch, "prunable_weights": sum(site.weight_count for site in regions.pruned_sites), **result}
+    return {
+        "batch": batch,
+        "batches": batches,
+        "prunable_weights": sum(site.weight_count for site in regions.pruned_sites),
+        **result,
+    }
 
 
 def selection_cost(sparsity: float = 0.63) -> dict[str, Any]:
