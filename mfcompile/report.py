@@ -273,6 +273,11 @@ def with_export(report: Report, artifact: ExportedArtifact) -> Report:
     }
 
 
+def with_refused_export(report: Report, reason: str) -> Report:
+    """The report of a run whose ONNX file could not be written; everything else of it is complete."""
+    return {**report, "export_refused": reason}
+
+
 def with_parity(report: Report, parity: ParityReport) -> Report:
     """The report with the agreement of the ONNX file and the masked PyTorch module."""
     return {**report, "parity": parity_rows(parity)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.passes.attention import attention_label, downstream_label
 from mfcompile.passes.blocks import BlockFinder, CallStacks, leaving_labels
@@ -53,6 +54,9 @@ def infer_regions(captured: CapturedGraph, options: RegionOptions | None = None)
         InputError: a pattern matches nothing.
     """
     options = options or RegionOptions()
+    for pattern, region in (options.regions or {}).items():
+        if not isinstance(region, str) or not region:
+            raise InputError(f"regions[{pattern!r}] is {region!r}: the name of a region is a string, such as 'vision'")
     modalities = infer_modalities(captured, options.modalities)
     flow = flow_labels(captured, {item.name: frozenset({item.modality}) for item in modalities if item.modality})
     uses, refusals = find_weight_uses(captured)

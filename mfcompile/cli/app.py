@@ -25,7 +25,7 @@ COMMANDS = {
     "verify": verify.add_parser,
 }
 
-DONE, CHECK_FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+DONE, CHECK_FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 done, 1 a check failed or something unexpected happened, 2 a mistake in what was asked,
-        130 interrupted.
+        or an interrupted run.
     """
     parser = build_parser(COMMANDS)
     args, words = parser.parse_known_args(argv)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mfcompile.cli.console import StageProgress
 from mfcompile.cli.evaluation import Evaluation
-from mfcompile.errors import InputError
+from mfcompile.errors import ExportError, InputError
 from mfcompile.files import check_output_dir, staged_directory
 from mfcompile.recipe import Recipe
 
@@ -70,20 +70,25 @@ def publish(
 ) -> dict[str, Any]:
     """Export, verify and measure in a directory beside the final one, and rename it when all of it is there.
 
+    A model that cannot be written as ONNX is published without model.onnx; ``export_refused`` in the report says why.
+
     Returns:
         The whole report.
 
     Raises:
         ParityError: the ONNX file does not compute what the pruned module computes; nothing is published.
     """
-    from mfcompile.report import save_report, with_evaluation, with_files, with_source
+    from mfcompile.report import save_report, with_evaluation, with_files, with_refused_export, with_source
     from mfcompile.report_plot import plot_sparsity
     from mfcompile.saving import save_weights
 
     report = with_source(compiled.report, path=source.path.name, kind=source.kind, notes=source.notes)
     with staged_directory(directory, overwrite=overwrite) as staging:
         if recipe.onnx:
-            report = _export(staging, recipe, compiled, evaluation, report, progress)
+            try:
+                report = _export(staging, recipe, compiled, evaluation, report, progress)
+            except ExportError as error:  # the pruned PyTorch model is complete without it
+                report = with_refused_export(report, str(error))
         if evaluation.metrics:
             report = with_evaluation(report, evaluation.metrics, evaluation.notes)
         with progress.stage("write"), _without_bars_of_transformers():

@@ -30,7 +30,7 @@ a model.py defines:
   and, if you like: calibration_batches, evaluate, modalities
 
 exit status:
-  0 done    1 a check failed (parity, a recipe that was not reproduced)    2 a mistake in the request    130 Ctrl-C"""
+  0 done    1 a check failed (parity, a recipe that was not reproduced)    2 a mistake in the request, or Ctrl-C"""
 
 SOURCE_HELP = "a model.py, or a Hugging Face model directory (config.json and safetensors)"
 

@@ -29,7 +29,8 @@ Prune a model and write what is left of it: model.onnx, model.safetensors, masks
 report.json and a picture of the sparsity per layer. The directory appears complete or not at all.
 
 The ONNX file is compared with the pruned PyTorch model before it is published; a difference beyond the
-tolerance is an error. Latency is measured, on this machine, and stated plainly."""
+tolerance is an error. A model that cannot be written as ONNX is published without it, with exit status 1.
+Latency is measured, on this machine, and stated plainly."""
 
 EXAMPLES = """\
 examples:
@@ -119,6 +120,9 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     results.show(report, directory, args.source, terminal)
     if recipe.digest:
         terminal.say(f"The recipe was reproduced: its masks have the recorded digest {recipe.digest[:16]}….")
+    if "export_refused" in report:
+        terminal.fail(f"there is no model.onnx: {report['export_refused']}. Everything else was written to {directory}")
+        return 1
     return 0
 
 

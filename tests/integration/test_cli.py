@@ -250,7 +250,7 @@ def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, fold
         result = run("prune", "model.py", "--no-onnx", "--no-evaluate")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert result.status == 130
+    assert result.status == 2
     assert "interrupted" in result.err
     assert {"masks.safetensors", "model.safetensors"} <= set(staged), "the interrupt must come when files are there"
 
@@ -364,3 +364,13 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(folder: Path) -> None:
     assert result.status == 2
     assert "'lefft.*' matches no linear weight" in result.err
     assert "left" in result.err
+
+
+def test_a_model_that_onnx_refuses_is_published_without_onnx(folder: Path) -> None:
+    branch = "        if int(input_ids.sum().item()) % 2:\n            y = y * 1.0\n        weight ="
+    (folder / "model.py").write_text(MODEL.replace("        weight =", branch))
+    result = run("prune", "model.py", "--no-evaluate")
+    assert result.status == 1, result.err
+    assert "error: there is no model.onnx: " in result.err
+    assert {path.name for path in (folder / "model-pruned").iterdir()} == FILES - {"model.onnx"}
+    assert "torch.export" in json.loads((folder / "model-pruned" / "report.json").read_text())["export_refused"]
