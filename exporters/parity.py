@@ -22,6 +22,10 @@ __all__ = ["comparable_batch_sizes", "default_tolerance", "make_cases", "open_se
 # A float input with at most this many different values is a mask or a flag, not content.
 MASK_VALUES = 2
 
+# An output whose largest value is below one gets an atol of that share, but not less than this one: below it, what is
+# left of sums that cancel is rounding.
+SMALLEST_SCALE = 1e-2
+
 
 def default_tolerance(values: str) -> tuple[float, float]:
     """(rtol, atol) for an artefact whose masked weights are stored in this precision.
@@ -72,7 +76,9 @@ def verify(
     """Compare every output of the file with the module's, on every case.
 
     An output agrees where |onnxruntime - PyTorch| <= atol + rtol |PyTorch| for every element, NaN and infinities are
-    at the same places, and shape and dtype are equal. Integer and bool outputs must be equal, whatever the tolerance.
+    at the same places, and shape and dtype are equal. For an output whose values are all small, atol is scaled by the
+    largest of them (by 0.01 at least): a tolerance of the size of the values would accept anything.
+    Integer and bool outputs must be equal, whatever the tolerance.
     The module runs in eval mode without gradients, on the device of the inputs, and gets its training mode back.
 
     Args:
@@ -223,9 +229,10 @@ def _compare(item: _Comparison, value: Tensor, reference: Tensor, rtol: float, a
     both_nan = torch.isnan(left) & torch.isnan(right)
     same = torch.where(finite, torch.isfinite(left), both_nan | (left == right))
     difference = (left - right).abs()[finite & torch.isfinite(left)]
-    allowed = (atol + rtol * right.abs())[finite & torch.isfinite(left)]
-    if finite.any():
-        item.max_abs = max(item.max_abs, float(right[finite].abs().max()))
+    largest = float(right[finite].abs().max()) if finite.any() else 0.0
+    item.max_abs = max(item.max_abs, largest)
+    small = min(1.0, max(largest, SMALLEST_SCALE))
+    allowed = (atol * small + rtol * right.abs())[finite & torch.isfinite(left)]
     if difference.numel():
         item.max_abs_diff = max(item.max_abs_diff, float(difference.max()))
         item.within = item.within and bool((difference <= allowed).all())

@@ -15,7 +15,8 @@ def share_weights_copy(module: nn.Module) -> nn.Module:
     """A copy of the module tree whose parameters and buffers are the very same tensors as the original's.
 
     Running the copy may fill caches in it, and parametrizing it changes its attributes, while the original stays
-    untouched; no weight is copied. Training the copy trains the original.
+    untouched; no weight is copied. Training the copy trains the original. Other attributes that are views of a parameter
+    or a buffer stay views of it.
 
     Args:
         module: any module that ``copy.deepcopy`` can copy.
@@ -23,7 +24,10 @@ def share_weights_copy(module: nn.Module) -> nn.Module:
     Raises:
         TypeError, RuntimeError: what ``copy.deepcopy`` raises for an attribute that cannot be copied.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    tensors = [*module.parameters(), *module.buffers()]
+    memo: dict[Any, Any] = {id(tensor): tensor for tensor in tensors}
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
+    memo["torch"] = {storage._cdata: storage for storage in storages}  # where torch keeps the storages it has copied
     return copy.deepcopy(module, memo)
 
 

@@ -32,6 +32,11 @@ class Variadic(nn.Module):
         return first
 
 
+class Named(NamedTuple):
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+
+
 class BatchEncoding(UserDict[str, Any]):
     """As a tokenizer gives it."""
 
@@ -144,6 +149,12 @@ def test_an_input_error_is_a_value_error() -> None:
         normalized(Pair(), (None,))
 
 
+def test_named_tuples_stay_what_they_are() -> None:
+    found = normalized(Pair(), {"image": ONE, "text": Named(ONE, (TWO,))})
+    assert type(found.kwargs["text"]) is Named
+    assert found.names == ("image", "text.logits", "text.hidden.0")
+
+
 def test_mapping_tensors_keeps_structure_names_and_everything_else() -> None:
     found = normalized(OneArgument(), {"image": ONE, "size": 3, "more": [TWO, None]})
     seen: list[str] = []
@@ -179,11 +190,6 @@ def test_slicing_a_batch() -> None:
     assert found.tensors()["others_1"] == 7
     with pytest.raises(InputError, match="the inputs share no batch dimension"):
         slice_batch(normalized(Variadic(), (ONE, torch.ones(3))), [0])
-
-
-class Named(NamedTuple):
-    logits: Tensor
-    hidden: tuple[Tensor, ...]
 
 
 @dataclass

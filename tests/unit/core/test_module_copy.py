@@ -40,6 +40,14 @@ def test_a_copy_shares_every_tensor_and_no_module() -> None:
     assert not hasattr(model.one, "extra")
 
 
+def test_views_of_weights_stay_views_and_other_tensors_are_copied() -> None:
+    model = Model()
+    model.rows, model.plain = model.one.weight.data[1:], torch.ones(2)
+    copy = share_weights_copy(model)
+    assert copy.rows.data_ptr() == model.rows.data_ptr()  # type: ignore[union-attr,operator]
+    assert copy.plain.data_ptr() != model.plain.data_ptr()  # type: ignore[union-attr,operator]
+
+
 def test_training_the_copy_trains_the_original() -> None:
     model = Model()
     before = model.one.weight.detach().clone()

@@ -14,6 +14,8 @@ from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import InputError, ParityError
 from mfcompile.exporters.onnx_model import export_onnx
 from mfcompile.exporters.parity import (
+    _compare,
+    _Comparison,
     comparable_batch_sizes,
     default_tolerance,
     make_cases,
@@ -287,3 +289,11 @@ def test_batch_sizes_to_compare_follow_the_free_axes(artifact: ExportedArtifact,
     assert comparable_batch_sizes(artifact.path, captured.example_inputs) == (2, 3)
     ragged = normalize_inputs(captured.module, {**two_tower_inputs(), "pixel_values": torch.zeros(3, 3, 16, 16)})
     assert comparable_batch_sizes(artifact, ragged) == ()
+
+
+def test_an_output_of_small_values_is_held_to_its_own_scale() -> None:
+    reference = torch.full((4,), 0.01)
+    for factor, within in ((1.0005, True), (1.01, False)):
+        item = _Comparison("small")
+        _compare(item, reference * factor, reference, rtol=1e-3, atol=1e-4)
+        assert item.within is within

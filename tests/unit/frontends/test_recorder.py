@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfcompile.errors import CaptureError
-from mfcompile.frontends.recorder import Recording, record, replay, tensor_aliases
+from mfcompile.frontends.recorder import Recording, _Recorder, record, replay, tensor_aliases
 from mfcompile.graph import ModuleCall, module_stack, tensor_values
 from mfcompile.inputs import ExampleInputs, normalize_inputs, output_tensors
 from tests.models import TwoLayers, tiny_vlm, vlm_batch
@@ -200,6 +200,11 @@ def through_a_list(x: Tensor) -> Tensor:
     return x + int(states.gt(0).sum())
 
 
+def reused(x: Tensor) -> None:
+    """Makes and frees what a tensor of four numbers will be made of."""
+    _ = x[0, 0] * 2.0
+
+
 READINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[float], bool]] = {
     "item": (lambda m, x: x + (x > 0).sum().item(), [12], True),
     "branch": (lambda m, x: m.linear(x) if x[0, 0, 0] > 100 else x, [False], True),
@@ -213,6 +218,7 @@ READINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[float], bool]] =
     "index by numbers": (lambda m, x: x[torch.tensor([1, 0])], [], False),
     "through a written tensor": (lambda m, x: x + int(torch.zeros(2, 3).copy_(x[..., 0]).gt(0).sum()), [5], True),
     "through a list that is written": (lambda m, x: through_a_list(x), [5], True),
+    "from memory that held inputs": (lambda m, x: x + (reused(x) or torch.full((4,), 2.0)).sum().item(), [8.0], False),
     "nothing": (lambda m, x: x + x.shape[0], [], False),
 }
 
@@ -316,6 +322,25 @@ def test_weights_of_a_scripted_submodule_keep_their_names() -> None:
     found = assert_replays(nn.Sequential(scripted, nn.Linear(4, 4)), image())
     assert set(found.parameter_nodes.values()) == {"0.0.weight", "0.0.bias", "1.weight", "1.bias"}
     assert found.lifted_constants == 0
+
+
+def test_an_attribute_that_is_a_weight_is_that_weight() -> None:
+    model = Written(lambda m, x: F.linear(x, m.alias, m.linear.bias))
+    model.alias = model.linear.weight.data
+    found = assert_replays(model, image())
+    assert set(found.parameter_nodes.values()) == {"linear.weight", "linear.bias"}
+    assert found.lifted_constants == 0
+
+
+def test_an_entry_goes_with_its_tensor() -> None:
+    """Another tensor may be the same object in the same memory later."""
+    recorder = _Recorder(nn.Identity())
+    with recorder:
+        kept = torch.ones(3)
+        freed = kept + 1
+        assert len(recorder._nodes) == 2
+        del freed
+        assert list(recorder._nodes) == [id(kept)]
 
 
 def test_random_operators_are_counted() -> None:

@@ -314,6 +314,25 @@ def test_the_model_and_the_batches_come_out_as_they_went_in(how: str) -> None:
         torch.testing.assert_close(site.sum_of_squares, 2 * once.sites[name].sum_of_squares, rtol=1e-12, atol=0.0)
 
 
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.dropout = TwoLayers(), nn.Dropout(0.5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        result: Tensor = self.layers(self.dropout(image))
+        return result
+
+
+@pytest.mark.parametrize("how", ["graph", "module"])
+def test_a_model_in_training_is_calibrated_as_in_eval_mode(how: str) -> None:
+    torch.manual_seed(0)
+    model, image = Dropping().train(), torch.randn(2, 3, 4)
+    found = mfcompile.calibrate(mfcompile.capture(model, image), [image], observe=how)
+    site = found.sites["layers.blocks.0.up.weight"]
+    torch.testing.assert_close(site.sum_of_squares, image.double().square().sum((0, 1)), rtol=1e-6, atol=0.0)
+
+
 class Tied(nn.Module):
     """Two stacks that share their first weight."""
 

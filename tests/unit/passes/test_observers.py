@@ -88,6 +88,12 @@ def after_mutation(m: Any, x: Tensor) -> dict[str, Tensor]:
     return {"w": x, "v": changed}
 
 
+def memory_again(m: Any, x: Tensor) -> Tensor:
+    first = F.linear(x.double(), m.w.double())
+    product = torch.outer(x[0, 0], x[0, 1]).double()  # a matrix where the cast weight lay
+    return torch.tanh(F.linear(torch.sigmoid((first * 2) @ product).float(), m.v))
+
+
 USES = {
     "linear": Use(SQUARE, through(F.linear), both),
     "matmul with the transpose": Use(SQUARE, through(lambda x, w: x @ w.t()), both),
@@ -128,6 +134,17 @@ USES = {
         lambda m, x: F.linear(F.linear(x, m.w) + F.linear(x.clone(), m.w), m.v),
         lambda m, x: {"w": x, "v": 2 * x @ m.w.t()},
     ),
+    "shared with a weight that is called twice": Use(
+        SQUARE,
+        lambda m, x: F.linear(x, m.v) + F.linear(x, m.w) + F.linear(x.clone(), m.w),
+        lambda m, x: {"w": x, "v": x},
+    ),
+    "times learned queries": Use(
+        {**SQUARE, "queries": (3, WIDTH)},
+        lambda m, x: F.linear(torch.tanh(F.linear(x, m.w)) + m.queries @ m.w.t(), m.v),
+        lambda m, x: {"w": x, "v": torch.tanh(x @ m.w.t()) + m.queries @ m.w.t()},
+    ),
+    "memory of a cast weight used again": Use(SQUARE, memory_again, lambda m, x: {"w": x}),
     "written in place between two uses": Use(SQUARE, mutated, after_mutation),
 }
 
