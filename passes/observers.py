@@ -154,12 +154,9 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self.state = KeptState(module)
         self._parameters: dict[int, list[tuple[str, Tensor]]] = {}
         self._copies: dict[int, _Copy] = {}
-        self._stored: set[int] = set()
-        for fqn, parameter in (*module.named_parameters(), *module.named_buffers()):
-            if parameter.ndim == 2 and parameter.is_floating_point():
-                self._stored.add(storage_address(parameter))
-                if fqn in collector.by_fqn:
-                    self._parameters.setdefault(storage_address(parameter), []).append((fqn, parameter))
+        for fqn, parameter in module.named_parameters():
+            if fqn in collector.by_fqn:
+                self._parameters.setdefault(storage_address(parameter), []).append((fqn, parameter))
         self._recent: list[tuple[weakref.ref[Tensor], int, Reduction]] = []
 
     def __torch_dispatch__(
@@ -201,9 +198,6 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
     def _observe(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for weight, contracted, activation, feature_dim in operand_pairs(name, args, kwargs):
             if not isinstance(weight, Tensor) or not isinstance(activation, Tensor):
-                continue
-            # Two parameters may meet in a product (learned queries times a weight); see find_weight_uses.
-            if name != "linear" and storage_address(activation) in self._stored:
                 continue
             for fqn, parameter, place in self._places(weight):
                 view = locate_operand(place, contracted, parameter)

@@ -200,9 +200,11 @@ def through_a_list(x: Tensor) -> Tensor:
     return x + int(states.gt(0).sum())
 
 
-def reused(x: Tensor) -> None:
-    """Makes and frees what a tensor of four numbers will be made of."""
-    _ = x[0, 0] * 2.0
+def in_used_memory(x: Tensor) -> Tensor:
+    """Four numbers that lie where a result of the input lay."""
+    freed = x[0, 0] * 2.0
+    del freed
+    return torch.full((4,), 2.0)
 
 
 READINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[float], bool]] = {
@@ -218,7 +220,7 @@ READINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[float], bool]] =
     "index by numbers": (lambda m, x: x[torch.tensor([1, 0])], [], False),
     "through a written tensor": (lambda m, x: x + int(torch.zeros(2, 3).copy_(x[..., 0]).gt(0).sum()), [5], True),
     "through a list that is written": (lambda m, x: through_a_list(x), [5], True),
-    "from memory that held inputs": (lambda m, x: x + (reused(x) or torch.full((4,), 2.0)).sum().item(), [8.0], False),
+    "from memory that held inputs": (lambda m, x: x + in_used_memory(x).sum().item(), [8.0], False),
     "nothing": (lambda m, x: x + x.shape[0], [], False),
 }
 

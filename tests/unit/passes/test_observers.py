@@ -139,11 +139,6 @@ USES = {
         lambda m, x: F.linear(x, m.v) + F.linear(x, m.w) + F.linear(x.clone(), m.w),
         lambda m, x: {"w": x, "v": x},
     ),
-    "times learned queries": Use(
-        {**SQUARE, "queries": (3, WIDTH)},
-        lambda m, x: F.linear(torch.tanh(F.linear(x, m.w)) + m.queries @ m.w.t(), m.v),
-        lambda m, x: {"w": x, "v": torch.tanh(x @ m.w.t()) + m.queries @ m.w.t()},
-    ),
     "memory of a cast weight used again": Use(SQUARE, memory_again, lambda m, x: {"w": x}),
     "written in place between two uses": Use(SQUARE, mutated, after_mutation),
 }
