@@ -202,9 +202,14 @@ def through_a_list(x: Tensor) -> Tensor:
 
 def in_used_memory(x: Tensor) -> Tensor:
     """Four numbers that lie where a result of the input lay."""
-    freed = x[0, 0] * 2.0
-    del freed
-    return torch.full((4,), 2.0)
+    for _ in range(100):
+        freed = x[0, 0] * 2.0
+        address = freed.data_ptr()
+        del freed
+        found = torch.full((4,), 2.0)
+        if found.data_ptr() == address:
+            break
+    return found
 
 
 READINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[float], bool]] = {

@@ -89,8 +89,11 @@ def after_mutation(m: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 def memory_again(m: Any, x: Tensor) -> Tensor:
-    first = F.linear(x.double(), m.w.double())
-    product = torch.outer(x[0, 0], x[0, 1]).double()  # a matrix where the cast weight lay
+    cast = m.w.double()
+    first, address = F.linear(x.double(), cast), cast.data_ptr()
+    del cast
+    products = [torch.outer(x[0, 0], x[0, 1]).double() for _ in range(100)]
+    product = next((item for item in products if item.data_ptr() == address), products[0])  # where the cast weight lay
     return torch.tanh(F.linear(torch.sigmoid((first * 2) @ product).float(), m.v))
 
 
