@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import mfcompile
 from mfcompile.errors import PreconditionError
+from mfcompile.module_copy import storage_address
 from mfcompile.passes.base import run_transform
 from mfcompile.passes.observers import InsertObservers, ModuleObserver, StatisticsCollector
 from mfcompile.passes.padding import PaddingPlan
@@ -88,15 +89,6 @@ def after_mutation(m: Any, x: Tensor) -> dict[str, Tensor]:
     return {"w": x, "v": changed}
 
 
-def memory_again(m: Any, x: Tensor) -> Tensor:
-    cast = m.w.double()
-    first, address = F.linear(x.double(), cast), cast.data_ptr()
-    del cast
-    products = [torch.outer(x[0, 0], x[0, 1]).double() for _ in range(100)]
-    product = next((item for item in products if item.data_ptr() == address), products[0])  # where the cast weight lay
-    return torch.tanh(F.linear(torch.sigmoid((first * 2) @ product).float(), m.v))
-
-
 USES = {
     "linear": Use(SQUARE, through(F.linear), both),
     "matmul with the transpose": Use(SQUARE, through(lambda x, w: x @ w.t()), both),
@@ -142,7 +134,6 @@ USES = {
         lambda m, x: F.linear(x, m.v) + F.linear(x, m.w) + F.linear(x.clone(), m.w),
         lambda m, x: {"w": x, "v": x},
     ),
-    "memory of a cast weight used again": Use(SQUARE, memory_again, lambda m, x: {"w": x}),
     "written in place between two uses": Use(SQUARE, mutated, after_mutation),
 }
 
@@ -311,3 +302,18 @@ def test_no_activation_is_kept_alive() -> None:
     with torch.inference_mode(), observer:
         model(**vlm_batch())
     assert [reference() for reference, *_ in observer._recent] == [None] * len(observer._recent)
+
+
+def test_a_copied_weight_is_forgotten_with_its_memory() -> None:
+    """Its address may belong to an activation later."""
+    model = tiny_vlm()
+    observer = ModuleObserver(model, StatisticsCollector(vlm_regions().pruned_sites, PaddingPlan()))
+    with torch.inference_mode(), observer:
+        copy = model.get_parameter("text.0.up.weight").double()
+    (entry,) = observer._copies.values()
+    later = torch.empty_like(copy)
+    observer._copies[storage_address(later)] = entry
+    assert [fqn for fqn, *_ in observer._places(later)] == ["text.0.up.weight"]
+    del copy
+    assert observer._places(later) == []
+    assert storage_address(later) not in observer._copies
