@@ -125,7 +125,7 @@ def select_masks(
         criterion: "multiflow", "multiflow-inverted" or "magnitude".
         allocation: "magnitude-per-region" (Eq. 7), "magnitude-global" or "score-global".
         rounding: "exact" (integer budgets that sum to the request) or "official" (the published truncation).
-        progress: called with (weights done, weights in all).
+        progress: called with (weight tensors done, weight tensors in all).
 
     Raises:
         InputError: an option is not valid, nothing is left to prune, or a weight holds NaN or infinity.
@@ -305,7 +305,7 @@ def compile_pruned(
     """
     from mfcompile.passes.allocation import check_sparsity
 
-    check_sparsity(sparsity)
+    sparsity = check_sparsity(sparsity)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be an integer, got {seed!r}")
     if next(masked_parameters(model), None) is not None:

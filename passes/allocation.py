@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def check_sparsity(sparsity: float) -> float:
     Raises:
         InputError: it is no number in [0, 1); a percentage gets a hint.
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):  # NumPy's numbers too
         raise InputError(f"sparsity must be a number in [0, 1), the fraction of weights removed; got {sparsity!r}")
     if not 0 <= sparsity < 1:
         hint = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
@@ -62,7 +63,7 @@ def allocate_by_magnitude(
     Raises:
         InputError: the sparsity or the rounding is not valid, or a weight holds NaN or infinity.
     """
-    check_sparsity(sparsity)
+    sparsity = check_sparsity(sparsity)
     if rounding not in ROUNDINGS:
         raise InputError(f"rounding={rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}")
     pruned: dict[str, int] = {}

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
 from itertools import combinations
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def calibrate(
 def _check_arguments(batches: Iterable[Any] | None, num_samples: int | None, observe: str) -> None:
     if observe not in {"auto", "graph", "module"}:
         raise InputError(f"observe={observe!r} is unknown; choose auto, graph or module")
-    if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1):
+    if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1):
         raise InputError(f"num_samples must be a positive integer or None, got {num_samples!r}")
     if isinstance(batches, (Mapping, Tensor, str)) or not (batches is None or isinstance(batches, Iterable)):
         raise InputError(

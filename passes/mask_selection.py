@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,20 +49,21 @@ def select_masks(
 ) -> MaskSet:
     """Choose the weights that stay: budgets by Eq. 7, then the best scores of every site by Eq. 8.
 
-    Scores are computed for one site at a time and are not kept; ties are broken by position.
+    Scores are computed for one site at a time and are not kept; ties are broken by position. From the same statistics, a
+    higher sparsity keeps a subset of what a lower one keeps.
 
     Args:
         captured: the captured model; its weights are read, never written.
         regions: its regions and sites.
         statistics: what calibration saw; None for criteria that need none.
         options: what to choose by.
-        progress: called with (sites done, sites in all).
+        progress: called with (weight tensors done, weight tensors in all).
 
     Raises:
         InputError: an option is not valid, there is nothing to prune, or a weight holds NaN or infinity.
         CalibrationError: the criterion needs statistics that are missing.
     """
-    check_sparsity(options.sparsity)
+    options = replace(options, sparsity=check_sparsity(options.sparsity))
     _check_options(options)
     sites = regions.pruned_sites
     if not sites:

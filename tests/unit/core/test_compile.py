@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -201,6 +202,12 @@ def test_weights_that_autocast_casts_are_seen(observe: str) -> None:
 def test_what_cannot_be_done_is_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         compiled(**options)
+
+
+def test_numpys_numbers_are_numbers(tmp_path: Path) -> None:
+    found = compiled(sparsity=np.float32(0.5))
+    assert mfcompile.MaskSet.load(found.masks.save(tmp_path / "masks")).sparsity == 0.5
+    assert json.dumps(found.report)
 
 
 def test_a_sparsity_is_refused_before_anything_runs() -> None:

@@ -154,10 +154,10 @@ def test_a_sparsity_that_is_no_number_is_refused(value: object) -> None:
         check_sparsity(value)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 0.63, 0.999999])
+@pytest.mark.parametrize("value", [0, 0.0, 0.63, 0.999999, np.float32(0.5), np.float64(0.63)])
 def test_a_good_sparsity_comes_back_as_a_float(value: float) -> None:
     found = check_sparsity(value)
-    assert isinstance(found, float)
+    assert type(found) is float
     assert found == value
 
 
