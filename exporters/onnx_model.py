@@ -108,6 +108,7 @@ def export_onnx(
         opset=model.opset_imports[""],
         load_peak_bytes=load_peak_bytes(layout, plans),
         notes=(*exported.notes, *interface.notes, *_describe_unread(unread)),
+        route=exported.route,
     )
 
 

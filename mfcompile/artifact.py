@@ -46,6 +46,7 @@ class ExportedArtifact:
         opset: version of the standard operator set.
         load_peak_bytes: estimate of the memory that onnxruntime needs to create a session.
         notes: what a user should know (dimensions that stayed fixed, inputs that were dropped, ...).
+        route: which way of exporting gave the program ("torch.export", "torch.export without cache", ...).
     """
 
     path: Path
@@ -61,6 +62,7 @@ class ExportedArtifact:
     opset: int
     load_peak_bytes: int
     notes: tuple[str, ...] = ()
+    route: str = ""
 
     @property
     def pruned_ratio(self) -> float:
