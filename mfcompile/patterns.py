@@ -3,7 +3,7 @@
 A pattern is one of
 
 * an exact FQN, or the path of a submodule (all weights below it);
-* a glob over the FQN: ``text_encoder.*``;
+* a glob over either: ``text_encoder.*``, ``*.layers.[0-3]``;
 * ``re:`` and a regular expression that matches the FQN from its start;
 * ``region:`` and the name of a region;
 * the class name of the module that holds the weight, or of a module around it.
@@ -64,7 +64,13 @@ def matches(pattern: str, names: WeightNames) -> bool:
         return names.region == pattern[len("region:") :]
     if pattern in names.classes:
         return True
-    return any(fqn == pattern or fqn.startswith(pattern + ".") or fnmatch.fnmatchcase(fqn, pattern) for fqn in names.fqns)
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for fqn in names.fqns for name in _paths(fqn))
+
+
+def _paths(fqn: str) -> list[str]:
+    """The FQN and the path of every submodule around the weight, outermost first."""
+    parts = fqn.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
 def specificity(pattern: str) -> int:
@@ -98,15 +104,17 @@ def _no_match(pattern: str, weights: Mapping[str, WeightNames], what: str) -> st
     if pattern.startswith("region:"):
         known = sorted({names.region for names in weights.values()})
         return f"{what}: the pattern {pattern!r} matches no weight; this model's regions are {', '.join(known)}"
-    pool: set[str] = set()
-    for names in weights.values():
-        pool |= names.classes
-        for fqn in names.fqns:
-            parts = fqn.split(".")
-            pool.update(".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    paths = {path for names in weights.values() for fqn in names.fqns for path in _paths(fqn)}
     bare = re.sub(r"[\\^$*?]|\.\*$", "", pattern.removeprefix("re:")).strip(".")
-    near = difflib.get_close_matches(bare, sorted(pool), n=3, cutoff=0.4) or sorted(pool)[:3]
+    # A submodule that is called so further down is what was most likely meant; its whole path is what a pattern needs.
+    near = sorted((path for path in paths if path.endswith(f".{bare}")), key=len) if bare else []
+    near += difflib.get_close_matches(bare, sorted(paths), n=3, cutoff=0.4)
+    shown = list(dict.fromkeys(near))[:3]
+    if re.fullmatch(r"\w+", pattern):  # what has no dot may have been meant as a class
+        classes = sorted({name for names in weights.values() for name in names.classes})
+        shown += [f"the class {name}" for name in difflib.get_close_matches(pattern, classes, n=1, cutoff=0.6)]
     return (
-        f"{what}: the pattern {pattern!r} matches no linear weight of the model. Nearest names: {', '.join(near)}. "
-        f"Use an exact name, a glob (text_encoder.*), re:..., region:..., or a class name"
+        f"{what}: the pattern {pattern!r} matches no linear weight of the model. "
+        f"Nearest names: {', '.join(shown or sorted(paths)[:3])}. "
+        f"Use an exact name, a submodule, a glob (text_encoder.*), re:..., region:..., or a class name"
     )

@@ -49,6 +49,10 @@ def test_names_hold_aliases_and_the_classes_around_them() -> None:
         ("layers.*", {FIRST, SECOND, HEAD}),
         ("*.1.*", {SECOND}),
         ("layers.[1-9].up.weight", {SECOND}),
+        ("*.1", {SECOND}),  # a glob over the path of a submodule
+        ("*[0-1].up", {FIRST, SECOND, HEAD}),
+        ("lay*s", {FIRST, SECOND, HEAD}),
+        ("*.u", set()),
         ("LAYERS.*", set()),
         ("re:layers", {FIRST, SECOND, HEAD}),
         (r"re:layers\.1\.", {SECOND}),
@@ -101,13 +105,21 @@ def test_nothing_matches_nothing() -> None:
         ("layers.1.upp.weight", "layers.1.up.weight"),
         ("layer.*", "layers"),
         ("re:hed.*", "head"),
-        ("Linaer", "Linear"),
+        ("Linaer", "the class Linear"),
+        ("up", "layers.0.up"),  # the whole path of what is called so further down
     ],
 )
 def test_a_pattern_without_a_match_names_near_ones(pattern: str, near: str) -> None:
     with pytest.raises(InputError, match=r"ignore: the pattern '.*' matches no linear weight of the model\. Nearest") as caught:
         select(["*", pattern], WEIGHTS, what="ignore")
     assert near in str(caught.value).partition("Nearest names: ")[2].partition(". Use")[0].split(", ")
+
+
+@pytest.mark.parametrize("pattern", ["blocks.*", "re:bloc", "block.up"])
+def test_classes_are_no_near_names_of_a_path(pattern: str) -> None:
+    with pytest.raises(InputError) as caught:
+        select([pattern], WEIGHTS, what="ignore")
+    assert "Block" not in str(caught.value)
 
 
 def test_an_unknown_region_names_the_known_ones() -> None:
