@@ -1,10 +1,10 @@
-# make demo | test | lint | bench -- each sets up what it needs in .venv
+# make demo | test | lint | bench | zoo -- each sets up what it needs in .venv
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint bench train clean
+.PHONY: demo test lint bench zoo train clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ lint: $(STAMP) ## style and types
 
 bench: $(STAMP) ## every figure of the README and the docs, measured here
 	$(BIN)/python benchmarks/run.py
+
+zoo: $(STAMP) ## every multimodal architecture of transformers: docs/zoo.md (ZOO="CLIP*" for some, ZOO=--failed for those that failed)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo.run $(ZOO)
 
 train: $(STAMP) ## train the example model again (under an hour on two cores)
 	cd examples && ../$(BIN)/python -m emoji_xvlm.train
