@@ -61,9 +61,7 @@ def _stages(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
         return stage, found
 
     module, inputs = build(row)
-    yield done(
-        "build", family=type(module).config_class.model_type, parameters=sum(item.numel() for item in module.parameters())
-    )
+    yield done("build", family=_family(module), parameters=sum(item.numel() for item in module.parameters()))
     with torch.no_grad():
         module(**inputs)
     yield done("run")
@@ -98,6 +96,11 @@ def _stages(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
             wrong = [f"{item.name} is off by {item.max_abs_diff:.1e}" for item in report.outputs if not item.within]
             raise CheckError(f"{'; '.join(wrong)}. {' '.join(report.notes)}")
         yield done("parity", difference=report.max_abs_diff, batch_sizes=list(report.batch_sizes))
+
+
+def _family(module: nn.Module) -> str:
+    config: Any = module.config
+    return str(config.model_type)
 
 
 def _timed(action: Callable[[], T]) -> tuple[T, float]:

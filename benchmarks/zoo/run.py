@@ -32,7 +32,7 @@ def main() -> None:
     """Check the rows that were asked for, keep the others' results, write both files."""
     arguments = _parser().parse_args()
     rows = all_rows()
-    kept = _previous(rows)
+    kept = _previous(rows, arguments.results)
     chosen = [row for key, row in rows.items() if _is_wanted(key, kept.get(key), arguments)]
     if not chosen:
         sys.exit(f"no row matches {' '.join(arguments.patterns) or 'what was asked for'}; keys are class names, * matches")
@@ -41,8 +41,9 @@ def main() -> None:
         kept[record["key"]] = record
         outcome = f"[red]{record['failed']}[/] ({record['limit']}): {record['reason']}" if record["failed"] else "[green]ok[/]"
         console.print(f"{number}/{len(chosen)} {record['key']} {record['seconds']} s {outcome}", highlight=False)
-        _save(rows, kept)
-    PAGE.write_text(page.render(rows, kept))
+        _save(rows, kept, arguments.results)
+    if arguments.results == RESULTS:
+        PAGE.write_text(page.render(rows, kept))
     console.print(page.summary(rows, kept))
 
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=300, help="seconds that one row may take")
     parser.add_argument("--missing", action="store_true", help="only rows that have no result yet")
     parser.add_argument("--failed", action="store_true", help="only rows that failed last time")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another file for the results (then no page is written)")
     return parser
 
 
@@ -64,18 +66,18 @@ def _is_wanted(key: str, record: dict[str, Any] | None, arguments: argparse.Name
     return not arguments.failed or (record is not None and record["failed"] is not None)
 
 
-def _previous(rows: dict[str, Row]) -> dict[str, dict[str, Any]]:
-    if not RESULTS.exists():
+def _previous(rows: dict[str, Row], path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
         return {}
-    return {record["key"]: record for record in json.loads(RESULTS.read_text())["rows"] if record["key"] in rows}
+    return {record["key"]: record for record in json.loads(path.read_text())["rows"] if record["key"] in rows}
 
 
-def _save(rows: dict[str, Row], kept: dict[str, dict[str, Any]]) -> None:
+def _save(rows: dict[str, Row], kept: dict[str, dict[str, Any]], path: Path) -> None:
     ordered = [kept[key] for key in rows if key in kept]
-    temporary = RESULTS.with_suffix(".tmp")
-    RESULTS.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    path.parent.mkdir(exist_ok=True)
     temporary.write_text(json.dumps({"machine": machine.describe(), "rows": ordered}, indent=1) + "\n")
-    temporary.replace(RESULTS)
+    temporary.replace(path)
 
 
 def _run(rows: list[Row], jobs: int, timeout: float) -> Any:
