@@ -41,7 +41,8 @@ def infer_modalities(captured: CapturedGraph, overrides: Mapping[str, str] | Non
 
     Args:
         captured: any captured graph.
-        overrides: input name -> modality, or "control" for an input that carries no content.
+        overrides: input name -> modality, or "control" for an input that carries no content. The name of a nested
+            input ("images") stands for everything in it ("images.0"), unless that has an entry of its own.
 
     Returns:
         One InputModality per input, in order, with the rule that decided.
@@ -52,22 +53,23 @@ def infer_modalities(captured: CapturedGraph, overrides: Mapping[str, str] | Non
     """
     overrides = dict(overrides or {})
     names = [spec.name for spec in captured.inputs]
-    unknown = sorted(set(overrides) - set(names))
-    if unknown:
-        raise InputError(f"modalities: the model has no input {unknown[0]!r}; its inputs are {', '.join(names)}")
+    for given in overrides:
+        if not any(name == given or name.startswith(f"{given}.") for name in names):
+            raise InputError(f"modalities: the model has no input {given!r}; its inputs are {', '.join(names)}")
     tensors = captured.example_inputs.tensors()
     uses = table_rows(captured)
     return tuple(_decide(spec, tensors[spec.name], overrides, uses) for spec in captured.inputs)
 
 
 def _decide(spec: InputSpec, tensor: Tensor, overrides: Mapping[str, str], uses: Mapping[str, int]) -> InputModality:
-    if spec.name in overrides:
-        given = overrides[spec.name]
+    given = next((overrides[name] for name in _with_parents(spec.name) if name in overrides), None)
+    if given is not None:
         return InputModality(spec.name, None if given == "control" else given, "given by the user")
     if tensor.dtype == torch.bool:
         return InputModality(spec.name, None, "a bool tensor steers, it is no content")
-    by_name = _by_name(spec.name.rpartition(".")[2].lower(), tensor)
-    if by_name is not None and by_name[0] is None and spec.name.rpartition(".")[2].lower().endswith("labels"):
+    name = _own_name(spec.name)
+    by_name = _by_name(name, tensor)
+    if by_name is not None and by_name[0] is None and name.endswith("labels"):
         # Teacher forcing: a model that shifts its labels and embeds them reads them as text.
         rows = uses.get(spec.name, 0)
         if rows and rows == max(uses.values()):
@@ -82,6 +84,18 @@ def _decide(spec: InputSpec, tensor: Tensor, overrides: Mapping[str, str], uses:
         f"rank tell what it holds. Say so with modalities={{{spec.name!r}: 'vision'}} (--modality {spec.name}=vision), "
         f"any other modality, or 'control' when it carries no content"
     )
+
+
+def _with_parents(name: str) -> list[str]:
+    """The input's name, then the names of what it is nested in, innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+def _own_name(name: str) -> str:
+    """The innermost part of an input's name that is no position in a list ("images" of "images.0"), in lower case."""
+    parts = [part for part in name.lower().split(".") if not part.isdigit()]
+    return parts[-1] if parts else name.lower()
 
 
 def _by_name(name: str, tensor: Tensor) -> tuple[str | None, str] | None:

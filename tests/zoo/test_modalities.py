@@ -150,3 +150,36 @@ def test_a_third_modality_mixes_under_its_name() -> None:
     assert {found.weights[fqn] for fqn in found.weights if fqn.startswith("one")} == {"state+text"}
     assert {found.weights[fqn] for fqn in found.weights if fqn.startswith("two")} == {"fusion"}
     assert found.weights["state.weight"] == "state"
+
+
+class Album(nn.Module):
+    """A list of pictures without a batch dimension of their own, and a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.words = nn.Linear(192, WIDTH), Words(40)
+        self.see, self.read = SelfBlock(), SelfBlock()
+
+    def forward(self, images: list[Tensor], b: Tensor) -> Tensor:
+        seen = self.see(self.lift(torch.stack(images).flatten(1))[:, None])
+        joint: Tensor = self.read(torch.cat([seen, self.words(b)], dim=1))
+        return joint
+
+
+def album(**options: Any) -> dict[str, str | None]:
+    captured = mfcompile.capture(Album().eval(), ([torch.rand(3, 8, 8) for _ in range(B)], IDS))
+    return {item.name: item.modality for item in mfcompile.infer_regions(captured, **options).modalities}
+
+
+def test_items_of_a_list_are_known_by_the_name_of_the_list() -> None:
+    assert album() == {"images.0": "vision", "images.1": "vision", "images.2": "vision", "b": "text"}
+
+
+def test_a_modality_given_for_a_list_holds_for_its_items_unless_they_have_their_own() -> None:
+    found = album(modalities={"images": "depth", "images.1": "control"})
+    assert found == {"images.0": "depth", "images.1": None, "images.2": "depth", "b": "text"}
+
+
+def test_a_modality_for_half_a_name_is_refused() -> None:
+    with pytest.raises(InputError, match="no input 'image'"):
+        album(modalities={"image": "vision"})
