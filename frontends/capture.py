@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mfcompile.errors import CaptureError, InputError
 from mfcompile.frontends.exporting import export_program
 from mfcompile.frontends.recorder import Recording, record, replay, tensor_aliases
+from mfcompile.frontends.repeating import find_differences
+from mfcompile.frontends.unwrapping import check_devices, unwrap
 from mfcompile.graph import CaptureAttempt, CapturedGraph
 from mfcompile.inputs import ExampleInputs, normalize_inputs
 from mfcompile.module_copy import share_weights_copy
@@ -28,7 +30,8 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
     """Capture a model as a graph of aten operators, by running it once.
 
     The model is not changed: it is run in eval mode on a second module object that shares its weights. The recorded
-    graph is replayed and must give what the model gives.
+    graph is replayed and must give what the model gives. Wrappers (torch.compile, data-parallel classes) are taken off. A
+    model with weights on the meta device gives a plan: a graph for regions and pictures, which nothing can be run with.
 
     Args:
         model: any ``nn.Module`` that runs eagerly on the inputs.
@@ -44,14 +47,20 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model, unwrapped = unwrap(model)
+    is_plan = check_devices(model)
     inputs = normalize_inputs(model, example_inputs)
-    _refuse_meta(model)
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        recording = record(_second_object(model), inputs)
+        second = _second_object(model)
+        recording = record(second, inputs)
         torch.manual_seed(_SEED)
-        detail = _check_replay(model, recording, inputs)
+        if is_plan:
+            detail = f"{len(recording.graph_module.graph.nodes)} nodes; nothing was computed with weights, nothing is compared"
+        else:
+            detail = _check_replay(model, recording, inputs)
+            unwrapped = (*unwrapped, *find_differences(model, second, recording, inputs, _SEED))
     attempt = CaptureAttempt("record", True, detail, time.perf_counter() - started)
     captured = CapturedGraph(
         graph_module=recording.graph_module,
@@ -62,7 +71,7 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
         parameter_nodes=recording.parameter_nodes,
         aliases=tensor_aliases(model),
         frontend="record",
-        specialised=_specialised(recording),
+        specialised=(*_specialised(recording), *unwrapped),
         baked_scalars=recording.baked_scalars,
         attempts=(attempt,),
         versions=_versions(),
@@ -89,15 +98,6 @@ def _second_object(model: nn.Module) -> nn.Module:
         return share_weights_copy(model)
     except Exception:  # deepcopy runs arbitrary code of the user's attributes
         return model
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    meta = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
-    if meta:
-        raise CaptureError(
-            f"the model has {len(meta)} parameters without storage (on the meta device; first: {meta[0]}): it cannot be run. "
-            f"Load its weights first"
-        )
 
 
 def _check_replay(model: nn.Module, recording: Recording, inputs: ExampleInputs) -> str:
@@ -137,6 +137,8 @@ def _specialised(recording: Recording) -> tuple[str, ...]:
         notes.append(f"{len(from_input)} numbers that the model read from its inputs (in {where})")
     if recording.random_operators:
         notes.append(f"nothing random: {recording.random_operators} operators draw new random numbers at every run")
+    if recording.control_flow:
+        notes.append(f"the branches and rounds that the example takes in {', '.join(recording.control_flow[:5])}")
     if recording.lifted_constants:
         notes.append(f"{recording.lifted_constants} tensors that are neither parameters nor buffers, kept as constants")
     return tuple(notes)

@@ -18,13 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mfcompile.control_flow import eager_code, run_eagerly, user_line
 from mfcompile.errors import CaptureError
 from mfcompile.frontends.module_calls import ModuleTracker, eval_mode, module_names, track_modules
+from mfcompile.frontends.without_weights import PartialRun
 from mfcompile.graph import BakedScalar, InputSpec, TensorValue
 from mfcompile.inputs import ExampleInputs, output_tensors
 from mfcompile.module_copy import KeptState, storage_address, written_tensors
@@ -48,6 +51,8 @@ class Recording:
     outputs: dict[str, Tensor]
     lifted_constants: int
     random_operators: int
+    control_flow: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
 
 
 def record(module: nn.Module, inputs: ExampleInputs) -> Recording:
@@ -66,7 +71,7 @@ def record(module: nn.Module, inputs: ExampleInputs) -> Recording:
         CaptureError: the model raised, or gave no tensor.
     """
     inputs = _told_apart(inputs)
-    with eval_mode(module), _whole_operators():
+    with eval_mode(module), _whole_operators(), eager_code():
         recorder = _Recorder(module)
         recorder.add_inputs(inputs)
         try:
@@ -113,23 +118,28 @@ def _whole_operators() -> Iterator[None]:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
     """Writes operators into an fx.Graph; keeps no tensor alive that the model lets go."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.modules = ModuleTracker(module_names(module))
+        self._partial = PartialRun() if any(item.device.type == "meta" for item in module.parameters()) else None
         self.parameter_nodes: dict[str, str] = {}
         self.baked: list[BakedScalar] = []
         self.inputs: list[InputSpec] = []
         self.lifted_constants = 0
         self.random_operators = 0
+        self.control_flow: list[str] = []
         self.state = KeptState(module)
         self._nodes: dict[int, tuple[int, fx.Node, weakref.ref[Tensor]]] = {}
         self._by_memory: dict[tuple[object, ...], tuple[fx.Node, StorageWeakRef]] = {}
         self._from_input: set[int] = set()
         self._attributes: list[tuple[fx.Node, Tensor]] = []
         self._names: dict[object, str] = {}
-        for name, tensor in _named_tensors(module):
+        self._registered = list(_named_tensors(module))
+        for name, tensor in self._registered:
             self._names[id(tensor), storage_address(tensor)] = name
             if tensor.layout is torch.strided and tensor.numel():
                 self._names.setdefault(_memory(tensor), name)
@@ -166,6 +176,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
             {name: tensor.clone() if self.state.is_written(tensor) else tensor for name, tensor in outputs.items()},
             self.lifted_constants,
             self.random_operators,
+            tuple(dict.fromkeys(self.control_flow)),
+            tuple(fqn for fqn, tensor in self._registered if self.state.is_written(tensor)),
         )
 
     def note_reading(self, tensor: Tensor, numbers: Sequence[Any]) -> None:
@@ -194,12 +206,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if isinstance(func, HigherOrderOperator):
+            where = self.modules.describe()
+            self.control_flow.append(f"{func.name()} in {where} ({user_line()})")
+            return run_eagerly(func, args, kwargs, self, where)
         node_args, node_kwargs = pytree.tree_map(
             lambda leaf: self._node_of(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
         )
         self.state.before(func, args, kwargs)
         operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        result = func(*args, **kwargs)
+        result = func(*args, **kwargs) if self._partial is None else self._partial.execute(func, args, kwargs)
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if not results and not func._schema.is_mutable:
             if operands and isinstance(result, (bool, int, float)):
@@ -313,7 +329,8 @@ def _is_random(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> b
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
     """Equal for two living tensors that are the same view of the same memory."""
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    place = (storage_address(tensor), tensor.storage_offset()) if tensor.device.type == "meta" else tensor.data_ptr()
+    return (place, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def _has_free_size(func: Any, args: tuple[Any, ...]) -> bool:

@@ -40,11 +40,28 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedGraph:
         model: any ``nn.Module`` that runs eagerly; it is not changed.
         example_inputs: a tensor, a tuple, or a mapping of keyword arguments (BatchEncoding too); None values are allowed.
 
+    Returns:
+        The graph. That of a model on the meta device is a plan, good for ``infer_regions`` and pictures, not for pruning.
+
     Raises:
         InputError: the inputs do not fit the model's forward.
         CaptureError: the model does not run, or does not repeat what it computed.
     """
     return _capture(model, example_inputs)
+
+
+def _require_values(module: nn.Module) -> None:
+    """Refuse to prune, run or write a model whose weights are only a plan.
+
+    Raises:
+        InputError: names the first weight without values.
+    """
+    missing = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
+    if missing:
+        raise InputError(
+            f"the model has {len(missing)} parameters without values (on the meta device; first: {missing[0]}): its regions can be "
+            f"inspected, but it cannot be pruned or written. Load the weights first"
+        )
 
 
 def infer_regions(
@@ -98,6 +115,7 @@ def calibrate(
     Raises:
         CalibrationError: no batch, a region without a token, NaN or infinity in an activation, or a refused batch.
     """
+    _require_values(captured.module)
     found = regions if regions is not None else infer_regions(captured)
     return _calibrate(
         captured, found, batches, padding_mask=padding_mask, num_samples=num_samples, observe=observe, progress=progress
@@ -131,6 +149,7 @@ def select_masks(
         InputError: an option is not valid, nothing is left to prune, or a weight holds NaN or infinity.
         CalibrationError: statistics are needed and missing.
     """
+    _require_values(captured.module)
     options = SelectionOptions(sparsity, criterion, allocation, rounding)
     return _select_masks(captured, regions, statistics, options, progress)
 
@@ -159,6 +178,7 @@ def export_onnx(pruned: CapturedGraph, path: Path | str, *, format: str = "packe
     """
     from mfcompile.exporters.onnx_model import export_onnx as write
 
+    _require_values(pruned.module)
     brain = next((name for name, item in pruned.module.named_parameters() if item.dtype == torch.bfloat16), None)
     if brain is not None:
         raise ExportError(
@@ -314,11 +334,14 @@ def compile_pruned(
             "then prune it further"
         )
 
+    _require_values(model)
+
     def step(stage: str) -> Callable[[int, int | None], None]:
         return lambda done, total: None if progress is None else progress(stage, done, total)
 
     step("capture")(0, 1)
     captured = capture(model, example_inputs)
+    model = captured.module
     found = infer_regions(captured, modalities=modalities, regions=regions, targets=targets, ignore=ignore)
     _refuse_broken_parameters(model, found)
     step("capture")(1, 1)

@@ -41,18 +41,18 @@ def check_output_dir(path: Path) -> None:
         InputError: the path is a file, is not empty, or is not writable.
     """
     if path.exists() and not path.is_dir():
-        raise InputError(f"the output directory {path} is a file. Choose another with --output-dir")
+        raise InputError(f"the output directory {path} is a file. Choose another directory")
     if path.is_dir() and any(path.iterdir()):
         raise InputError(
-            f"the output directory {path} is not empty. Nothing was written; choose another with --output-dir, "
-            f"or pass --overwrite"
+            f"the output directory {path} is not empty. Nothing was written; choose another, or let this one be "
+            f"replaced (overwrite=True; --overwrite on the command line)"
         )
     ancestor = path
     while not ancestor.exists():
         ancestor = ancestor.parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         raise InputError(
-            f"the output directory {path} cannot be written: no permission in {ancestor}. Choose another with --output-dir"
+            f"the output directory {path} cannot be written: no permission in {ancestor}. Choose another directory"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
-def share_weights_copy(module: nn.Module) -> nn.Module:
+def share_weights_copy(module: nn.Module, wrapped: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
     """A copy of the module tree whose parameters and buffers are the very same tensors as the original's.
 
     Running the copy may fill caches in it, and parametrizing it changes its attributes, while the original stays
@@ -20,6 +20,7 @@ def share_weights_copy(module: nn.Module) -> nn.Module:
 
     Args:
         module: any module that ``copy.deepcopy`` can copy.
+        wrapped: wrapper -> the module inside it; the copy holds a copy of the latter in the place of the former.
 
     Raises:
         TypeError, RuntimeError: what ``copy.deepcopy`` raises for an attribute that cannot be copied.
@@ -28,6 +29,8 @@ def share_weights_copy(module: nn.Module) -> nn.Module:
     memo: dict[Any, Any] = {id(tensor): tensor for tensor in tensors}
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
     memo["torch"] = {storage._cdata: storage for storage in storages}  # where torch keeps the storages it has copied
+    for wrapper, inner in reversed((wrapped or {}).items()):  # inner wrappers before those around them
+        memo[id(wrapper)] = copy.deepcopy(inner, memo)
     return copy.deepcopy(module, memo)
 
 
@@ -89,8 +92,11 @@ class KeptState:
 
 
 def storage_address(tensor: Tensor) -> int:
-    """Where the memory of a tensor begins; equal for a tensor and its views."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+    """Where the memory of a tensor begins; equal for a tensor and its views. Without memory, what stands for it."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    storage = tensor.untyped_storage()
+    return storage._cdata if tensor.device.type == "meta" else storage.data_ptr()
 
 
 def written_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mfcompile.control_flow import eager_code
 from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.inputs import ExampleInputs, normalize_inputs
@@ -240,7 +241,7 @@ def _inference(module: nn.Module) -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), eager_code():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

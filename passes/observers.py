@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mfcompile.control_flow import run_eagerly
 from mfcompile.errors import PostconditionError, PreconditionError
 from mfcompile.graph import CapturedGraph
 from mfcompile.module_copy import KeptState, storage_address
@@ -148,6 +150,8 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         state: what the forward passes wrote into parameters and buffers; ``state.restore()`` puts it back.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, module: nn.Module, collector: StatisticsCollector) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.collector = collector
@@ -163,6 +167,8 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return run_eagerly(func, args, kwargs, self, "the model")
         name = func._schema.name.partition("::")[2]
         if name in CONTRACTIONS:
             self._observe(name, args, kwargs)

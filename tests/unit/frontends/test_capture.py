@@ -71,11 +71,23 @@ def test_only_modules_are_captured(model: Any) -> None:
         capture(model, image())
 
 
-def test_a_model_without_weights_is_refused() -> None:
+def test_a_model_without_weights_gives_a_plan_that_nothing_is_pruned_by() -> None:
     with torch.device("meta"):
         model = TwoLayers()
-    with pytest.raises(CaptureError, match=r"the model has 8 parameters without storage .*first: blocks\.0\.up\.weight.*Load"):
-        capture(model, image())
+    plan = capture(model, image())
+    real = capture(TwoLayers(), image())
+    assert [node.target for node in plan.graph.nodes] == [node.target for node in real.graph.nodes]
+    assert "nothing was computed with weights" in plan.attempts[0].detail
+    refusal = r"8 parameters without values .*first: blocks\.0\.up\.weight.*Load the weights"
+    regions = mfcompile.infer_regions(plan)
+    for prune in (
+        lambda: mfcompile.compile_pruned(model, image()),
+        lambda: mfcompile.calibrate(plan, regions=regions),
+        lambda: mfcompile.select_masks(plan, regions, None, criterion="magnitude"),
+        lambda: mfcompile.export_onnx(plan, "never.onnx"),
+    ):
+        with pytest.raises(InputError, match=refusal):
+            prune()
 
 
 def test_inputs_that_do_not_fit_are_refused_before_the_model_runs() -> None:
