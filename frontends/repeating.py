@@ -41,8 +41,8 @@ def find_differences(
     if recording.written:
         more = f" and {len(recording.written) - _LISTED} more" if len(recording.written) > _LISTED else ""
         notes.append(
-            f"what {', '.join(recording.written[:_LISTED])}{more} hold before the run: the model writes into them, the graph into "
-            f"copies"
+            f"what {', '.join(recording.written[:_LISTED])}{more} hold before the run: the model writes into them, the graph "
+            f"into copies"
         )
     if second is model:  # it could not be copied: another run would leave traces in the user's module
         return tuple(notes)
@@ -50,8 +50,8 @@ def find_differences(
     differing = _differing(recording.outputs, _run(second, inputs))
     if differing:
         notes.append(
-            f"a first call: a second one gives another {', '.join(differing[:_LISTED])}, so the model keeps state between calls, "
-            f"or draws numbers that torch's seed does not decide"
+            f"a first call: a second one gives another {', '.join(differing[:_LISTED])}, so the model keeps state between "
+            f"calls, or draws numbers that torch's seed does not decide"
         )
     return tuple(notes)
 

@@ -52,8 +52,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         return share_weights_copy(model, wrapped), tuple(notes)
     except Exception as error:  # deepcopy runs arbitrary code of the user's attributes
         raise CaptureError(
-            f"{type(model).__name__} holds submodules inside wrappers ({', '.join(places)}), which are taken off in a copy, but "
-            f"it cannot be copied ({type(error).__name__}: {error}). Give the model as it was before it was wrapped"
+            f"{type(model).__name__} holds submodules inside wrappers ({', '.join(places)}), which are taken off in a copy, "
+            f"but it cannot be copied ({type(error).__name__}: {error}). Give the model as it was before it was wrapped"
         ) from error
 
 

@@ -50,11 +50,13 @@ class PartialRun:
             CaptureError: the operator reads a number that depends on a weight.
         """
         name = func._schema.name
-        args, kwargs = pytree.tree_map(lambda leaf: _CPU if leaf == _META else leaf, (args, dict(kwargs)))
-        unknown = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and self._is_unknown(leaf)]
-        if not unknown:
+        leaves = pytree.tree_leaves((args, kwargs))
+        is_known = not any(isinstance(leaf, Tensor) and self._is_unknown(leaf) for leaf in leaves)
+        device = _CPU if is_known else _META
+        args, kwargs = pytree.tree_map(lambda leaf: device if isinstance(leaf, torch.device) else leaf, (args, dict(kwargs)))
+        if is_known:
             return func(*args, **kwargs)
-        if name in _READS or torch.Tag.dynamic_output_shape in func.tags and name not in _SIZED:
+        if name in _READS or (torch.Tag.dynamic_output_shape in func.tags and name not in _SIZED):
             raise CaptureError(
                 f"the model reads numbers that depend on its weights ({name.replace('::', '.')}), and these have no values. "
                 f"Load the weights, or give what is computed there as an input"

@@ -59,8 +59,8 @@ def _require_values(module: nn.Module) -> None:
     missing = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
     if missing:
         raise InputError(
-            f"the model has {len(missing)} parameters without values (on the meta device; first: {missing[0]}): its regions can be "
-            f"inspected, but it cannot be pruned or written. Load the weights first"
+            f"the model has {len(missing)} parameters without values (on the meta device; first: {missing[0]}): its regions "
+            f"can be inspected, but it cannot be pruned or written. Load the weights first"
         )
 
 

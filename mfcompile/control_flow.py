@@ -66,8 +66,8 @@ def run_eagerly(
 
 def _refusal(operator: HigherOrderOperator, where: str, why: str) -> str:
     return (
-        f"the operator {operator.name()} in {where} ({user_line()}) takes functions, and what they do cannot be recorded: {why}. "
-        f"Write that part of forward with plain Python control flow; the recording follows the branch that the example takes"
+        f"the operator {operator.name()} in {where} ({user_line()}) takes functions, and what they do cannot be recorded: "
+        f"{why}. Write that part of forward as plain Python: the recording follows the branch that the example takes"
     )
 
 
