@@ -176,3 +176,16 @@ def text(length: int = 7, *, batch: int = 2, padding: int = 2, **ids: Any) -> di
 def image(size: int = 16, *, batch: int = 2, channels: int = 3, name: str = "pixel_values") -> dict[str, Spec]:
     """Square images."""
     return {name: Noise((batch, channels, size, size))}
+
+
+def images(count: int, size: int = 16, *, batch: int = 2) -> dict[str, Spec]:
+    """Several square images for each text."""
+    return {"pixel_values": Noise((batch, count, 3, size, size))}
+
+
+def pair(stem: str, kind: str, inputs: Mapping[str, Spec], config: Mapping[str, Any], **others: Any) -> tuple[Row, Row]:
+    """The rows of a decoder without and with its word head: ``stem`` is what the two class names share."""
+    return (
+        Row(f"{stem}Model", kind, inputs, config, **others),
+        Row(f"{stem}ForConditionalGeneration", kind, inputs, config, **others),
+    )
