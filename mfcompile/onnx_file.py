@@ -86,11 +86,12 @@ class OnnxFile(nn.Module):
         """A submodule without content at a dotted path, for what the graph says of the model that it was made from."""
         owner: nn.Module = self
         parts = path.split(".")
-        for index, part in enumerate(parts):
+        for part, following in zip(parts, [*parts[1:], ""], strict=True):
             if part not in owner._modules:
-                is_list = index + 1 < len(parts) and parts[index + 1].isdigit()
-                owner.add_module(part, (kind if index + 1 == len(parts) else nn.ModuleList if is_list else nn.Module)())
+                owner.add_module(part, _container(following))
             owner = owner._modules[part]  # type: ignore[assignment]
+        if type(owner) is nn.Module:
+            owner.__class__ = kind  # what stands for a submodule has no state of its own
 
     def add_alias(self, path: str, leaf: str, fqn: str) -> str | None:
         """Register a parameter once more, in the submodule that uses it; its name there, None where that is taken."""
@@ -160,10 +161,10 @@ class OnnxFile(nn.Module):
         for candidate in (name, *(f"{name.replace('.', '_') or 'unnamed'}{'_' * count}" for count in range(1, 99))):
             *path, leaf = candidate.split(".")
             owner: nn.Module | None = self
-            for part in path:
+            for part, following in zip(path, [*path[1:], leaf], strict=False):
                 known = owner._modules.get(part) if owner is not None else None
                 if known is None and owner is not None and part and not hasattr(owner, part):
-                    known = nn.Module()
+                    known = _container(following)
                     owner.add_module(part, known)
                 owner = known
             if owner is not None and leaf and not hasattr(owner, leaf):
@@ -173,6 +174,11 @@ class OnnxFile(nn.Module):
                     owner.register_buffer(leaf, tensor)
                 return candidate
         raise InputError(f"the initializer {name!r} of {self.path} cannot be registered under any name")
+
+
+def _container(first_child: str) -> nn.Module:
+    """A list where its children are numbered, else a plain submodule."""
+    return nn.ModuleList() if first_child.isdigit() else nn.Module()
 
 
 def is_injected(tensor: TensorRecord) -> bool:
