@@ -116,6 +116,21 @@ class Values:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Parts side by side along the last dimension, as floats: coordinates and then content.
+
+    Attributes:
+        parts: specifications of tensors whose other dimensions agree.
+    """
+
+    parts: tuple[Values | Noise, ...]
+
+    def make(self, generator: torch.Generator) -> Tensor:
+        """The tensor, float32."""
+        return torch.cat([part.make(generator).float() for part in self.parts], dim=-1)
+
+
+@dataclass(frozen=True)
 class Raw:
     """An argument that is no tensor: a flag, a string.
 
@@ -130,7 +145,7 @@ class Raw:
         return self.value
 
 
-Spec = Noise | Ids | Fill | PaddingMask | Values | Raw
+Spec = Noise | Ids | Fill | PaddingMask | Values | Joined | Raw
 
 DROP: Any = "<drop>"
 """In a row's configuration: leave the key out, so that the configuration class derives it."""
