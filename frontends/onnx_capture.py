@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfcompile.errors import InputError
-from mfcompile.frontends.onnx_inputs import describe_inputs, name_inputs, synthesize
+from mfcompile.frontends.onnx_synthesis import synthesize
 from mfcompile.frontends.onnx_operators import emit, free_names
 from mfcompile.frontends.onnx_scopes import Scopes, find_scopes
 from mfcompile.graph import CaptureAttempt, CapturedGraph, InputSpec, ModuleCall, TensorValue, tensor_values
 from mfcompile.inputs import ExampleInputs
 from mfcompile.onnx_file import ELEMENT_TYPES, OnnxFile, inferred_types
+from mfcompile.onnx_inputs import describe_inputs, name_inputs
 from mfcompile.session import make_feeds
 
 RANDOM_INPUTS = "random example inputs, made from the input types of the file"
