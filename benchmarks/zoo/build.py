@@ -34,7 +34,17 @@ SIZES: dict[str, int] = {
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it says of configurations half made tiny is noise
 
-DERIVED = frozenset({"layer_types", "mlp_layer_types", "transformers_version", "_name_or_path", "architectures", "torch_dtype"})
+DERIVED = frozenset(
+    {
+        "layer_types",
+        "mlp_layer_types",
+        "per_layer_config",
+        "transformers_version",
+        "_name_or_path",
+        "architectures",
+        "torch_dtype",
+    }
+)
 """Keys whose length follows from the sizes: dropped, so that the configuration class derives them again."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,9 +28,8 @@ def packed(
     merge: int = 2,
     places: Callable[[Grid], int] | None = None,
     types: bool = True,
-    mask: bool = True,
 ) -> dict[str, Spec]:
-    """``input_ids`` with a run of image tokens for each image, its patches, grids, and whatever steers.
+    """Text with a run of image tokens for each image, the patches of all images, and a grid for each.
 
     Args:
         patch: sizes of one row of ``pixel_values``.
@@ -37,36 +37,47 @@ def packed(
         merge: patches along each side that become one token.
         places: grid -> places that an image takes among the tokens, where it is not its merged patches.
         types: with ``mm_token_type_ids``, 1 at image tokens.
-        mask: with ``attention_mask``, 0 at padding (which the shorter sample has).
     """
     count = places or (lambda grid: math.prod(grid) // merge**2)
-    rows = token_rows([[count(grid) for grid in images] for images in grids])
     flat = [grid for images in grids for grid in images]
     sizes = (patch,) if isinstance(patch, int) else tuple(patch)
-    found: dict[str, Spec] = {"input_ids": Values(rows)}
-    if mask:
-        found["attention_mask"] = Values([[int(token != PADDING) for token in row] for row in rows])
+    found = placed_text([[image_run(count(grid)) for grid in images] for images in grids])
     found["pixel_values"] = Noise((sum(map(math.prod, flat)), *sizes))
     found["image_grid_thw"] = Values(flat)
     if types:
-        found["mm_token_type_ids"] = Values([[int(token == IMAGE) for token in row] for row in rows])
+        found |= token_types(found, {IMAGE: 1})
     return found
 
 
-def token_rows(counts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Token ids of samples of equal length: words, then for each image a start, its places and an end, words, padding.
+def token_rows(runs: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+    """Token ids of samples of equal length: two words, the runs, four words, padding.
 
     Args:
-        counts: per sample, the places of each of its images.
+        runs: per sample, the tokens of each of its images or recordings.
     """
-    rows: list[list[int]] = []
-    for number, places in enumerate(counts):
-        row = [_word(number, 0), _word(number, 1)]
-        for count in places:
-            row += [START, *[IMAGE] * count, END]
-        rows.append([*row, *(_word(number, place) for place in range(2, 6))])
+    rows = [
+        [_word(number, 0), _word(number, 1), *itertools.chain(*own), *(_word(number, place) for place in range(2, 6))]
+        for number, own in enumerate(runs)
+    ]
     length = max(map(len, rows))
     return [[*row, *[PADDING] * (length - len(row))] for row in rows]
+
+
+def image_run(places: int) -> list[int]:
+    """The tokens of an image: a start, its places, an end."""
+    return [START, *[IMAGE] * places, END]
+
+
+def placed_text(runs: Sequence[Sequence[Sequence[int]]]) -> dict[str, Spec]:
+    """``input_ids`` (see ``token_rows``) and ``attention_mask``, 0 at padding."""
+    rows = token_rows(runs)
+    return {"input_ids": Values(rows), "attention_mask": Values([[int(token != PADDING) for token in row] for row in rows])}
+
+
+def token_types(inputs: Mapping[str, Any], types: Mapping[int, int]) -> dict[str, Spec]:
+    """``mm_token_type_ids`` of the tokens in ``inputs``: the type of each placeholder, 0 of others."""
+    rows = inputs["input_ids"].values
+    return {"mm_token_type_ids": Values([[types.get(token, 0) for token in row] for row in rows])}
 
 
 def _word(sample: int, place: int) -> int:

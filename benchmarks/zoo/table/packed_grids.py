@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.zoo.packed import IMAGE, IMAGE_STARTS, STARTS, TOKENS, VIDEO, packed
-from benchmarks.zoo.row import Row, Values
+from benchmarks.zoo.row import DROP, Row, Values
 from benchmarks.zoo.table.packed_images import MROPE, QWEN2, QWEN2_5, QWEN3, row
 
 COLOURS = 3 * 8 * 8
@@ -59,7 +59,7 @@ MUSE: dict[str, Any] = {
     "out_hidden_size": 128,
     "projector_hidden_size": 40,
     "vision_config": {"pos_emb_height": 4, "pos_emb_width": 4},
-    "text_config": {"layer_rope_theta": "<drop>", "sliding_window": 8},
+    "text_config": {"layer_rope_theta": DROP, "sliding_window": 8},
 }
 PADDLE: dict[str, Any] = {**TOKENS, **STARTS, "text_config": MROPE}
 VIDEO_LLAMA: dict[str, Any] = {**TOKENS, "vision_config": {}}
