@@ -88,7 +88,7 @@ ROWS = (
             "video_token_id": VIDEO,
             "text_config": {**QWEN3_MOE["text_config"], "num_experts": 4},
             "vision_config": QWEN3["vision_config"],
-            "audio_config": SOUND,
+            "audio_config": {**SOUND, "n_window": 50, "n_window_infer": 100},
         },
     ),
     Row("Phi4MultimodalModel", "all", PHI4_INPUTS, PHI4),
