@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from mfcompile.errors import CaptureError, InputError
 from mfcompile.frontends.exporting import export_program
+from mfcompile.frontends.program_module import ProgramModule, program_module
 from mfcompile.frontends.recorder import Recording, record, replay, tensor_aliases
 from mfcompile.frontends.repeating import find_differences
 from mfcompile.frontends.unwrapping import check_devices, unwrap
+from mfcompile.frontends.without_weights import has_no_values
 from mfcompile.graph import CaptureAttempt, CapturedGraph
 from mfcompile.inputs import ExampleInputs, normalize_inputs
 from mfcompile.module_copy import share_weights_copy
@@ -45,11 +47,15 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
         InputError: the inputs do not fit the model's forward.
         CaptureError: the model does not run, or its recording does not replay.
     """
+    if isinstance(model, torch.export.ExportedProgram):
+        model = program_module(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model, unwrapped = unwrap(model)
-    is_plan = check_devices(model)
+    check_devices(model)
+    is_plan = has_no_values(model)
     inputs = normalize_inputs(model, example_inputs)
+    _refuse_inputs_without_values(inputs)
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
@@ -76,6 +82,8 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
         attempts=(attempt,),
         versions=_versions(),
     )
+    if isinstance(model, ProgramModule):
+        captured = replace(captured, exported=model.exported())
     return with_export(captured) if export else captured
 
 
@@ -90,6 +98,15 @@ def with_export(captured: CapturedGraph) -> CapturedGraph:
         return captured  # what failed once fails again
     exported, attempts = export_program(captured)
     return replace(captured, exported=exported, attempts=(*captured.attempts, *attempts))
+
+
+def _refuse_inputs_without_values(inputs: ExampleInputs) -> None:
+    for name, tensor in inputs.tensors().items():
+        if tensor.device.type == "meta":
+            raise InputError(
+                f"the example input {name} {tuple(tensor.shape)} is on the meta device: masks, positions and numbers of "
+                f"tokens are read from inputs, even where weights have no values. Make it outside of torch.device('meta')"
+            )
 
 
 def _second_object(model: nn.Module) -> nn.Module:

@@ -44,8 +44,12 @@ _EXTRAS = (
 _NOT_EXTRAS = {"config.json", "adapter_config.json"}
 
 
-def load_huggingface(directory: Path) -> ModelSource:
+def load_huggingface(directory: Path, *, weights: bool = True) -> ModelSource:
     """The model in a Hugging Face directory, in float32, with synthesised example inputs.
+
+    Args:
+        directory: holds config.json and, where they are wanted, weights.
+        weights: False builds the model on the meta device: good for a plan, and as cheap for a model of any size.
 
     Raises:
         InputError: transformers is not installed, the directory is incomplete or holds pickled weights only, or no
@@ -53,14 +57,15 @@ def load_huggingface(directory: Path) -> ModelSource:
     """
     transformers = _import_transformers()
     config_json = _read_config(directory)
-    _check_weights(directory)
+    if weights:
+        _check_weights(directory)
     notes: list[str] = []
     # Weights that are not in the files are drawn at random: the same ones every time.
     with _quiet(transformers), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = _load_config(transformers, directory, config_json)
         model_class = _find_class(transformers, config, notes)
-        model = _load_model(model_class, directory, config, notes)
+        model = _load_model(model_class, directory, config, notes) if weights else _build_empty(model_class, config, notes)
         inputs, input_notes = synthesize_inputs(model, directory)
 
     def save_extras(target: Path) -> None:
@@ -157,7 +162,8 @@ def _describe_no_weights(directory: Path) -> str:
         )
     return (
         f"{directory} holds config.json but no weights (*.safetensors): there is nothing to prune. "
-        f"Fetch the weights into it, or name the directory that save_pretrained wrote"
+        f"Fetch the weights into it, or name the directory that save_pretrained wrote. Its regions can be seen without "
+        f"them: mfcompile inspect {directory} --no-weights"
     )
 
 
@@ -219,6 +225,21 @@ def _load_model(model_class: Any, directory: Path, config: Any, notes: list[str]
     if info["unexpected_keys"]:
         unexpected = _shorten(sorted(info["unexpected_keys"]))
         notes.append(f"saved weights that {type(model).__name__} does not use, left out: {unexpected}")
+    return model.eval()
+
+
+def _build_empty(model_class: Any, config: Any, notes: list[str]) -> nn.Module:
+    """The model on the meta device, without looking at any weights."""
+    try:
+        build = getattr(model_class, "_from_config", None) or model_class.from_config
+        with torch.device("meta"):
+            model: nn.Module = build(config, dtype=torch.float32)
+    except Exception as error:  # the model's own code raises anything
+        raise InputError(
+            f"{model_class.__name__} cannot be built from config.json without weights: {type(error).__name__}: "
+            f"{_first_line(error)}. Load it with its weights"
+        ) from error
+    notes.append("no weights were loaded: this is a plan, and nothing can be pruned with it")
     return model.eval()
 
 

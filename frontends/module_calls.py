@@ -16,7 +16,8 @@ from mfcompile.graph import ModuleCall
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Switch every submodule to eval mode for the duration of the block."""
-    training = [item for item in module.modules() if item.training]
+    # A frozen TorchScript module has no such attribute.
+    training = [item for item in module.modules() if getattr(item, "training", False)]
     for item in training:
         item.training = False
     try:
@@ -24,6 +25,17 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for item in training:
             item.training = True
+
+
+class ReportsCalls(nn.Module):
+    """A module that runs without calling its submodules, and says itself which of them runs."""
+
+    tracker: ModuleTracker | None = None
+
+    def report(self, calls: tuple[ModuleCall, ...]) -> None:
+        """These submodules of mine run now, outermost first (the module itself among them)."""
+        if self.tracker is not None:
+            self.tracker.stack[:] = calls
 
 
 @dataclass
@@ -65,6 +77,13 @@ class ModuleTracker:
 @contextlib.contextmanager
 def track_modules(module: nn.Module, tracker: ModuleTracker) -> Iterator[None]:
     """Keep ``tracker.stack`` up to date while submodules of ``module`` run."""
+    if isinstance(module, ReportsCalls):
+        module.tracker = tracker
+        try:
+            yield
+        finally:
+            del module.tracker
+        return
     handles = []
     for item in module.modules():
         if isinstance(item, torch.jit.ScriptModule):

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mfcompile.control_flow import eager_code, run_eagerly, user_line
 from mfcompile.errors import CaptureError
 from mfcompile.frontends.module_calls import ModuleTracker, eval_mode, module_names, track_modules
-from mfcompile.frontends.without_weights import PartialRun
+from mfcompile.frontends.without_weights import PartialRun, has_no_values
 from mfcompile.graph import BakedScalar, InputSpec, TensorValue
 from mfcompile.inputs import ExampleInputs, output_tensors
 from mfcompile.module_copy import KeptState, storage_address, written_tensors
@@ -125,7 +125,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.modules = ModuleTracker(module_names(module))
-        self._partial = PartialRun() if any(item.device.type == "meta" for item in module.parameters()) else None
+        self._partial = PartialRun() if has_no_values(module) else None
         self.parameter_nodes: dict[str, str] = {}
         self.baked: list[BakedScalar] = []
         self.inputs: list[InputSpec] = []

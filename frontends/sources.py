@@ -1,4 +1,4 @@
-"""A model from what a user names on the command line: a ``model.py`` or a Hugging Face directory."""
+"""A model from what a user names on the command line: a ``model.py``, a ``.pt2`` archive or a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mfcompile.frontends.user_code import UserModule
 
 _HELP = (
     "Name a Python file that defines `model` (or `build_model()`) and `example_inputs`, "
-    "or a Hugging Face directory with config.json and *.safetensors"
+    "a .pt2 archive of torch.export, or a Hugging Face directory with config.json and *.safetensors"
 )
 _PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
@@ -30,7 +30,7 @@ class ModelSource:
         model: in eval mode.
         example_inputs: a dict, tuple or tensor, as the source gave it.
         path: what was named.
-        kind: "python" or "huggingface".
+        kind: "python", "huggingface" or "pt2".
         calibration: gives a fresh iterable of calibration batches at every call; None when the source has none.
         evaluate: measures a model; None when the source has no such function.
         modalities: input name -> modality, where the source says so.
@@ -53,7 +53,7 @@ class ModelSource:
     save_extras: Callable[[Path], None] | None = None
 
 
-def load_source(path: str | Path) -> ModelSource:
+def load_source(path: str | Path, *, weights: bool = True) -> ModelSource:
     """The model that a path names.
 
     A ``model.py`` is executed with its folder importable. It defines
@@ -66,7 +66,12 @@ def load_source(path: str | Path) -> ModelSource:
     * optionally ``evaluate(model)``, ``modalities`` (input name -> modality), ``regions`` (pattern -> region) and
       ``padding_mask`` (input name).
 
-    A directory is a model saved by transformers' ``save_pretrained``; see ``mfcompile.frontends.huggingface``.
+    A directory is a model saved by transformers' ``save_pretrained``; see ``mfcompile.frontends.huggingface``. A ``.pt2`` file
+    is an archive of torch.export; see ``mfcompile.frontends.pt2``.
+
+    Args:
+        path: the file or directory.
+        weights: False builds the model of a directory on the meta device, for a plan.
 
     Raises:
         InputError: the path, or what was found there, cannot be used; says which, why, and what to do.
@@ -79,7 +84,16 @@ def load_source(path: str | Path) -> ModelSource:
             raise InputError(_describe_other_directory(path))
         from mfcompile.frontends.huggingface import load_huggingface
 
-        return load_huggingface(path)
+        return load_huggingface(path, weights=weights)
+    if not weights:
+        raise InputError(
+            f"{path} is no Hugging Face directory, so it cannot be loaded without its weights. In a model.py, build the model "
+            f"inside `with torch.device('meta'):` and the example inputs outside of it"
+        )
+    if path.suffix == ".pt2":
+        from mfcompile.frontends.pt2 import load_pt2
+
+        return load_pt2(path)
     if path.suffix != ".py":
         raise InputError(_describe_other_file(path))
     return _load_python(path)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mfcompile.errors import InputError
 from mfcompile.frontends.processors import describe_error, processor_inputs
+from mfcompile.frontends.without_weights import tolerating_no_values
 
 Inputs = dict[str, Any]
 
@@ -76,7 +77,7 @@ def _candidates(model: nn.Module, directory: Path, failures: list[str]) -> Itera
 
 def _try_forward(model: nn.Module, inputs: Inputs) -> Exception | None:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tolerating_no_values(model):
             model(**inputs)
     except Exception as error:  # the model's own code raises anything
         return error

@@ -57,8 +57,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         ) from error
 
 
-def check_devices(model: nn.Module) -> bool:
-    """Whether some weights have no values (they are on the meta device), so that only a plan can be made.
+def check_devices(model: nn.Module) -> None:
+    """Refuse a model that does not lie on one device; the meta device, where nothing lies, does not count.
 
     Raises:
         CaptureError: the weights are spread over several devices.
@@ -71,7 +71,6 @@ def check_devices(model: nn.Module) -> bool:
             f"the model's tensors are spread over several devices ({spread}): observers and masks live on one. Bring the model "
             f"to one device (model.to('cpu') needs no accelerator), and the inputs too"
         )
-    return any(parameter.device.type == "meta" for parameter in model.parameters())
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

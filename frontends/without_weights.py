@@ -7,12 +7,14 @@ values takes part in becomes a meta tensor. Tensors that the model makes on its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfcompile.errors import CaptureError
 from mfcompile.module_copy import storage_address, written_tensors
@@ -105,3 +107,29 @@ _SIZED: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, .
     "aten::repeat_interleave": _with_output_size,
 }
 """Operators whose result is as long as a real operand says."""
+
+
+def has_no_values(module: nn.Module) -> bool:
+    """Some parameter of the module is on the meta device."""
+    return any(parameter.device == _META for parameter in module.parameters())
+
+
+@contextlib.contextmanager
+def tolerating_no_values(module: nn.Module) -> Iterator[None]:
+    """Let ``module`` run in the block, also where its weights have no values."""
+    if not has_no_values(module):
+        yield
+        return
+    with torch.inference_mode(), _PartialMode():
+        yield
+
+
+class _PartialMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._partial = PartialRun()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return self._partial.execute(func, args, kwargs or {})

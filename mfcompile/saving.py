@@ -13,7 +13,8 @@ from mfcompile.files import umask
 def save_weights(module: nn.Module, directory: Path) -> None:
     """Write ``model.safetensors`` (and the configuration, where the module can write its own) into a directory.
 
-    A module with ``save_pretrained`` writes itself. Any other gives its parameters and persistent buffers under their
+    A module with ``save_archive`` (a program of torch.export) also writes ``model.pt2``. One with ``save_pretrained`` writes
+    itself. Any other gives its parameters and persistent buffers under their
     own names; a tied weight is stored once, under its first name, and the other names are listed in the metadata. Extra
     state that is no tensor is left out.
 
@@ -21,6 +22,8 @@ def save_weights(module: nn.Module, directory: Path) -> None:
         module: a module without masks in force (see ``strip``).
         directory: an existing directory.
     """
+    if callable(getattr(module, "save_archive", None)):
+        module.save_archive(directory / "model.pt2")  # type: ignore[operator]
     if callable(getattr(module, "save_pretrained", None)):
         module.save_pretrained(directory)  # type: ignore[operator]
         _share_like_other_files(directory)

@@ -24,6 +24,7 @@ FILES = {
     "model.onnx": "the pruned model, for stock onnxruntime",
     "model.onnx.data": "its weights",
     "model.safetensors": "the pruned weights under their own names, zeros included",
+    "model.pt2": "the pruned program of torch.export, zeros included",
     "config.json": "the configuration, for its own library",
     "masks.safetensors": "one bit per prunable weight, 1 = kept",
     "recipe.yaml": "every option, and the digest of the masks; prune it to repeat this run",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import mfcompile
 from mfcompile.errors import InputError
 from mfcompile.frontends.sources import load_source
 from mfcompile.inputs import normalize_inputs, output_tensors
@@ -313,8 +314,25 @@ def test_no_weights(tmp_path: Path) -> None:
     (_save(tmp_path, _vit) / "model.safetensors").unlink()
     assert _refusal(tmp_path) == (
         f"{tmp_path} holds config.json but no weights (*.safetensors): there is nothing to prune. "
-        f"Fetch the weights into it, or name the directory that save_pretrained wrote"
+        f"Fetch the weights into it, or name the directory that save_pretrained wrote. Its regions can be seen without them: "
+        f"mfcompile inspect {tmp_path} --no-weights"
     )
+
+
+@pytest.mark.parametrize("build", [_clip, _llava])
+def test_a_directory_without_weights_gives_a_plan(tmp_path: Path, build: Callable[[], nn.Module]) -> None:
+    directory = _save(tmp_path, build)
+    whole = load_source(directory)
+    expected = mfcompile.infer_regions(mfcompile.capture(whole.model, whole.example_inputs))
+    (directory / "model.safetensors").unlink()
+    source = load_source(directory, weights=False)
+    assert {parameter.device.type for parameter in source.model.parameters()} == {"meta"}
+    assert "no weights were loaded: this is a plan, and nothing can be pruned with it" in source.notes
+    plan = mfcompile.infer_regions(mfcompile.capture(source.model, source.example_inputs))
+    assert plan.sites == expected.sites
+    assert dict(plan.weights) == dict(expected.weights)
+    with pytest.raises(InputError, match=r"parameters without values .*Load the weights first"):
+        mfcompile.compile_pruned(source.model, source.example_inputs)
 
 
 def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
