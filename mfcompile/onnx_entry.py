@@ -1,0 +1,69 @@
+"""The way in for ONNX files: what ``capture``, ``compile_pruned`` and ``export_onnx`` do with one instead of a module."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfcompile.errors import CalibrationError, InputError
+from mfcompile.graph import CapturedGraph
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mfcompile.artifact import ExportedArtifact
+
+
+def opened(model: nn.Module | Path | str) -> nn.Module:
+    """A module as it is; the path of an .onnx file as a module that runs it.
+
+    Raises:
+        InputError: the path names something else, or a file that cannot be used.
+    """
+    if not isinstance(model, (str, Path)):
+        return model
+    if Path(model).suffix != ".onnx":
+        raise InputError(f"{model} is no .onnx file: give an nn.Module, or the path of an .onnx file")
+    from mfcompile.onnx_file import OnnxFile
+
+    return OnnxFile(model)
+
+
+def is_onnx(model: nn.Module) -> bool:
+    """The module runs an ONNX file; told without loading onnxruntime."""
+    return any(item.__module__ == "mfcompile.onnx_file" for item in type(model).__mro__)
+
+
+def capture_file(file: nn.Module, example_inputs: Any = None) -> CapturedGraph:
+    """Capture an ONNX file, and find its layers in the graph where the file does not name them."""
+    from mfcompile.frontends.onnx_capture import capture_onnx
+    from mfcompile.onnx_file import OnnxFile
+    from mfcompile.passes.layers import with_layers
+
+    assert isinstance(file, OnnxFile)  # see is_onnx
+    return with_layers(capture_onnx(file, example_inputs))
+
+
+def first_batch(calibration: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+    """The first calibration batch, to be the example, and the batches with it still in front.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    if calibration is None:
+        return None, None
+    batches = iter(calibration)
+    try:
+        first = next(batches)
+    except StopIteration:
+        raise CalibrationError("the calibration set is empty: give at least one batch") from None
+    return first, calibration if batches is not calibration else itertools.chain([first], batches)
+
+
+def export_file(pruned: CapturedGraph, path: Path | str, *, format: str, values: str) -> ExportedArtifact:
+    """Write a captured ONNX file with its masks; see ``exporters.onnx_rewriting``."""
+    from mfcompile.exporters.onnx_rewriting import rewrite_onnx
+
+    return rewrite_onnx(pruned, path, format=format, values=values)
