@@ -7,7 +7,7 @@ part never needs a value of a later one; parts of modalities need nothing of eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -139,11 +139,16 @@ class _Division:
     def keep_heavy_once(self) -> list[str]:
         """Nodes without content that read large weights stay in one modality's part, which hands their value on."""
         notes = []
-        needed = {home: self._reached_back(self._results(home), home) for home in [*self.names, FUSION_HOME]}
+        fused = self._reached_back(self._results(FUSION_HOME), FUSION_HOME)
+        read = [value for value in self._read_by(fused) if self._is_foreign(value, FUSION_HOME)]
+        needed = {}
+        for name in self.names:
+            own = [value for value in read if self._result_home(value) == name]
+            needed[name] = self._reached_back([*self._results(name), *own], name)
         for node in self.graph:
             size = sum(tensor_bytes(value, {}) for value in self.weights[node])
             is_free = self.homes[node] is None and any(value in self.reach.varies for value in node.outputs)
-            if not is_free or size <= HEAVY_BYTES or node not in needed[FUSION_HOME]:
+            if not is_free or size <= HEAVY_BYTES or node not in fused:
                 continue
             if size <= sum(tensor_bytes(value, self.request.sizes) for value in node.outputs):
                 continue
@@ -159,32 +164,37 @@ class _Division:
     def parts(self) -> tuple[tuple[PartPlan, ...], dict[ir.Value, str]]:
         """Every part with its nodes and interface, and the values that cross."""
         fused = self._reached_back(self._results(FUSION_HOME), FUSION_HOME)
-        reading = [node for node in self.graph if node in fused and node.outputs[0] not in self.axes]
-        read = [value for node in reading for value in read_values(node)] + self._results(FUSION_HOME)
+        read = self._read_by(fused) + self._results(FUSION_HOME)
         self.direct = {value for value in read if value.is_graph_input()}
         wanted = [value for value in read if self._is_foreign(value, FUSION_HOME)]
         cut = narrowest_cut(wanted, self._rebuild, self._cost)
-        crossing = {value for value in cut if not value.is_graph_input()}
-        order = {value: number for number, value in enumerate(_values_in_order(self.graph)) if value in crossing}
-        crossings = {value: self.part_name[self._owner(value)] for value in sorted(crossing, key=order.__getitem__)}
+        order = {value: number for number, value in enumerate(_values_in_order(self.graph))}
+        crossing = [(self._owner(value), value) for value in cut if not value.is_graph_input()]
+        crossing.sort(key=lambda item: (self.names.index(item[0]), order[item[1]]))
+        crossings = {value: self.part_name[owner] for owner, value in crossing}
         found = []
         for home in [*self.names, FUSION_HOME]:
             name = self.part_name[home]
             given = self._results(home)
             given += [value for value, owner in crossings.items() if owner == name and value not in given]
-            taken = crossing if home == FUSION_HOME else None
+            taken = crossings if home == FUSION_HOME else None
             nodes = self._reached_back(given, home, stop=taken)
             if nodes or given:
-                found.append(self._plan(name, nodes, given, taken or set()))
+                found.append(self._plan(name, nodes, given, taken or {}))
         return tuple(found), crossings
 
-    def _plan(self, name: str, nodes: set[ir.Node], given: list[ir.Value], taken: set[ir.Value]) -> PartPlan:
+    def _read_by(self, nodes: set[ir.Node]) -> list[ir.Value]:
+        """What nodes read, in the graph's order; sizes can be had of any input that has the axis."""
+        reading = [node for node in self.graph if node in nodes and node.outputs[0] not in self.axes]
+        return [value for node in reading for value in read_values(node)]
+
+    def _plan(self, name: str, nodes: set[ir.Node], given: list[ir.Value], taken: Mapping[ir.Value, str]) -> PartPlan:
         ordered = tuple(node for node in self.graph if node in nodes)
         made = {value for node in ordered for value in node.outputs}
         sizes = [value for value in made if value in self.axes]
         read = {value for node in ordered if node.outputs[0] not in self.axes for value in read_values(node)} | set(given)
         inputs = [value for value in self.graph.inputs if value in read]
-        inputs += [value for value in _values_in_order(self.graph) if value in taken and value in read]
+        inputs += [value for value in taken if value in read]
         asked = {value: self._size_source(self.axes[value], inputs) for value in sizes}
         extra = {source for source, _ in asked.values()} - set(inputs)
         inputs = [*(value for value in self.graph.inputs if value in extra), *inputs]
@@ -257,7 +267,7 @@ class _Division:
         has_name = value.is_graph_output() or value.is_graph_input()
         return tensor_bytes(value, self.request.sizes) + (0 if has_name else TENSOR_BYTES)
 
-    def _reached_back(self, values: Iterable[ir.Value], home: str, stop: set[ir.Value] | None = None) -> set[ir.Node]:
+    def _reached_back(self, values: Iterable[ir.Value], home: str, stop: Container[ir.Value] | None = None) -> set[ir.Node]:
         """The nodes that a part must run to give these values.
 
         The walk ends at the values of ``stop``, or, without it, at what other parts compute.
