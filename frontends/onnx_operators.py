@@ -350,6 +350,11 @@ def _embed_norm(builder: Builder, node: onnx.NodeProto) -> None:
 
 
 def _where(builder: Builder, node: onnx.NodeProto) -> None:
+    condition, _, other = _operands(builder, node)
+    if condition.target is content_free("isnan") and condition.args[0] is other:
+        # A softmax over nothing but masked places is put to zero; it is the same softmax.
+        builder.call(aten.nan_to_num.default, other, out=node.output[0])
+        return
     builder.call(aten.where.self, *_operands(builder, node), out=node.output[0])
 
 
