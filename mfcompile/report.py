@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def build_report(
         rounding: how budgets were rounded, "exact" or "official".
         seed: seed of the selection.
     """
-    sites = [_site_row(site, statistics, masks) for site in regions.pruned_sites]
+    kept = site_kept_counts(regions.pruned_sites, masks)
+    sites = [_site_row(site, statistics, kept[site.name]) for site in regions.pruned_sites]
     return {
         "format": "mfcompile.report",
         "format_version": FORMAT_VERSION,
@@ -151,21 +152,24 @@ def _parameter_count(captured: CapturedGraph) -> int:
     return sum(parameter.numel() for parameter in captured.module.parameters())
 
 
-def site_kept_count(site: PruneSite, masks: MaskSet) -> int:
-    """How many weights of a site are kept; a site that no mask covers keeps all."""
-    packed = masks.packed.get(site.fqn)
-    if packed is None:
-        return site.weight_count
-    if packed.weight_count == site.weight_count:
-        return packed.kept_count
-    mask = packed.unpack()
-    rows = slice(*site.rows)
-    return int((mask[:, rows] if site.is_transposed else mask[rows]).sum())
+def site_kept_counts(sites: Iterable[PruneSite], masks: MaskSet) -> dict[str, int]:
+    """Site name -> how many of its weights are kept; a site that no mask covers keeps all."""
+    by_fqn: dict[str, list[PruneSite]] = {}
+    for site in sites:
+        by_fqn.setdefault(site.fqn, []).append(site)
+    found: dict[str, int] = {}
+    for fqn, group in by_fqn.items():
+        packed = masks.packed.get(fqn)
+        if packed is None or packed.weight_count == group[0].weight_count:
+            found.update({site.name: site.weight_count if packed is None else packed.kept_count for site in group})
+            continue
+        matrices = group[0].layout.matrices(packed.unpack())
+        found.update({site.name: int(site.matrix(matrices).sum()) for site in group})
+    return found
 
 
-def _site_row(site: PruneSite, statistics: CalibrationStatistics | None, masks: MaskSet) -> dict[str, Any]:
+def _site_row(site: PruneSite, statistics: CalibrationStatistics | None, kept: int) -> dict[str, Any]:
     seen: SiteStatistics | None = statistics.sites.get(site.name) if statistics else None
-    kept = site_kept_count(site, masks)
     return {
         "name": site.name,
         "region": site.region,

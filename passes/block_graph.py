@@ -13,7 +13,7 @@ from torch import fx
 
 from mfcompile.graph import CapturedGraph
 from mfcompile.passes.blocks import CallStacks
-from mfcompile.region import RegionMap
+from mfcompile.region import RegionMap, WeightUse
 
 INPUT, STACK, HEAD, OUTPUT = "input", "stack", "head", "output"
 
@@ -45,7 +45,7 @@ def block_graph(captured: CapturedGraph, regions: RegionMap) -> nx.DiGraph:
 def _groups(regions: RegionMap) -> dict[str, tuple[str, str, set[str], set[str]]]:
     """Name of a group -> (kind, region, its blocks, its weights)."""
     found: dict[str, tuple[str, str, set[str], set[str]]] = {}
-    for fqn, uses in regions.evidence.items():
+    for fqn, uses in _linear(regions).items():
         for use in uses:
             region = regions.weights[fqn]
             kind = HEAD if use.block is None else STACK
@@ -53,6 +53,11 @@ def _groups(regions: RegionMap) -> dict[str, tuple[str, str, set[str], set[str]]
             group[2].add(use.block or "")
             group[3].add(fqn)
     return found
+
+
+def _linear(regions: RegionMap) -> dict[str, tuple[WeightUse, ...]]:
+    """FQN -> its uses, without convolutions: what they join is left to the nodes between the groups."""
+    return {fqn: uses for fqn, uses in regions.evidence.items() if all(use.reading.patches is None for use in uses)}
 
 
 def _group_of(block: str | None, stack: tuple[str, ...], region: str) -> str:
@@ -92,7 +97,7 @@ def _owners(captured: CapturedGraph, regions: RegionMap) -> Mapping[fx.Node, str
     stacks = CallStacks(captured)
     by_block: dict[str, str] = {}
     by_node: dict[str, str] = {}
-    for uses in regions.evidence.values():
+    for uses in _linear(regions).values():
         for use in uses:
             name = _group_of(use.block, use.stack, regions.weights[use.fqn])
             if use.block is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
 from itertools import combinations
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,9 +45,7 @@ def plan_padding(captured: CapturedGraph, regions: RegionMap, padding_mask: str 
 def repeated_weights(regions: RegionMap) -> frozenset[str]:
     """FQNs of the weights whose rows meet several activations in one forward."""
     return frozenset(
-        fqn
-        for fqn, uses in regions.evidence.items()
-        if any(one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1] for one, other in combinations(uses, 2))
+        fqn for fqn, uses in regions.evidence.items() if any(one.overlaps(other) for one, other in combinations(uses, 2))
     )
 
 
@@ -86,10 +84,10 @@ def calibrate(
     source = "calibration batches" if batches is not None else "example inputs"
     total = _length(batches)
     collector = StatisticsCollector(regions.pruned_sites, plan, repeated_weights(regions))
-    runner = _Runner(captured, regions, collector, observe)
+    runner = _runner(captured, regions, collector, observe, plan)
     samples = 0
     for index, batch in enumerate([captured.example_inputs] if batches is None else batches):
-        inputs = _normalize(captured.module, batch, index)
+        inputs = runner.normalize(batch, index)
         runner.run(inputs, index)
         samples += next((int(tensor.shape[0]) for tensor in inputs.tensors().values() if tensor.ndim), 1)
         if progress is not None:
@@ -102,16 +100,11 @@ def calibrate(
         )
     statistics = CalibrationStatistics(
         collector.statistics(), collector.batch_count, source, "+".join(sorted(runner.observed_by)),
-        tuple(dict.fromkeys(item.mask for item in plan.masks)), collector.tracker.diagnostics(),
+        tuple(dict.fromkeys(item.mask for item in plan.masks)), runner.diagnostics,
     )  # fmt: skip
     statistics.check()
     _check_regions(regions, statistics)
-    unseen = [
-        Diagnostic(name, "it received no calibration token: magnitude ranks its weights")
-        for name, site in statistics.sites.items()
-        if not site.token_count
-    ]
-    return replace(statistics, diagnostics=(*statistics.diagnostics, *unseen))
+    return replace(statistics, diagnostics=(*statistics.diagnostics, *_unseen(regions, statistics)))
 
 
 def _check_arguments(batches: Iterable[Any] | None, num_samples: int | None, observe: str) -> None:
@@ -150,6 +143,51 @@ def _check_regions(regions: RegionMap, statistics: CalibrationStatistics) -> Non
             )
 
 
+def _unseen(regions: RegionMap, statistics: CalibrationStatistics) -> Iterator[Diagnostic]:
+    """Sites that received no token; the experts of one weight in one line."""
+    experts: dict[str, dict[int, bool]] = {}
+    for site in regions.pruned_sites:
+        is_seen = bool(statistics.sites[site.name].token_count)
+        if site.expert is not None:
+            found = experts.setdefault(site.fqn, {})
+            found[site.expert] = found.get(site.expert, True) and is_seen
+        elif not is_seen:
+            yield Diagnostic(site.name, "it received no calibration token: magnitude ranks its weights")
+    for fqn, seen in experts.items():
+        unseen = [str(expert) for expert, is_seen in seen.items() if not is_seen]
+        if unseen:
+            listed = ", ".join(unseen[:8]) + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else "")
+            yield Diagnostic(
+                fqn,
+                f"{len(unseen)} of its {len(seen)} experts received no calibration token ({listed}): magnitude ranks their weights",
+            )
+
+
+class _AnyRunner(Protocol):
+    """Runs calibration batches, whatever the model came from."""
+
+    observed_by: set[str]
+
+    @property
+    def diagnostics(self) -> tuple[Diagnostic, ...]: ...
+
+    def normalize(self, batch: Any, index: int) -> ExampleInputs: ...
+
+    def run(self, inputs: ExampleInputs, index: int) -> None: ...
+
+
+def _runner(
+    captured: CapturedGraph, regions: RegionMap, collector: StatisticsCollector, observe: str, plan: PaddingPlan
+) -> _AnyRunner:
+    if captured.frontend != "onnx":
+        return _Runner(captured, regions, collector, observe)
+    from mfcompile.passes.onnx_calibration import OnnxRunner
+
+    if observe != "auto":
+        raise InputError(f"observe={observe!r}: an ONNX file is observed by onnxruntime. Leave observe as it is")
+    return OnnxRunner(captured, regions, collector, plan)
+
+
 class _Runner:
     """Runs one batch after another, on the graph where it fits, else on the module."""
 
@@ -161,6 +199,15 @@ class _Runner:
         self._graph: fx.GraphModule | None = None
         if observe != "module" and fits_any_values(captured):
             self._graph = run_transform(InsertObservers(regions, collector), captured).graph.graph_module
+
+    @property
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """Where padding could not be followed."""
+        return self._collector.tracker.diagnostics()
+
+    def normalize(self, batch: Any, index: int) -> ExampleInputs:
+        """A batch as arguments of the model's forward."""
+        return _normalize(self._captured.module, batch, index)
 
     def run(self, inputs: ExampleInputs, index: int) -> None:
         """One forward pass.

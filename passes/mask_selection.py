@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -96,23 +97,18 @@ def select_masks(
 
 def _mask_of(captured: CapturedGraph, sites: Sequence[PruneSite], kept: Callable[[PruneSite], Tensor]) -> Tensor:
     """The mask of one parameter, in its own layout, from the masks of its sites; rows of no site are kept."""
-    shape = tuple(captured.parameter(sites[0].fqn).shape)
-    if len(sites) == 1 and not sites[0].is_transposed and sites[0].weight_count == shape[0] * shape[1]:
-        return kept(sites[0])
-    mask = torch.ones(shape, dtype=torch.bool)
+    shape, layout = tuple(captured.parameter(sites[0].fqn).shape), sites[0].layout
+    if len(sites) == 1 and sites[0].weight_count == prod(shape):
+        return layout.stored(kept(sites[0]), shape)
+    masks = torch.ones(layout.sizes(shape), dtype=torch.bool)
     for site in sites:
-        _rows_of(mask, site).copy_(kept(site))
-    return mask
+        site.matrix(masks).copy_(kept(site))
+    return layout.stored(masks, shape)
 
 
 def site_weight(captured: CapturedGraph, site: PruneSite) -> Tensor:
-    """The weight of a site as (out_features, in_features): a view of the parameter."""
-    return _rows_of(captured.parameter(site.fqn).detach(), site)
-
-
-def _rows_of(parameter: Tensor, site: PruneSite) -> Tensor:
-    matrix = parameter.t() if site.is_transposed else parameter
-    return matrix[site.rows[0] : site.rows[1]]
+    """The weight of a site as (out_features, in_features): a view of the parameter where its strides allow one."""
+    return site.matrix(site.layout.matrices(captured.parameter(site.fqn).detach()))
 
 
 class _Scorer:

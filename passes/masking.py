@@ -70,11 +70,11 @@ class ApplyMasks:
     def ensures(self, before: CapturedGraph, result: PassResult) -> None:
         """No node reads a masked weight but the one that masks it."""
         views = parameter_views(result.graph)
-        for node, (fqn, _) in views.items():
-            if fqn in self.masks.packed and node.op == "get_attr":
+        for node, view in views.items():
+            if view.fqn in self.masks.packed and node.op == "get_attr":
                 stray = [user for user in node.users if user.target is not mask_weight]
                 if stray or not node.users:
-                    raise PostconditionError(f"{fqn} is still read unmasked, by {[user.name for user in stray]}")
+                    raise PostconditionError(f"{view.fqn} is still read unmasked, by {[user.name for user in stray]}")
 
 
 def mask_weight(weight: Tensor, mask: Tensor) -> Tensor:

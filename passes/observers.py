@@ -7,7 +7,7 @@ watches the user's own module run, for batches that do not fit a specialised gra
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,16 +22,22 @@ from mfcompile.errors import PostconditionError, PreconditionError
 from mfcompile.graph import CapturedGraph
 from mfcompile.module_copy import KeptState, storage_address
 from mfcompile.passes.base import PassResult
-from mfcompile.passes.operators import CONTRACTIONS, written_arguments
+from mfcompile.passes.operands import pairings
+from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, written_arguments
 from mfcompile.passes.padding import PaddingPlan
 from mfcompile.passes.padding_flow import PaddingTracker
-from mfcompile.passes.reduction import Reduction, distinct, reduce_activation
-from mfcompile.passes.weights import locate_operand, operand_pairs
-from mfcompile.region import PruneSite, RegionMap, WeightUse
+from mfcompile.passes.placement import match
+from mfcompile.passes.reduction import Reduction, distinct, read, reduce_activation
+from mfcompile.passes.routing import RoutedReduction, reduce_routed
+from mfcompile.passes.weights import gathered
+from mfcompile.region import PruneSite, Reading, RegionMap, WeightUse
 from mfcompile.statistics import SiteStatistics
 
 _COPIES = frozenset({"clone", "contiguous", "to", "_to_copy"})
 """Operators that may give a weight in memory of its own, in its layout."""
+
+_LOOK_UPS = frozenset({"index", "_unsafe_index", "index_select"})
+"""Operators that may copy some matrices of a stack."""
 
 
 @dataclass
@@ -57,16 +63,20 @@ class StatisticsCollector:
     _padding: dict[str, int] = field(default_factory=dict)
     _samples: dict[str, int] = field(default_factory=dict)
     _seen: dict[str, list[Reduction]] = field(default_factory=dict)
+    _met: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.by_fqn: dict[str, list[PruneSite]] = {}
+        self._by_expert: dict[tuple[str, int], list[PruneSite]] = {}
         for site in self.sites:
             self.by_fqn.setdefault(site.fqn, []).append(site)
+            if site.expert is not None:
+                self._by_expert.setdefault((site.fqn, site.expert), []).append(site)
         self.tracker = PaddingTracker(self.plan.masks)
 
     def begin_batch(self, tensors: Mapping[str, Tensor]) -> None:
         """A forward pass starts on these inputs."""
-        self._seen = {}
+        self._seen, self._met = {}, set()
         self.tracker.begin(tensors)
         sizes = {tensor.shape[0] for tensor in tensors.values() if tensor.ndim}
         self.batch_size = sizes.pop() if len(sizes) == 1 else None
@@ -81,15 +91,51 @@ class StatisticsCollector:
                 self._tokens[name] = self._tokens.get(name, 0) + reduction.token_count
                 self._padding[name] = self._padding.get(name, 0) + reduction.padding_count
                 self._samples[name] = self._samples.get(name, 0) + reduction.sample_count
+        for fqn in self._met:  # every sample passed through the router, whichever expert it was sent to
+            for site in self.by_fqn[fqn]:
+                self._samples[site.name] = self._samples.get(site.name, 0) + (self.batch_size or 1)
         self.batch_count += 1
-        self._seen = {}
+        self._seen, self._met = {}, set()
         self.tracker.end()
 
-    def add(self, fqn: str, rows: tuple[int, int], reduction: Reduction) -> None:
-        """An activation met these output rows of a weight."""
-        for site in self.by_fqn.get(fqn, ()):
+    def reduce(
+        self, activation: Tensor, reading: Reading, experts: int | None, routing: Tensor | None, *, by_sample: bool
+    ) -> Reduction | RoutedReduction:
+        """Reduce an activation, without its padding.
+
+        Args:
+            activation: as it reaches the operator.
+            reading: how it is read.
+            experts: number of experts that it meets, None for a weight that is a single matrix.
+            routing: which rows meet which expert.
+            by_sample: tell repeats of a sample apart, where it meets a single matrix.
+        """
+        with self.tracker.paused():
+            activation = read(activation, reading)
+            keep = self.tracker.keep(activation, reading.features)
+            if experts is not None:
+                return reduce_routed(activation, reading, experts, routing, keep)
+            return reduce_activation(activation, reading.features, keep, batch_size=self.batch_size, by_sample=by_sample)
+
+    def add(self, fqn: str, rows: tuple[int, int], experts: tuple[int, int], reduction: Reduction | RoutedReduction) -> None:
+        """An activation met these output rows of these experts of a weight."""
+        if isinstance(reduction, Reduction):
+            self._add(self.by_fqn.get(fqn, ()), rows, reduction)
+            return
+        self._met.add(fqn)
+        for index, expert in enumerate(range(*experts)):
+            own = reduction.of_expert(index)
+            if own is not None:
+                self._add(self._by_expert.get((fqn, expert), ()), rows, own)
+
+    def _add(self, sites: Iterable[PruneSite], rows: tuple[int, int], reduction: Reduction) -> None:
+        for site in sites:
             if rows[0] <= site.rows[0] and site.rows[1] <= rows[1]:
                 self._seen.setdefault(site.name, []).append(reduction)
+
+    def is_routed(self, fqn: str) -> bool:
+        """The weight is a stack of experts."""
+        return any(site.expert is not None for site in self.by_fqn.get(fqn, ())[:1])
 
     def statistics(self) -> dict[str, SiteStatistics]:
         """Site name -> statistics; a site that was never called has zero tokens."""
@@ -113,6 +159,7 @@ class _Copy:
         source: meta tensor, where the copied part lies in the parameter.
         result: meta tensor, how the copy lies in its memory.
         storage: that memory.
+        gathered_by: the indices that picked the matrices of the copy; ``source`` has step 0 along their dimensions.
     """
 
     fqn: str
@@ -120,13 +167,32 @@ class _Copy:
     source: Tensor
     result: Tensor
     storage: StorageWeakRef
+    gathered_by: Tensor | None = None
 
     def place_of(self, view: Tensor) -> Tensor | None:
         """Where in the parameter a view of the copy lies; None when the layouts differ and it is not the whole copy."""
-        if self.source.stride() == self.result.stride():
-            return _place(view, int(self.source.storage_offset()) - int(self.result.storage_offset()))
-        is_whole = (view.shape, view.stride()) == (self.result.shape, self.result.stride())
-        return self.source if is_whole else None
+        if (view.shape, view.stride()) == (self.result.shape, self.result.stride()):
+            return self.source
+        if self.gathered_by is not None:
+            return self._place_of_gathered(view)
+        if self.source.stride() != self.result.stride():
+            return None
+        return _place(view, int(self.source.storage_offset()) - int(self.result.storage_offset()))
+
+    def _place_of_gathered(self, view: Tensor) -> Tensor | None:
+        """The same of copied matrices, one behind the other: steps from matrix to matrix count as step 0."""
+        assert self.gathered_by is not None
+        first = self.source[(0,) * self.gathered_by.ndim]
+        size = first.numel()
+        if first.stride() != self.result.stride()[self.gathered_by.ndim :] or not size:
+            return None
+        inside = sum((length - 1) * step for length, step in zip(view.shape, view.stride(), strict=True) if step < size)
+        offset = (int(view.storage_offset()) - int(self.result.storage_offset())) % size
+        if inside + offset >= size:
+            return None
+        steps = [step if step < size else 0 for step in view.stride()]
+        start = int(self.source.storage_offset()) + offset
+        return torch.empty(start + inside + 1, device="meta").as_strided(view.shape, steps, start)
 
 
 def _place(tensor: Tensor, shift: int = 0) -> Tensor:
@@ -161,7 +227,7 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         for fqn, parameter in module.named_parameters():
             if fqn in collector.by_fqn:
                 self._parameters.setdefault(storage_address(parameter), []).append((fqn, parameter))
-        self._recent: list[tuple[weakref.ref[Tensor], int, Reduction]] = []
+        self._recent: list[tuple[weakref.ref[Tensor], object, Reduction | RoutedReduction]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -170,7 +236,7 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         if isinstance(func, HigherOrderOperator):
             return run_eagerly(func, args, kwargs, self, "the model")
         name = func._schema.name.partition("::")[2]
-        if name in CONTRACTIONS:
+        if name in CONTRACTIONS or name in CONVOLUTIONS:
             self._observe(name, args, kwargs)
         self.state.before(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -178,51 +244,70 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
             self._recent.clear()
         if name in _COPIES:
             self._follow_copy(args[0], result)
+        elif name in _LOOK_UPS:
+            self._follow_look_up(name, args, result)
         self.collector.tracker.follow(func, args, kwargs, result)
         return result
 
     def _follow_copy(self, source: Tensor, result: Tensor) -> None:
         """A weight that is cast or copied is the same weight in other memory."""
-        address = storage_address(result)
-        if address != storage_address(source):
-            for fqn, parameter, place in self._places(source):
-                storage = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
-                self._copies[address] = _Copy(fqn, parameter, _place(place), _place(result), storage)
+        if storage_address(result) != storage_address(source):
+            for fqn, parameter, place, gathered_by in self._places(source):
+                self._remember_copy(fqn, parameter, _place(place), result, gathered_by)
 
-    def _places(self, weight: Tensor) -> list[tuple[str, Tensor, Tensor]]:
-        """(FQN, parameter, where in the parameter the tensor lies) for every site weight that it may be rows of."""
+    def _follow_look_up(self, name: str, args: tuple[Any, ...], result: Tensor) -> None:
+        """Matrices that were looked up by number (the expert of every token) are copies as well."""
+        listed = [args[2]] if name == "index_select" and args[1] == 0 else args[1]
+        if not isinstance(listed, (list, tuple)) or len(listed) != 1 or args[0].ndim < 3:
+            return
+        (indices,) = listed
+        if isinstance(indices, Tensor) and not indices.dtype.is_floating_point and indices.dtype != torch.bool:
+            for fqn, parameter, place, gathered_by in self._places(args[0]):
+                if gathered_by is None and place.shape[0]:
+                    self._remember_copy(fqn, parameter, _place(gathered(_place(place), tuple(indices.shape))), result, indices)
+
+    def _remember_copy(self, fqn: str, parameter: Tensor, source: Tensor, result: Tensor, gathered_by: Tensor | None) -> None:
+        storage = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
+        self._copies[storage_address(result)] = _Copy(fqn, parameter, source, _place(result), storage, gathered_by)
+
+    def _places(self, weight: Tensor) -> list[tuple[str, Tensor, Tensor, Tensor | None]]:
+        """(FQN, parameter, where in the parameter the tensor lies, by which indices) for every weight that it may be of."""
         address = storage_address(weight)
         copy = self._copies.get(address)
         if copy is None:
-            return [(fqn, parameter, weight) for fqn, parameter in self._parameters.get(address, ())]
+            return [(fqn, parameter, weight, None) for fqn, parameter in self._parameters.get(address, ())]
         if copy.storage.expired():  # type: ignore[no-untyped-call]
             del self._copies[address]
             return []
         place = copy.place_of(weight)
-        return [] if place is None else [(copy.fqn, copy.parameter, place)]
+        return [] if place is None else [(copy.fqn, copy.parameter, place, copy.gathered_by)]
 
     def _observe(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        for weight, contracted, activation, feature_dim in operand_pairs(name, args, kwargs):
+        for pairing in pairings(name, args, kwargs):
+            weight, activation = pairing.weight, pairing.activation
             if not isinstance(weight, Tensor) or not isinstance(activation, Tensor):
                 continue
-            for fqn, parameter, place in self._places(weight):
-                view = locate_operand(place, contracted, parameter)
-                if view is not None:
-                    self.collector.add(fqn, view.rows, self._reduce(fqn, activation, feature_dim))
+            for fqn, parameter, place, gathered_by in self._places(weight):
+                found = match(pairing, place, parameter, gathered_by)
+                if found is not None:
+                    reduction = self._reduce(fqn, activation, found.reading, found.experts, found.routed_by)
+                    self.collector.add(fqn, found.rows, found.experts, reduction)
                     return
 
-    def _reduce(self, fqn: str, activation: Tensor, feature_dim: int) -> Reduction:
+    def _reduce(
+        self, fqn: str, activation: Tensor, reading: Reading, experts: tuple[int, int], routing: Tensor | None
+    ) -> Reduction | RoutedReduction:
         by_sample = fqn in self.collector.repeated
-        for reference, dim, reduction in self._recent:
-            if reference() is activation and dim == feature_dim:
-                if by_sample and reduction.by_sample is None:
+        count = experts[1] - experts[0] if self.collector.is_routed(fqn) else None
+        key = (reading, count, id(routing))
+        for reference, known, reduction in self._recent:
+            if reference() is activation and known == key:
+                if by_sample and isinstance(reduction, Reduction) and reduction.by_sample is None:
                     continue
                 return reduction
-        keep = self.collector.tracker.keep(activation, feature_dim)
-        batch_size = self.collector.batch_size
-        reduction = reduce_activation(activation, feature_dim, keep, batch_size=batch_size, by_sample=by_sample)
-        self._recent = [*self._recent[-1:], (weakref.ref(activation), feature_dim, reduction)]
-        return reduction
+        reduced = self.collector.reduce(activation, reading, count, routing, by_sample=by_sample)
+        self._recent = [*self._recent[-1:], (weakref.ref(activation), key, reduced)]
+        return reduced
 
 
 class ActivationObserver(nn.Module):
@@ -233,15 +318,19 @@ class ActivationObserver(nn.Module):
         self._collector = collector
         self._uses = tuple(uses)
 
-    def forward(self, activation: Tensor) -> None:
-        """Reduce ``activation`` (any shape with the features at the uses' feature dimension)."""
-        collector, feature_dim = self._collector, self._uses[0].feature_dim
+    def forward(self, activation: Tensor, routing: Tensor | None = None) -> None:
+        """Reduce ``activation`` as its uses read it; ``routing`` says which rows meet which expert."""
+        collector, first = self._collector, self._uses[0]
         by_sample = any(use.fqn in collector.repeated for use in self._uses)
-        with collector.tracker.paused():
-            keep = collector.tracker.keep(activation, feature_dim)
-            reduction = reduce_activation(activation, feature_dim, keep, batch_size=collector.batch_size, by_sample=by_sample)
+        count = _expert_count(first, collector)
+        reduction = collector.reduce(activation, first.reading, count, routing, by_sample=by_sample)
         for use in self._uses:
-            collector.add(use.fqn, use.rows, reduction)
+            collector.add(use.fqn, use.rows, use.experts, reduction)
+
+
+def _expert_count(use: WeightUse, collector: StatisticsCollector) -> int | None:
+    """Number of experts that a use meets; None where its weight is a single matrix."""
+    return use.experts[1] - use.experts[0] if collector.is_routed(use.fqn) else None
 
 
 @dataclass(frozen=True)
@@ -279,17 +368,18 @@ class InsertObservers:
         by_name = {node.name: copy for node, copy in copies.items()}
         order = {node.name: index for index, node in enumerate(graph.graph.nodes)}
         writes = _writes_before(graph.graph)
-        groups: dict[tuple[str, int, int], list[WeightUse]] = {}
+        groups: dict[tuple[Any, ...], list[WeightUse]] = {}
         for fqn in self.collector.by_fqn:
             for use in self.regions.evidence.get(fqn, ()):
                 # An activation that is written in place between two uses is another one for the second.
-                groups.setdefault((use.activation, use.feature_dim, writes[use.node]), []).append(use)
-        for index, ((activation, _, _), group) in enumerate(groups.items()):
+                seen = (use.activation, use.routed_by, use.reading, _expert_count(use, self.collector), writes[use.node])
+                groups.setdefault(seen, []).append(use)
+        for index, ((activation, routed_by, *_), group) in enumerate(groups.items()):
             target = f"mfcompile_observer_{index}"
             root.add_module(target, ActivationObserver(self.collector, group))
             first = min((use.node for use in group), key=lambda name: order[name])
             with new_graph.inserting_before(by_name[first]):
-                new_graph.call_module(target, (by_name[activation],))
+                new_graph.call_module(target, tuple(by_name[name] for name in (activation, routed_by) if name is not None))
         return PassResult(replace(graph, graph_module=fx.GraphModule(root, new_graph)), modified=bool(groups))
 
     def ensures(self, before: CapturedGraph, result: PassResult) -> None:

@@ -50,10 +50,21 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     return written
 
 
-CONTRACTIONS = frozenset(
-    {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "_grouped_mm", "addmv", "mv", "addbmm"}
-)
+GROUPED_PRODUCTS = frozenset({"_grouped_mm", "grouped_mm_fallback"})
+"""Operators that multiply groups of rows, each by a matrix of its own."""
+
+CONTRACTIONS = GROUPED_PRODUCTS | {
+    "linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "addmv", "mv", "addbmm", "tensordot",
+}  # fmt: skip
 """Operators that sum products of two operands."""
+
+TRANSPOSED_CONVOLUTIONS = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+
+CONVOLUTIONS = TRANSPOSED_CONVOLUTIONS | {"conv1d", "conv2d", "conv3d", "convolution", "_convolution"}
+"""Operators that multiply places of their input by a weight (out, in / groups, *kernel)."""
+
+BILINEAR = frozenset({"bilinear", "_trilinear"})
+"""Operators that multiply a weight by two activations at once."""
 
 SOFTMAX_ATTENTION = frozenset(
     {

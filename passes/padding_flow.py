@@ -93,12 +93,12 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         """The forward pass is over: nothing is marked any more."""
         self._marks = {}
 
-    def keep(self, activation: Tensor, feature_dim: int) -> Tensor | None:
+    def keep(self, activation: Tensor, features: tuple[int, ...]) -> Tensor | None:
         """Which rows of an activation are tokens.
 
         Args:
-            activation: (..., in_features), or with the features at ``feature_dim``.
-            feature_dim: counted from the end.
+            activation: (..., in_features), or with the features at ``features``.
+            features: dimensions counted from the end.
 
         Returns:
             bool, sizes of the activation without the features; None when no row is padding.
@@ -106,12 +106,11 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         mark = self._read(activation)
         if mark is None:
             return None
-        padding = mark.all(feature_dim)
+        padding = _all_over(mark, features, keepdim=False)
         if not bool(padding.any()):
             return None
-        sizes = list(activation.shape)
-        del sizes[feature_dim]
-        return ~padding.expand(sizes)
+        dims = {dim % activation.ndim for dim in features}
+        return ~padding.expand([size for dim, size in enumerate(activation.shape) if dim not in dims])
 
     def following(self) -> contextlib.AbstractContextManager[Any]:
         """Follow what runs inside, where there is padding to follow."""
@@ -391,6 +390,7 @@ _RULES: dict[str, _Rule] = {
     "bmm": lambda tracker, named: _product(tracker, named["self"], named["mat2"]),
     "addmm": lambda tracker, named: _product(tracker, named["mat1"], named["mat2"]),
     "baddbmm": lambda tracker, named: _product(tracker, named["batch1"], named["batch2"]),
+    "_grouped_mm": lambda tracker, named: tracker.rows(named["self"]),
     "einsum": _einsum,
     "embedding": _embedding,
     **dict.fromkeys(SOFTMAX_ATTENTION, _attention),

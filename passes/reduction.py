@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from mfcompile.region import Reading
 
 _CHUNK_ROWS = 256
 """Rows that are summed in float32."""
@@ -49,9 +52,29 @@ class SampleSums:
     rows: int
 
 
+def read(activation: Tensor, reading: Reading) -> Tensor:
+    """The activation that the dimensions of a reading count in: cut into patches where a convolution reads it.
+
+    Args:
+        activation: any; (..., in, *places) for a convolution.
+        reading: how it is read.
+
+    Returns:
+        The activation itself, or (..., in, *patches, *kernel): a view, unless zeros are padded.
+    """
+    patches = reading.patches
+    if patches is None:
+        return activation
+    if any(patches.padding):
+        activation = functional.pad(activation, [side for size in reversed(patches.padding) for side in (size, size)])
+    for size, step in zip(patches.kernel, patches.stride, strict=True):
+        activation = activation.unfold(-len(patches.kernel), size, step)
+    return activation
+
+
 def reduce_activation(
     activation: Tensor,
-    feature_dim: int = -1,
+    feature_dim: int | tuple[int, ...] = -1,
     keep: Tensor | None = None,
     *,
     batch_size: int | None = None,
@@ -64,15 +87,15 @@ def reduce_activation(
 
     Args:
         activation: (..., in_features), or (..., in_features, n) with feature_dim=-2; any float dtype.
-        feature_dim: dimension of the features, counted from the end.
-        keep: bool, sizes of the activation without the feature dimension; False rows are padding.
+        feature_dim: dimension of the features, counted from the end; several are read as one, in their order.
+        keep: bool, sizes of the activation without the feature dimensions; False rows are padding.
         batch_size: samples in the batch, for an activation whose rows are all in one dimension.
         by_sample: also give the sums of every sample.
 
     Returns:
         The reduction; a row that is left out cannot spread NaN.
     """
-    rows = activation if feature_dim == -1 else activation.movedim(feature_dim, -1)
+    rows = _features_last(activation, (feature_dim,) if isinstance(feature_dim, int) else feature_dim)
     leading = rows.shape[:-1]
     samples = int(leading[0]) if len(leading) > 1 else 1
     if len(leading) == 1 and batch_size and leading[0] % batch_size == 0:
@@ -97,6 +120,13 @@ def reduce_activation(
         samples,
         SampleSums(sums, tokens, count) if by_sample else None,
     )
+
+
+def _features_last(activation: Tensor, features: tuple[int, ...]) -> Tensor:
+    """(..., in_features): the dimensions of the features moved to the end, as one."""
+    if features == (-1,):
+        return activation
+    return activation.movedim(features, tuple(range(-len(features), 0))).flatten(-len(features))
 
 
 def _weighted_squares(weights: Tensor, matrix: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ def infer_regions(captured: CapturedGraph, options: RegionOptions | None = None)
             raise InputError(f"regions[{pattern!r}] is {region!r}: the name of a region is a string, such as 'vision'")
     modalities = infer_modalities(captured, options.modalities)
     flow = flow_labels(captured, {item.name: frozenset({item.modality}) for item in modalities if item.modality})
-    uses, refusals = find_weight_uses(captured)
-    uses = _with_labels(captured, uses, flow)
+    findings = find_weight_uses(captured)
+    uses = _with_labels(captured, findings.uses, flow)
     content = {item.modality for item in modalities if item.modality}
     evidence: dict[str, tuple[WeightUse, ...]] = {}
     for use in uses:
@@ -71,15 +71,21 @@ def infer_regions(captured: CapturedGraph, options: RegionOptions | None = None)
     def region_for(fqn: str, found: Sequence[WeightUse]) -> str:
         if fqn in overrides:
             return overrides[fqn]
-        return name_region(NO_LABELS.union(*(decided[use] for use in found)), content)
+        labels = NO_LABELS.union(*(decided[use] for use in found))
+        if not found and fqn in findings.layers:  # it is not pruned, but its region is known
+            labels = flow.computed[findings.layers[fqn]]
+        return name_region(labels, content)
 
     weights = {fqn: region_for(fqn, found) for fqn, found in evidence.items()}
     chosen: dict[str, str] = {}
     if options.regions:
-        chosen = select(list(options.regions), _names(captured, weights), what="regions")
+        chosen = select(list(options.regions), _names(captured, weights, findings.layers), what="regions")
         overrides.update({fqn: options.regions[pattern] for fqn, pattern in chosen.items()})
-    names = _names(captured, {fqn: region_for(fqn, found) for fqn, found in evidence.items()})
-    sites, site_diagnostics = build_sites(captured, evidence, region_for, refusals, names, options.targets, options.ignore)
+    weights = {fqn: region_for(fqn, found) for fqn, found in evidence.items()}
+    names = _names(captured, weights, findings.layers)
+    sites, site_diagnostics = build_sites(
+        captured, evidence, region_for, findings.refusals, names, options.targets, options.ignore
+    )
     weights = {fqn: region_for(fqn, evidence.get(fqn, ())) for fqn in names}
     return RegionMap(modalities, weights, evidence, sites, chosen, (*diagnostics, *site_diagnostics))
 
@@ -100,7 +106,8 @@ def name_region(labels: Labels, content: Iterable[str | None]) -> str:
 def _with_labels(captured: CapturedGraph, uses: tuple[WeightUse, ...], flow: LabelFlow) -> tuple[WeightUse, ...]:
     nodes = {node.name: node for node in captured.graph.nodes}
     stacks = CallStacks(captured)
-    finder = BlockFinder(captured, uses, stacks, flow)
+    # A convolution makes no block: what is repeated is told by the linear weights.
+    finder = BlockFinder(captured, tuple(use for use in uses if use.reading.patches is None), stacks, flow)
     leaving = leaving_labels(captured, flow, stacks)
     found = []
     for use in uses:
@@ -139,9 +146,9 @@ def _decide(
     return decided, diagnostics
 
 
-def _names(captured: CapturedGraph, weights: Mapping[str, str]) -> dict[str, WeightNames]:
-    """What patterns can match, for every 2-D weight that is used, and for every unused linear weight."""
+def _names(captured: CapturedGraph, weights: Mapping[str, str], refused: Iterable[str]) -> dict[str, WeightNames]:
+    """What patterns can match, for every weight of a layer: used as a linear one, refused, or not used at all."""
     return {
         fqn: weight_names(captured.module, fqn, captured.aliases.get(fqn, ()), weights.get(fqn, UNTAGGED))
-        for fqn in linear_weights(captured, weights)
+        for fqn in linear_weights(captured, (*weights, *refused))
     }

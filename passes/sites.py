@@ -1,4 +1,4 @@
-"""Prune sites: linear weights by rows that see one input, and why each skipped one is skipped."""
+"""Prune sites: linear weights by expert and by rows that see one input, and why each skipped one is skipped."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from itertools import pairwise
 
 from torch import fx, nn
 
+from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph, Diagnostic
-from mfcompile.passes.operators import CONTRACTIONS, operator_name
+from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, operator_name
 from mfcompile.passes.weights import parameter_views
-from mfcompile.patterns import WeightNames, select
-from mfcompile.region import PruneSite, WeightUse
+from mfcompile.patterns import WeightNames, matches, select
+from mfcompile.region import ROWS, PruneSite, WeightLayout, WeightUse
 
 RegionFor = Callable[[str, Sequence[WeightUse]], str]
 
 
 def linear_weights(captured: CapturedGraph, used: Iterable[str]) -> tuple[str, ...]:
-    """FQNs of all linear weights in ``named_parameters`` order: those that the graph contracts, and unused nn.Linear ones."""
+    """FQNs of all weights of layers in ``named_parameters`` order: those of ``used``, and of every nn.Linear."""
     wanted = set(used)
     owned = {
         id(module.weight)
@@ -47,44 +48,85 @@ def build_sites(
         targets, ignore: the user's patterns.
 
     Raises:
-        InputError: a pattern matches no weight.
+        InputError: a pattern matches no weight, or only weights that cannot be pruned.
     """
-    targeted = select(targets, names, what="targets") if targets else None
+    targeted = _targeted(targets, names) if targets else None
     ignored = select(ignore, names, what="ignore") if ignore else {}
     refused = {item.subject: item.reason for item in refusals}
+    disagreements = _disagreements(evidence)
+    refused = {**disagreements, **refused}
     other_users = _other_users(captured)
+    hopeless = {
+        fqn: reason for fqn in names if (reason := _cannot(fqn, evidence.get(fqn, ()), other_users, refused)) is not None
+    }
+    _check_targets(targets, names, hopeless)
     sites: list[PruneSite] = []
     for fqn in names:
         uses = evidence.get(fqn, ())
-        reason = _reason(fqn, uses, other_users, refused, targeted, ignored)
-        sites += _rows_as_sites(captured, fqn, uses, region_for, reason)
+        reason = hopeless.get(fqn) or _reason(fqn, uses, targeted, ignored)
+        sites += _matrices_as_sites(captured, fqn, () if fqn in disagreements else uses, region_for, reason)
     listed = {site.fqn for site in sites}
     diagnostics = [Diagnostic(fqn, reason) for fqn, reason in refused.items() if fqn not in listed]
     diagnostics += [
-        Diagnostic(site.name, f"called with different modalities; it is pruned with {site.region}")
+        Diagnostic(
+            site.name if site.expert is None else site.fqn, f"called with different modalities; it is pruned with {site.region}"
+        )
         for site in sites
         if site.is_shared and site.skipped is None
     ]
-    return tuple(sites), tuple(diagnostics)
+    return tuple(sites), tuple(dict.fromkeys(diagnostics))
+
+
+def _targeted(targets: Sequence[str], names: Mapping[str, WeightNames]) -> dict[str, str]:
+    """FQN -> the pattern that targets it; one that names the weight before one that names its region."""
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    by_name = [pattern for pattern in patterns if not pattern.startswith("region:")]
+    return select(patterns, names, what="targets") | (select(by_name, names, what="targets") if by_name else {})
+
+
+def _disagreements(evidence: Mapping[str, tuple[WeightUse, ...]]) -> dict[str, str]:
+    """FQN -> that its uses read its dimensions differently."""
+    found: dict[str, str] = {}
+    for fqn, uses in evidence.items():
+        layouts = {use.layout for use in uses}
+        if len(layouts) > 1:
+            is_square = all(len(layout.inputs) == len(layout.outputs) == 1 and not layout.experts for layout in layouts)
+            found[fqn] = (
+                "it is used both ways round (as W and as its transpose)"
+                if is_square
+                else "its uses disagree about which of its dimensions are inputs, outputs and experts"
+            )
+    return found
+
+
+def _cannot(fqn: str, uses: tuple[WeightUse, ...], other_users: Mapping[str, str], refused: Mapping[str, str]) -> str | None:
+    """Why a weight cannot be pruned, whatever the user asks for."""
+    if fqn in refused:
+        return refused[fqn]
+    return other_users.get(fqn) if uses else "no call of the captured run uses it"
+
+
+def _check_targets(targets: Sequence[str] | None, names: Mapping[str, WeightNames], hopeless: Mapping[str, str]) -> None:
+    """Refuse a pattern that names nothing but weights that cannot be pruned."""
+    for pattern in [targets] if isinstance(targets, str) else targets or ():
+        hits = [fqn for fqn, known in names.items() if matches(pattern, known)]
+        if hits and hopeless.keys() >= set(hits):
+            more = f" (and {len(hits) - 1} more)" if len(hits) > 1 else ""
+            raise InputError(
+                f"targets: the pattern {pattern!r} names only weights that cannot be pruned: {hits[0]}{more} is left dense, "
+                f"because: {hopeless[hits[0]]}. Leave the pattern out"
+            )
 
 
 def _reason(
-    fqn: str,
-    uses: tuple[WeightUse, ...],
-    other_users: Mapping[str, str],
-    refused: Mapping[str, str],
-    targeted: Mapping[str, str] | None,
-    ignored: Mapping[str, str],
+    fqn: str, uses: tuple[WeightUse, ...], targeted: Mapping[str, str] | None, ignored: Mapping[str, str]
 ) -> str | None:
-    """Why a weight stays dense; None when it is pruned."""
-    if fqn in refused:
-        return refused[fqn]
-    if not uses:
-        return "no call of the captured run uses it"
-    if fqn in other_users:
-        return other_users[fqn]
+    """Why a weight that could be pruned stays dense; None when it is pruned."""
     if fqn in ignored:
         return f"ignored by the pattern {ignored[fqn]!r}"
+    is_convolution = all(use.reading.patches is not None for use in uses)
+    if is_convolution and (targeted is None or targeted.get(fqn, "region:").startswith("region:")):
+        return "a convolution of patches or single places (pruned only where targets names it)"
     if targeted is not None:
         return None if fqn in targeted else "no pattern of targets matches it"
     if all(use.block is None for use in uses):
@@ -96,15 +138,15 @@ def _other_users(captured: CapturedGraph) -> dict[str, str]:
     """FQN -> why its values are read by something else than a linear node (an embedding look-up, an elementwise operator)."""
     views = parameter_views(captured)
     found: dict[str, str] = {}
-    for node, (fqn, _) in views.items():
+    for node, view in views.items():
         for user in node.users:
-            if user in views or operator_name(user) in CONTRACTIONS or user.op == "output":
+            if user in views or operator_name(user) in CONTRACTIONS | CONVOLUTIONS or user.op == "output":
                 continue
-            if len(captured.parameter(fqn).shape) != 2 or _is_split(user, node):
+            if captured.parameter(view.fqn).ndim < 2 or _is_split(user, node):
                 continue
             name = operator_name(user)
             tied = "it is tied to an embedding table" if name.startswith("embedding") else f"{name} reads it as well"
-            found[fqn] = f"{tied} ({user.name}); masking it would change more than a linear layer"
+            found[view.fqn] = f"{tied} ({user.name}); masking it would change more than a linear layer"
     return found
 
 
@@ -112,38 +154,67 @@ def _is_split(user: fx.Node, node: fx.Node) -> bool:
     return operator_name(user) in {"split", "chunk", "unbind", "split_with_sizes", "tensor_split"} and user.args[0] is node
 
 
-def _rows_as_sites(
+def _matrices_as_sites(
     captured: CapturedGraph,
     fqn: str,
     uses: tuple[WeightUse, ...],
     region_for: RegionFor,
     reason: str | None,
 ) -> list[PruneSite]:
-    """Cut the output rows where the set of uses changes, so that all rows of a site see the same activations."""
+    """The sites of one parameter, expert by expert.
+
+    An expert that no token of the example was routed to is like the others: its own tokens may come with calibration.
+    """
     shape = tuple(captured.parameter(fqn).shape)
-    is_transposed = bool(uses) and uses[0].is_transposed
-    out_features, in_features = (shape[1], shape[0]) if is_transposed else (shape[0], shape[1])
-    if any(use.is_transposed != is_transposed for use in uses):
-        reason = "it is used both ways round (as W and as its transpose)"
-        uses = ()
+    layout = uses[0].layout if uses else _guessed_layout(len(shape))
+    if not layout.experts:
+        return _rows_as_sites(captured, fqn, layout, uses, region_for, reason, None)
+    by_expert: dict[int, tuple[WeightUse, ...]] = {}
+    for use in uses:
+        for expert in range(*use.experts):
+            by_expert[expert] = (*by_expert.get(expert, ()), use)
+    sites: list[PruneSite] = []
+    for expert in range(layout.sizes(shape)[0]):
+        sites += _rows_as_sites(captured, fqn, layout, by_expert.get(expert, uses), region_for, reason, expert)
+    return sites
+
+
+def _guessed_layout(ndim: int) -> WeightLayout:
+    """How a weight that is not used is shown: outputs first."""
+    return ROWS if ndim == 2 else WeightLayout((0,), tuple(range(1, ndim)))
+
+
+def _rows_as_sites(
+    captured: CapturedGraph,
+    fqn: str,
+    layout: WeightLayout,
+    uses: tuple[WeightUse, ...],
+    region_for: RegionFor,
+    reason: str | None,
+    expert: int | None,
+) -> list[PruneSite]:
+    """Cut the output rows where the set of uses changes, so that all rows of a site see the same activations."""
+    _, out_features, in_features = layout.sizes(tuple(captured.parameter(fqn).shape))
     cuts = sorted({0, out_features, *(edge for use in uses for edge in use.rows)})
     tied = tuple(name for name in captured.aliases.get(fqn, ()) if name != fqn)
+    matrix = fqn if expert is None else f"{fqn}[{expert}]"
     sites = []
     for start, stop in pairwise(cuts):
         covering = [use for use in uses if use.rows[0] <= start and stop <= use.rows[1]]
         labels = {use.label for use in covering}
         sites.append(
             PruneSite(
-                name=fqn if (start, stop) == (0, out_features) else f"{fqn}[{start}:{stop}]",
+                name=matrix if (start, stop) == (0, out_features) else f"{matrix}[{start}:{stop}]",
                 fqn=fqn,
                 rows=(start, stop),
                 out_features=stop - start,
                 in_features=in_features,
-                is_transposed=is_transposed,
+                layout=layout,
                 region=region_for(fqn, covering or uses),
                 tied_with=tied,
                 is_shared=len(labels) > 1,
                 skipped=reason if reason or covering else "no call of the captured run uses these rows",
+                expert=expert,
             )
         )
     return sites

@@ -1,14 +1,14 @@
 """Find every use of a stored linear weight in a graph, by following its views.
 
-A parameter reaches the operator that multiplies it through transposes, slices, splits and reshapes. These are run
-on a meta tensor of the same shape; offset and strides of the result then tell which output rows are used and which
-way round the weight is stored. Shapes alone cannot tell, and names are not asked.
+A parameter reaches the operator that multiplies it through transposes, slices, splits, reshapes and look-ups of whole
+matrices. These are run on a meta tensor of the same shape; ``placement`` reads off offset and strides which rows of which
+matrices are used. Shapes alone cannot tell, and names are not asked.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,148 +16,165 @@ import torch
 from torch import Tensor, fx
 
 from mfcompile.graph import CapturedGraph, Diagnostic, module_stack
-from mfcompile.passes.operators import CONTRACTIONS, is_view, operator_name
+from mfcompile.passes.operands import convolution_refusal, pairings
+from mfcompile.passes.operators import BILINEAR, CONTRACTIONS, CONVOLUTIONS, argument, is_view, operator_name
+from mfcompile.passes.placement import Match, match
+from mfcompile.passes.subgraphs import subgraph_weights
 from mfcompile.region import WeightUse
 
 _KEEPS_LAYOUT = frozenset({"to", "contiguous", "clone", "detach", "alias", "lift_fresh", "_to_copy", "detach_"})
+_PRODUCTS = CONTRACTIONS | CONVOLUTIONS
 _SPLITS = frozenset({"split", "chunk", "unbind", "split_with_sizes", "tensor_split"})
 
 
 @dataclass(frozen=True)
-class OperandView:
-    """How a 2-D operand lies in the parameter it is a view of.
+class ParameterView:
+    """What a node takes of one stored parameter.
 
     Attributes:
-        rows: output rows, [start, stop).
-        is_transposed: the parameter is stored (in_features, out_features).
+        fqn: the parameter.
+        tensor: on the meta device, where it lies in the parameter.
+        gathered_by: the node of indices that picked matrices along dimension 0; ``tensor`` has step 0 along theirs.
     """
 
-    rows: tuple[int, int]
-    is_transposed: bool
+    fqn: str
+    tensor: Tensor
+    gathered_by: fx.Node | None = None
 
 
-def locate_operand(operand: Tensor, contracted: int, parameter: Tensor) -> OperandView | None:
-    """Which output rows of a parameter an operand is, judged by offset and strides in their common storage.
+@dataclass(frozen=True)
+class WeightFindings:
+    """What the contractions of a graph do with its parameters.
 
-    Args:
-        operand: the tensor that is multiplied; its other dimensions are outputs (heads and their width, say), or
-            copies for each sample.
-        contracted: dimension of the operand that is summed over, counted from the end.
-        parameter: (out_features, in_features) or (in_features, out_features); shares its storage with the operand.
-
-    Returns:
-        None when the operand is no block of whole output rows.
-    """
-    if operand.ndim < max(2, -contracted) or parameter.ndim != 2:
-        return None
-    (height, width), (row_step, column_step) = parameter.shape, parameter.stride()
-    offset = int(operand.storage_offset()) - int(parameter.storage_offset())
-    inputs, step_in = operand.shape[contracted], operand.stride(contracted)
-    merged = _merge(operand, contracted % operand.ndim)
-    if merged is None:
-        return None
-    outputs, step_out = merged
-
-    def fits(length: int, along: int, across: int, limit: int) -> OperandView | None:
-        """``along``: step of the input dimension in the parameter; ``across``: step of its output dimension."""
-        # A dimension of size one may carry any stride.
-        lies = inputs == length and (step_in == along or inputs == 1) and (step_out == across or outputs == 1)
-        start = offset // across
-        if not lies or offset % across or start + outputs > limit:
-            return None
-        return OperandView((start, start + outputs), is_transposed=along == row_step and along != column_step)
-
-    return fits(width, column_step, row_step, height) or fits(height, row_step, column_step, width)
-
-
-def _merge(operand: Tensor, contracted: int) -> tuple[int, int] | None:
-    """Size and step of all dimensions but one, as one; None when they do not lie at one step. Copies do not count."""
-    size, step = 1, 1
-    for dim in reversed(range(operand.ndim)):
-        if dim == contracted or operand.shape[dim] == 1 or operand.stride(dim) == 0:
-            continue
-        if size == 1:
-            step = operand.stride(dim)
-        elif operand.stride(dim) != size * step:
-            return None
-        size *= operand.shape[dim]
-    return size, step
-
-
-def operand_pairs(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Any, int, Any, int]]:
-    """What a contraction may multiply by what, for nodes and for tensors alike.
-
-    Args:
-        name: the operator, without namespace.
-        args, kwargs: its arguments.
-
-    Returns:
-        (operand that may be the weight, its contracted dimension, the other operand, its contracted dimension),
-        likelier weights first; dimensions are counted from the end.
+    Attributes:
+        uses: uses of linear weights in execution order, labels not yet filled in.
+        refusals: why a parameter that is multiplied is no linear weight that could be pruned.
+        layers: FQN -> node that multiplies it, of the refused that are weights of layers all the same (convolutions,
+            bilinear forms, layers inside of control flow).
     """
 
-    def at(key: str, position: int) -> Any:
-        return kwargs[key] if key in kwargs else args[position] if len(args) > position else None
-
-    if name == "linear":
-        return [(at("weight", 1), -1, at("input", 0), -1)]
-    if name in {"mm", "matmul", "bmm"}:
-        first, second = at("self", 0), at("other" if name == "matmul" else "mat2", 1)
-        return [(second, -2, first, -1), (first, -1, second, -2)]
-    if name == "addmm":
-        first, second = at("mat1", 1), at("mat2", 2)
-        return [(second, -2, first, -1), (first, -1, second, -2)]
-    if name == "einsum":
-        return _einsum_pairs(at("equation", 0), at("tensors", 1))
-    return []
+    uses: tuple[WeightUse, ...]
+    refusals: tuple[Diagnostic, ...]
+    layers: Mapping[str, fx.Node]
 
 
-def _einsum_pairs(equation: Any, tensors: Any) -> list[tuple[Any, int, Any, int]]:
-    if not isinstance(equation, str) or not isinstance(tensors, (list, tuple)) or len(tensors) != 2:
-        return []
-    left, _, result = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if "." in equation or len(terms) != 2:
-        return []
-    found: list[tuple[Any, int, Any, int]] = []
-    for weight, other in ((1, 0), (0, 1)):
-        common = set(terms[weight]) & set(terms[other])
-        if len(common) == 1 and not common & set(result):
-            (letter,) = common
-            dims = [terms[index].index(letter) - len(terms[index]) for index in (weight, other)]
-            found.append((tensors[weight], dims[0], tensors[other], dims[1]))
-    return found
+@dataclass(frozen=True)
+class _Candidate:
+    """A contraction that can be read as this use; ``other`` is the parameter in place of its activation, if any."""
+
+    use: WeightUse
+    other: str | None = None
 
 
-def find_weight_uses(captured: CapturedGraph) -> tuple[tuple[WeightUse, ...], tuple[Diagnostic, ...]]:
-    """Every contraction of an activation with (rows of) a stored 2-D weight, in execution order.
-
-    Returns:
-        The uses (labels not yet filled in), and a diagnostic for every contraction with a parameter that could not
-        be read as whole rows of a linear weight.
-    """
+def find_weight_uses(captured: CapturedGraph) -> WeightFindings:
+    """Every contraction of an activation with (rows of) a stored linear weight."""
     views = parameter_views(captured)
     changed = _changed_parameters(captured, views)
-    uses: list[WeightUse] = []
+    found: dict[str, list[_Candidate]] = {}
     refused: list[Diagnostic] = []
+    layers: dict[str, fx.Node] = {}
     for node in captured.graph.nodes:
-        if operator_name(node) not in CONTRACTIONS:
+        for fqn, reason in (*_refused_layers(node, views, changed), *subgraph_weights(node, captured, _fqns(views))):
+            refused.append(Diagnostic(fqn, reason))
+            layers.setdefault(fqn, node)
+        if operator_name(node) not in _PRODUCTS:
             continue
-        use = _use_of(node, views, captured)
-        if use is not None:
-            uses.append(use)
+        candidates = list(_candidates(node, views, captured))
+        sure = [item for item in candidates if item.other is None]
+        if candidates:
+            found[node.name] = sure[:1] or candidates
+        elif operator_name(node) in CONTRACTIONS:
+            refused += _refusals(node, views, changed, captured)
+    uses, unclear = _settle(found)
+    return WeightFindings(tuple(uses), (*refused, *unclear), layers)
+
+
+def _settle(found: Mapping[str, list[_Candidate]]) -> tuple[list[WeightUse], list[Diagnostic]]:
+    """Decide which of two parameters that meet in a product is the weight: the one that is a weight elsewhere."""
+    known = {item.use.fqn for candidates in found.values() for item in candidates if item.other is None}
+    uses: list[WeightUse] = []
+    unclear: list[Diagnostic] = []
+    for node, candidates in found.items():
+        chosen = [item for item in candidates if item.other is None or (item.use.fqn in known and item.other not in known)]
+        if chosen:
+            uses.append(chosen[0].use)
             continue
+        for item in candidates:
+            reason = f"{node} multiplies it with another parameter, {item.other}: which of the two is the weight cannot be told"
+            unclear.append(Diagnostic(item.use.fqn, reason))
+    return uses, unclear
+
+
+def _candidates(node: fx.Node, views: Mapping[fx.Node, ParameterView], captured: CapturedGraph) -> Iterator[_Candidate]:
+    """Every way to read a contraction as a use of a stored weight, likelier ones first."""
+    name = operator_name(node)
+    for pairing in pairings(name, node.args, node.kwargs):
+        weight, activation = pairing.weight, pairing.activation
+        if not isinstance(weight, fx.Node) or weight not in views or not isinstance(activation, fx.Node):
+            continue
+        view = views[weight]
+        matched = match(pairing, view.tensor, _like(captured.parameter(view.fqn)), view.gathered_by)
+        if matched is not None:
+            other = views.get(activation)
+            # A bare product of two parameters (learned queries times a weight) does not say which is which.
+            is_unclear = other is not None and name != "linear" and captured.parameter(other.fqn).ndim == 2
+            use = _use(node, view.fqn, activation, matched)
+            yield _Candidate(use, other.fqn if is_unclear and other is not None else None)
+
+
+def _use(node: fx.Node, fqn: str, activation: fx.Node, matched: Match) -> WeightUse:
+    routed_by = matched.routed_by
+    return WeightUse(
+        node=node.name,
+        fqn=fqn,
+        rows=matched.rows,
+        layout=matched.layout,
+        activation=activation.name,
+        reading=matched.reading,
+        stack=tuple(call.path for call in module_stack(node)),
+        experts=matched.experts,
+        routed_by=routed_by.name if isinstance(routed_by, fx.Node) else None,
+    )
+
+
+def _refused_layers(
+    node: fx.Node, views: Mapping[fx.Node, ParameterView], changed: Mapping[fx.Node, tuple[str, str]]
+) -> Iterator[tuple[str, str]]:
+    """(FQN, reason) of the weight of a layer that is no linear one."""
+    name = operator_name(node)
+    if name in CONVOLUTIONS:
+        weight = argument(node, "weight", 1)
+        reason = convolution_refusal(name, node.args, node.kwargs)
+        if weight in changed:
+            yield changed[weight][0], f"its values are changed by {changed[weight][1]} before {node.name} multiplies them"
+        elif weight in views and reason is not None:
+            yield views[weight].fqn, reason
+    elif name in BILINEAR:
         for source in node.all_input_nodes:
-            if source in views and views[source][1].ndim > 1:
-                refused.append(_refusal(node, *views[source], captured))
-            elif source in changed:
-                fqn, name = changed[source]
-                refused.append(Diagnostic(fqn, f"its values are changed by {name} before {node.name} multiplies them"))
-    return tuple(uses), tuple(refused)
+            if source in views and views[source].tensor.ndim == 3:
+                yield views[source].fqn, f"not a linear weight: {node.name} multiplies it by two activations at once"
 
 
-def _changed_parameters(captured: CapturedGraph, views: Mapping[fx.Node, tuple[str, Tensor]]) -> dict[fx.Node, tuple[str, str]]:
-    """Node that computes something from one stored 2-D weight and smaller parameters alone -> (FQN, first operator)."""
+def _refusals(
+    node: fx.Node,
+    views: Mapping[fx.Node, ParameterView],
+    changed: Mapping[fx.Node, tuple[str, str]],
+    captured: CapturedGraph,
+) -> Iterator[Diagnostic]:
+    """Why the parameters that meet in a contraction are no weights of a linear layer."""
+    for source in node.all_input_nodes:
+        if source in views and views[source].tensor.ndim > 1:
+            fqn, view = views[source].fqn, views[source].tensor
+            shape = tuple(captured.parameter(fqn).shape)
+            reason = f"{node.name} uses {tuple(view.shape)} of {shape} as no block of whole output rows of a linear layer"
+            yield Diagnostic(fqn, reason)
+        elif source in changed:
+            fqn, name = changed[source]
+            yield Diagnostic(fqn, f"its values are changed by {name} before {node.name} multiplies them")
+
+
+def _changed_parameters(captured: CapturedGraph, views: Mapping[fx.Node, ParameterView]) -> dict[fx.Node, tuple[str, str]]:
+    """Node that computes something from one stored matrix and smaller parameters alone -> (FQN, first operator)."""
     changed: dict[fx.Node, tuple[str, str]] = {}
     constant: set[fx.Node] = set()
     for node in captured.graph.nodes:
@@ -172,31 +189,14 @@ def _changed_parameters(captured: CapturedGraph, views: Mapping[fx.Node, tuple[s
         for source in sources:
             if source in changed:
                 changed.setdefault(node, changed[source])
-            elif source in views and len(captured.parameter(views[source][0]).shape) == 2 and min(views[source][1].shape) > 1:
-                changed.setdefault(node, (views[source][0], operator_name(node)))
+            elif source in views and _is_matrix(captured.parameter(views[source].fqn)) and _is_matrix(views[source].tensor):
+                changed.setdefault(node, (views[source].fqn, operator_name(node)))
     return changed
 
 
-def _use_of(node: fx.Node, views: Mapping[fx.Node, tuple[str, Tensor]], captured: CapturedGraph) -> WeightUse | None:
-    for weight, contracted, other, feature_dim in operand_pairs(operator_name(node), node.args, node.kwargs):
-        if weight not in views or not isinstance(other, fx.Node):
-            continue
-        # Two parameters may meet in a product (learned queries times a weight): a bare product does not say which is which.
-        if other in views and operator_name(node) != "linear" and captured.parameter(views[other][0]).ndim == 2:
-            continue
-        fqn, view = views[weight]
-        located = locate_operand(view, contracted, _like(captured.parameter(fqn)))
-        if located is not None:
-            return WeightUse(
-                node=node.name,
-                fqn=fqn,
-                rows=located.rows,
-                is_transposed=located.is_transposed,
-                activation=other.name,
-                feature_dim=feature_dim,
-                stack=tuple(call.path for call in module_stack(node)),
-            )
-    return None
+def _is_matrix(tensor: Tensor) -> bool:
+    """Two dimensions or more count something."""
+    return sum(size > 1 for size in tensor.shape) > 1
 
 
 def _like(parameter: Tensor) -> Tensor:
@@ -204,46 +204,77 @@ def _like(parameter: Tensor) -> Tensor:
     return torch.empty(tuple(parameter.shape), device="meta")
 
 
-def _refusal(node: fx.Node, fqn: str, view: Tensor, captured: CapturedGraph) -> Diagnostic:
-    shape = tuple(captured.parameter(fqn).shape)
-    if len(shape) != 2:
-        return Diagnostic(fqn, f"a {len(shape)}-D weight {shape}, used by {node.name}: only 2-D linear weights are pruned")
-    return Diagnostic(
-        fqn, f"{node.name} uses {tuple(view.shape)} of {shape} as no block of whole output rows of a linear layer"
-    )
+def _fqns(views: Mapping[fx.Node, ParameterView]) -> dict[fx.Node, str]:
+    return {node: view.fqn for node, view in views.items()}
 
 
-def parameter_views(captured: CapturedGraph) -> dict[fx.Node, tuple[str, Tensor]]:
-    """Node -> (FQN, meta tensor) for every node that is a view of one stored parameter."""
-    views: dict[fx.Node, tuple[str, Any]] = {}
+def parameter_views(captured: CapturedGraph) -> dict[fx.Node, ParameterView]:
+    """What every node takes of one stored parameter, for nodes that take no more than that."""
+    views: dict[fx.Node, tuple[str, Any, fx.Node | None]] = {}
     for node in captured.graph.nodes:
         if node.op == "get_attr":
             fqn = captured.parameter_nodes.get(node.name)
             if fqn is not None and captured.parameter(fqn).is_floating_point():
-                views[node] = (fqn, _like(captured.parameter(fqn)))
+                views[node] = (fqn, _like(captured.parameter(fqn)), None)
         elif node.op == "call_function" and node.all_input_nodes:
             followed = _follow(node, views)
             if followed is not None:
                 views[node] = followed
-    return {node: (fqn, view) for node, (fqn, view) in views.items() if isinstance(view, Tensor)}
+    return {node: ParameterView(fqn, view, by) for node, (fqn, view, by) in views.items() if isinstance(view, Tensor)}
 
 
-def _follow(node: fx.Node, views: Mapping[fx.Node, tuple[str, Any]]) -> tuple[str, Any] | None:
+def _follow(node: fx.Node, views: Mapping[fx.Node, tuple[str, Any, fx.Node | None]]) -> tuple[str, Any, fx.Node | None] | None:
     """The view that a node takes of a followed parameter, None when it is something else than a view."""
     source = node.all_input_nodes[0]
-    if source not in views or len(node.all_input_nodes) != 1 or not node.args or node.args[0] is not source:
+    if source not in views or not node.args or node.args[0] is not source:
         return None
-    fqn, view = views[source]
-    if node.target is operator.getitem:
-        return fqn, view[node.args[1]]
+    fqn, view, gathered_by = views[source]
     name = operator_name(node)
+    if len(node.all_input_nodes) == 2:
+        indices = _matrix_indices(node, name)
+        if indices is None or gathered_by is not None or not isinstance(view, Tensor) or view.ndim < 3:
+            return None
+        return fqn, gathered(view, tuple(indices.meta["val"].shape)), indices
+    if len(node.all_input_nodes) != 1:
+        return None
+    if node.target is operator.getitem:
+        return fqn, view[node.args[1]], gathered_by
     if name in _KEEPS_LAYOUT:
-        return fqn, view
+        return fqn, view, gathered_by
     if not (is_view(node) or name in _SPLITS) or not callable(node.target):
         return None
     result = node.target(view, *node.args[1:], **node.kwargs)
     shares = all(part.untyped_storage()._cdata == view.untyped_storage()._cdata for part in _parts(result))
-    return (fqn, result) if shares else None
+    return (fqn, result, gathered_by) if shares else None
+
+
+def _matrix_indices(node: fx.Node, name: str) -> fx.Node | None:
+    """The node of integers by which a look-up picks whole matrices along dimension 0."""
+    given: Any = None
+    if name in {"index", "_unsafe_index"}:
+        listed = argument(node, "indices", 1)
+        given = listed[0] if isinstance(listed, (list, tuple)) and len(listed) == 1 else None
+    elif name == "index_select" and argument(node, "dim", 1) == 0:
+        given = argument(node, "index", 2)
+    value = given.meta.get("val") if isinstance(given, fx.Node) else None
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or dtype == torch.bool or dtype.is_floating_point or not isinstance(given, fx.Node):
+        return None
+    return given
+
+
+def gathered(view: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Where matrices that were looked up lie: at the first of the stack, with step 0 along the dimensions of the indices.
+
+    Args:
+        view: (experts, ...) of a parameter.
+        shape: sizes of the indices.
+
+    Returns:
+        (*shape, ...), no copy.
+    """
+    first = view.select(0, 0)
+    return first.expand(*shape, *first.shape)
 
 
 def _parts(result: Any) -> list[Tensor]:

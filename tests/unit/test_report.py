@@ -13,7 +13,7 @@ from mfcompile.artifact import ExportedArtifact, OutputParity, ParityReport, Ten
 from mfcompile.graph import BakedScalar, CaptureAttempt, CapturedGraph, Diagnostic, InputSpec
 from mfcompile.inputs import ExampleInputs
 from mfcompile.masks import MaskSet, PackedMask
-from mfcompile.region import InputModality, PruneSite, RegionMap
+from mfcompile.region import COLUMNS, ROWS, InputModality, PruneSite, RegionMap
 from mfcompile.report import (
     Report,
     build_report,
@@ -40,7 +40,7 @@ class TwoTowers(nn.Module):
 
 
 def _site(name: str, fqn: str, rows: tuple[int, int], width: int, region: str, skipped: str | None = None) -> PruneSite:
-    return PruneSite(name, fqn, rows, rows[1] - rows[0], width, False, region, skipped=skipped)
+    return PruneSite(name, fqn, rows, rows[1] - rows[0], width, ROWS, region, skipped=skipped)
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_rows_of_a_transposed_weight_are_columns_of_its_mask(
     captured: CapturedGraph, regions: RegionMap, masks: MaskSet
 ) -> None:
     mask = torch.tensor([[1, 0, 0], [1, 0, 1]], dtype=torch.bool)  # stored (in_features 2, out_features 3)
-    site = PruneSite("w[0:1]", "w", (0, 1), 1, 2, True, "text")
+    site = PruneSite("w[0:1]", "w", (0, 1), 1, 2, COLUMNS, "text")
     built = build_report(
         captured=captured,
         regions=RegionMap((), {"w": "text"}, {}, (site,), {}),

@@ -86,7 +86,7 @@ def test_rows_of_padding_are_told(name: str) -> None:
     tracker.begin({"ids": ids, "mask": MASK})
     with torch.inference_mode(), tracker.following():
         result = run(F.embedding(ids, torch.randn(9, WIDTH)))
-    found = tracker.keep(result, -1)
+    found = tracker.keep(result, (-1,))
     kept = torch.ones(result.shape[:-1], dtype=torch.bool) if found is None else found
     assert torch.equal(kept, expected.bool())
     assert tracker.diagnostics() == ()
@@ -105,5 +105,5 @@ def test_an_operator_without_a_rule_is_named() -> None:
     with torch.inference_mode(), tracker.following():
         text = F.embedding(ids, torch.randn(9, WIDTH))
         result = F.conv1d(text.mT, torch.randn(5, WIDTH, 3))
-    assert tracker.keep(result, -1) is None
+    assert tracker.keep(result, (-1,)) is None
     assert [item.subject for item in tracker.diagnostics()] == ["conv1d"]

@@ -22,6 +22,7 @@ from tests.zoo import families
 from tests.zoo.renaming import rename
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+CONVOLUTIONS = "convolutions are listed: those of patches may be targeted, the others say why not"
 LETTERS = {"vision": "V", "text": "T", "audio": "A"}
 
 
@@ -82,13 +83,16 @@ def described(model: CompiledModel, note: str) -> dict[str, Any]:
         site.name: site.region + (f" (dense: {site.skipped})" if site.skipped else " (shared)" if site.is_shared else "")
         for site in model.regions.sites
     }
+    if any(len(model.captured.parameter(site.fqn).shape) > 2 for site in model.regions.sites):
+        note += ("; " if note else "") + CONVOLUTIONS
     return {"note": note, "padding_masks": list(model.statistics.padding_masks), "sites": sites}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_labels(name: str) -> None:
     evidence = compiled(name).regions.evidence.values()
-    found = Counter("/".join(sorted({letters(use) for use in uses})) for uses in evidence)
+    linear = [uses for uses in evidence if uses[0].reading.patches is None]
+    found = Counter("/".join(sorted({letters(use) for use in uses})) for uses in linear)
     assert " ".join(f"{key}:{count}" for key, count in sorted(found.items())) == FAMILIES[name].labels
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mfcompile.errors import InputError
 from mfcompile.passes.allocation import allocate_by_magnitude, check_sparsity
-from mfcompile.region import PruneSite
+from mfcompile.region import ROWS, PruneSite
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6))
 GROUPS = st.lists(st.lists(SHAPES, min_size=1, max_size=4), min_size=1, max_size=3)
@@ -21,7 +21,7 @@ SPARSITIES = st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 
 
 
 def site(name: str, shape: tuple[int, int]) -> PruneSite:
-    return PruneSite(name, name, (0, shape[0]), shape[0], shape[1], False, "text")
+    return PruneSite(name, name, (0, shape[0]), shape[0], shape[1], ROWS, "text")
 
 
 class Weights:
