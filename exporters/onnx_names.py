@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -73,6 +73,12 @@ def name_interface(
     ]
     notes += [f"input {value.name} is not used by the graph" for value in graph.inputs if not value.uses()]
     notes += _rename_axes(model, dynamic_axes)
+    return replace(describe_interface(model), notes=tuple(notes))
+
+
+def describe_interface(model: ir.Model) -> Interface:
+    """The inputs, outputs and free dimensions that a model has."""
+    graph = model.graph
     return Interface(
         tuple(str(value.name) for value in graph.inputs),
         tuple(str(value.name) for value in graph.outputs),
@@ -81,7 +87,7 @@ def name_interface(
             for value in graph.inputs
             if any(isinstance(size, ir.SymbolicDim) for size in value.shape or ())
         },
-        tuple(notes),
+        (),
     )
 
 

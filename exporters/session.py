@@ -1,7 +1,28 @@
-"""Sessions of stock onnxruntime, as exporters know them; see mfcompile.session."""
+"""Sessions of stock onnxruntime, as exporters know them: of one file (see mfcompile.session), or of a split model."""
 
 from __future__ import annotations
 
-from mfcompile.session import TORCH_DTYPES, make_feeds, open_session, run_session
+from pathlib import Path
+from typing import Any
+
+from mfcompile import session
+from mfcompile.exporters.split_session import load_parts
+from mfcompile.session import TORCH_DTYPES, make_feeds, run_session
 
 __all__ = ["TORCH_DTYPES", "make_feeds", "open_session", "run_session"]
+
+
+def open_session(path: Path | str, threads: int | None = None) -> Any:
+    """An onnxruntime session on the CPU: an InferenceSession, or a SplitSession, which has its methods.
+
+    Args:
+        path: an .onnx file, or the manifest of a split model or its directory (the parts are run one after the other).
+        threads: threads inside one operator; None leaves the choice to onnxruntime.
+
+    Raises:
+        InputError: there is no such file, or onnxruntime cannot load it.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".json":
+        return load_parts(path, threads=threads)
+    return session.open_session(path, threads)

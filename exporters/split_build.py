@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from torch import Tensor
 
 from mfcompile.exporters.split_partition import PartPlan, SplitRequest, partition
 from mfcompile.exporters.split_reach import bodies
@@ -69,6 +70,27 @@ def split_model(model: ir.Model, request: SplitRequest) -> SplitModel:
         tuple(str(value.name) for value in model.graph.outputs),
         tuple(notes),
     )
+
+
+def complete_request(
+    request: SplitRequest, model: ir.Model, names: Mapping[str, Iterable[str]], example: Mapping[str, Tensor]
+) -> SplitRequest:
+    """The request with every name of a tied parameter, and the sizes that named dimensions have in the example.
+
+    Args:
+        request: regions by one name of each parameter.
+        model: with named inputs and dimensions.
+        names: parameter -> all of its names.
+        example: input name -> tensor.
+    """
+    regions = {name: region for fqn, region in request.regions.items() for name in names.get(fqn, (fqn,))}
+    sizes: dict[str, int] = {}
+    for value in model.graph.inputs:
+        shape = example[str(value.name)].shape if str(value.name) in example else ()
+        for size, length in zip(value.shape or (), shape, strict=False):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                sizes[size.value] = int(length)
+    return SplitRequest(request.modalities, regions, {**sizes, **request.sizes})
 
 
 def shared_weights(parts: list[ModelPart]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from mfcompile.artifact import ExportedArtifact
@@ -41,14 +42,13 @@ def check_directory(path: Path) -> None:
         )
 
 
-def write_parts(
+def write_split(
     divided: SplitModel,
     directory: Path,
     modalities: Mapping[str, str | None],
-    storage: Mapping[str, str],
     write_part: WritePart,
     accept: Callable[[Path], None] | None = None,
-) -> tuple[tuple[ExportedArtifact, ...], Path]:
+) -> ExportedArtifact:
     """Write every part and the manifest into a directory.
 
     The files appear together: in a new directory by one rename; in one that holds other files the manifest of an
@@ -58,12 +58,11 @@ def write_parts(
         divided: the parts.
         directory: where to write; it may exist.
         modalities: input name -> modality, for the manifest.
-        storage: how weights are stored, for the manifest.
         write_part: writes one part.
         accept: called with the manifest before anything is published; what it raises, nothing is kept of.
 
     Returns:
-        (one artefact per part, the path of the manifest).
+        The artefact of the whole; ``path`` is the manifest, ``parts`` are the artefacts of the parts.
 
     Raises:
         InputError: the directory cannot be written to.
@@ -71,18 +70,42 @@ def write_parts(
     """
     check_directory(directory)
     with _staged(directory) as staging:
-        artifacts = [write_part(part, staging / f"{part.name}.onnx") for part in divided.parts]
+        staged = [write_part(part, staging / f"{part.name}.onnx") for part in divided.parts]
         manifest = SplitManifest(
-            tuple(_describe(part, item, modalities) for part, item in zip(divided.parts, artifacts, strict=True)),
+            tuple(_describe(part, item, modalities) for part, item in zip(divided.parts, staged, strict=True)),
             divided.input_names,
             divided.output_names,
-            storage,
+            _read_storage(staged[-1]),
             divided.notes,
         )
         path = manifest.save(staging)
+        manifest_bytes = path.stat().st_size
         if accept is not None:
             accept(path)
-    return tuple(_moved(item, directory) for item in artifacts), directory / MANIFEST
+    parts = tuple(_moved(item, directory) for item in staged)
+    encodings = {item.fqn: item for part in parts for item in part.encodings}
+    return ExportedArtifact(
+        path=directory / MANIFEST,
+        format=parts[0].format,
+        values=parts[0].values,
+        size_bytes=sum(part.size_bytes for part in parts) + manifest_bytes,
+        dense_size_bytes=sum(part.dense_size_bytes for part in parts),
+        encodings=tuple(encodings.values()),
+        input_names=divided.input_names,
+        output_names=divided.output_names,
+        dynamic_axes={name: axes for part in parts for name, axes in part.dynamic_axes.items()},
+        files=(*(file for part in parts for file in part.files), directory / MANIFEST),
+        opset=parts[0].opset,
+        load_peak_bytes=sum(part.load_peak_bytes for part in parts),
+        notes=divided.notes,
+        parts=parts,
+    )
+
+
+def _read_storage(artifact: ExportedArtifact) -> dict[str, str]:
+    """How weights are stored, as the file itself says."""
+    model = onnx.load(artifact.path, load_external_data=False)
+    return {item.key.removeprefix("mfcompile."): item.value for item in model.metadata_props}
 
 
 @contextmanager

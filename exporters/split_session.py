@@ -9,8 +9,8 @@ from typing import Any
 import onnxruntime
 
 from mfcompile.errors import InputError
-from mfcompile.exporters.session import open_session
 from mfcompile.exporters.split_manifest import Part, SplitManifest, check_files, manifest_path
+from mfcompile.session import open_session
 
 Feeds = Mapping[str, Any]
 

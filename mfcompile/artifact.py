@@ -47,6 +47,7 @@ class ExportedArtifact:
         load_peak_bytes: estimate of the memory that onnxruntime needs to create a session.
         notes: what a user should know (dimensions that stayed fixed, inputs that were dropped, ...).
         route: which way of exporting gave the program ("torch.export", "torch.export without cache", ...).
+        parts: of a split model, one artefact per part, in running order; ``path`` is the manifest then.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class ExportedArtifact:
     load_peak_bytes: int
     notes: tuple[str, ...] = ()
     route: str = ""
+    parts: tuple[ExportedArtifact, ...] = ()
 
     @property
     def pruned_ratio(self) -> float:

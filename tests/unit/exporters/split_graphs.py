@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from mfcompile.artifact import ExportedArtifact
 from mfcompile.exporters.split_build import ModelPart, SplitModel, split_model
-from mfcompile.exporters.split_files import write_parts
+from mfcompile.exporters.split_files import write_split
 from mfcompile.exporters.split_partition import SplitRequest
 from mfcompile.exporters.split_session import SplitSession, load_parts
 
@@ -80,7 +80,7 @@ def save_part(part: ModelPart, path: Path) -> ExportedArtifact:
 
 
 def chain(divided: SplitModel, folder: Path, modalities: Mapping[str, str | None] = MODALITIES) -> SplitSession:
-    write_parts(divided, folder / "parts", modalities, {"format": "dense"}, save_part)
+    write_split(divided, folder / "parts", modalities, save_part)
     return load_parts(folder / "parts")
 
 
