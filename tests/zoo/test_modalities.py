@@ -81,6 +81,20 @@ def test_controls(name: str) -> None:
     assert modalities(PICTURE, tensor, use) == {"a": "vision", "b": "text", "c": None}
 
 
+def test_positions_that_pick_tokens_are_control_by_their_name() -> None:
+    class Picks(Any2):
+        def forward(self, a: Tensor, b: Tensor, phrase_position: Tensor) -> Tensor:  # type: ignore[override]
+            joint = super().forward(a, b)
+            return joint.gather(1, phrase_position[:, :, None].expand(-1, -1, WIDTH))
+
+    model = Picks().eval()
+    inputs = (PICTURE, IDS, torch.tensor([[0, 4], [3, 1], [2, 2]]))
+    with torch.no_grad():
+        model(*inputs)
+    found = mfcompile.infer_regions(mfcompile.capture(model, inputs)).modalities
+    assert {item.name: item.modality for item in found} == {"a": "vision", "b": "text", "phrase_position": None}
+
+
 def test_a_second_text_with_a_smaller_table_of_its_own() -> None:
     other = torch.tensor([[9, 2, 7, 7, 1], [3, 8, 2, 0, 0], [6, 1, 1, 5, 4]])
     assert modalities(PICTURE, other, lambda model, c: model.other(c))["c"] == "text"

@@ -35,7 +35,6 @@ T5_GEMMA: dict[str, Any] = {
         "boi_token_index": 5,
         "eoi_token_index": 6,
         "mm_tokens_per_image": 4,
-        "vision_config": {"vision_use_head": False},
         "text_config": {"query_pre_attn_scalar": 8, "sliding_window": 16},
     },
     "decoder": {"query_pre_attn_scalar": 8, "sliding_window": 16},
