@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from torch import Tensor
 
-from mfcompile.exporters.split_partition import PartPlan, SplitRequest, partition
+from mfcompile.exporters.split_partition import PartPlan, partition
 from mfcompile.exporters.split_reach import bodies
+from mfcompile.split import SplitRequest
 
 
 @dataclass(frozen=True)

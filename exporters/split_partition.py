@@ -15,6 +15,7 @@ import onnx_ir as ir
 from mfcompile.errors import ExportError
 from mfcompile.exporters.split_cut import EXPENSIVE, TENSOR_BYTES, narrowest_cut, tensor_bytes
 from mfcompile.exporters.split_reach import Axis, Reach, bodies, find_reach, localise_sizes, read_values, unused
+from mfcompile.split import SplitRequest
 
 FUSION = "fusion"
 
@@ -22,21 +23,6 @@ HEAVY_BYTES = 1 << 16
 """Weights above this are not stored a second time only to compute a value without content in two parts."""
 
 _KINDS = {"b": "mask", "i": "indices", "u": "indices"}
-
-
-@dataclass(frozen=True)
-class SplitRequest:
-    """What the exporter must know of a model to divide it.
-
-    Attributes:
-        modalities: input name -> modality; None for control inputs.
-        regions: parameter name -> region; every name of a tied parameter may be there.
-        sizes: name of a dimension -> its size in the example; decides what is narrow.
-    """
-
-    modalities: Mapping[str, str | None]
-    regions: Mapping[str, str]
-    sizes: Mapping[str, int]
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         PreconditionError,
         RegionError,
     )
+    from mfcompile.exporters.split_session import load_parts
     from mfcompile.graph import CapturedGraph
     from mfcompile.masks import MaskSet
     from mfcompile.passes.masking import strip
@@ -68,6 +69,7 @@ __all__ = [
     "compile_pruned",
     "export_onnx",
     "infer_regions",
+    "load_parts",
     "select_masks",
     "strip",
     "verify",
@@ -75,6 +77,7 @@ __all__ = [
 
 _HOMES = {
     "mfcompile.artifact": ("ExportedArtifact", "ParityReport"),
+    "mfcompile.exporters.split_session": ("load_parts",),
     "mfcompile.graph": ("CapturedGraph",),
     "mfcompile.masks": ("MaskSet",),
     "mfcompile.passes.masking": ("strip",),

@@ -10,7 +10,7 @@ PUBLIC = {
     "CalibrationError", "CalibrationStatistics", "CaptureError", "CapturedGraph", "CompiledModel", "ExportError",
     "ExportedArtifact", "InputError", "MaskSet", "MfcompileError", "ParityError", "ParityReport", "PassError",
     "PostconditionError", "PreconditionError", "PruneSite", "RegionError", "RegionMap", "__version__", "apply_masks",
-    "calibrate", "capture", "compile_pruned", "export_onnx", "infer_regions", "select_masks", "strip", "verify",
+    "calibrate", "capture", "compile_pruned", "export_onnx", "infer_regions", "load_parts", "select_masks", "strip", "verify",
 }  # fmt: skip
 
 

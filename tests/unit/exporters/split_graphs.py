@@ -16,8 +16,8 @@ from onnx import numpy_helper
 from mfcompile.artifact import ExportedArtifact
 from mfcompile.exporters.split_build import ModelPart, SplitModel, split_model
 from mfcompile.exporters.split_files import write_split
-from mfcompile.exporters.split_partition import SplitRequest
 from mfcompile.exporters.split_session import SplitSession, load_parts
+from mfcompile.split import SplitRequest
 
 MODALITIES = {"pixels": "vision", "ids": "text", "words": "text", "sound": "audio", "mask": None}
 SIZES = {"batch": 2, "sequence": 5}

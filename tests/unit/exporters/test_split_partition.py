@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from mfcompile.errors import ExportError
+from mfcompile.exporters.split_build import split_model
+from mfcompile.split import SplitRequest
 from tests.unit.exporters.split_graphs import (
     MODALITIES,
+    SIZES,
     assert_chain_equals_whole,
+    feeds,
     graph,
     interface,
     operators,
+    run_whole,
     split,
     stored,
 )
@@ -332,13 +339,6 @@ def test_a_condition_over_one_modality_is_copied_with_what_it_captures(tmp_path:
 
 def test_the_whole_model_still_computes_the_same(tmp_path: Path) -> None:
     """Splitting renames values and rewrites sizes in place; it must not change what the given model computes."""
-    import numpy as np
-    import onnx_ir as ir
-
-    from mfcompile.exporters.split_build import split_model
-    from mfcompile.exporters.split_partition import SplitRequest
-    from tests.unit.exporters.split_graphs import SIZES, feeds, run_whole
-
     model = graph(
         f"({INPUTS}) => (float[batch,sequence,8] y)",
         """n = Shape(words) t = MatMul(words, wt) r = Reshape(t, n) v = MatMul(pixels, wv) axes = Constant<value_ints=[1]>()
