@@ -22,7 +22,16 @@ from mfcompile.artifact import ExportedArtifact, TensorEncoding
 from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight
 from mfcompile.exporters.messages import first_line
-from mfcompile.exporters.onnx_splicing import Chunk, DataFile, FileChunks, Later, as_array, masked_bytes, moved_tensor, write_chunks
+from mfcompile.exporters.onnx_splicing import (
+    Chunk,
+    DataFile,
+    FileChunks,
+    Later,
+    as_array,
+    masked_bytes,
+    moved_tensor,
+    write_chunks,
+)
 from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, encode, plan_encoding
 from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet
@@ -64,7 +73,9 @@ class _Masked:
         return self.plan.encoding != "dense" or self.plan.values_dtype != self.plan.dtype
 
 
-def rewrite_onnx(captured: CapturedGraph, path: Path | str, *, format: str = "packed", values: str = "fp32") -> ExportedArtifact:
+def rewrite_onnx(
+    captured: CapturedGraph, path: Path | str, *, format: str = "packed", values: str = "fp32"
+) -> ExportedArtifact:
     """Write the file that was captured with masks in its initializers, complete or not at all.
 
     Args:
@@ -158,7 +169,9 @@ class _Rewriter:
         self._masked = {item.tensor.name: item for item in masked}
         self._replaced = {item.tensor.name for item in masked if item.is_replaced}
         moves = any(self._record.tensors[name].external for name in self._replaced)
-        self._data = DataFile.plan(self._record, self._replaced, self._values) if moves else DataFile.same(self._record, self._values)
+        self._data = (
+            DataFile.plan(self._record, self._replaced, self._values) if moves else DataFile.same(self._record, self._values)
+        )
         if not moves:
             self._refuse_shared_bytes()
 
@@ -177,9 +190,7 @@ class _Rewriter:
         if self._replaced:
             metadata = {"format": format, "values": values, "masks_sha256": self._masks.digest()}
             after += [
-                field_bytes(
-                    MODEL_METADATA, field_bytes(1, f"mfcompile.{key}".encode()) + field_bytes(2, value.encode())
-                )
+                field_bytes(MODEL_METADATA, field_bytes(1, f"mfcompile.{key}".encode()) + field_bytes(2, value.encode()))
                 for key, value in metadata.items()
             ]
         return FileChunks(self._buffer, before, MODEL_GRAPH, inside, after)
@@ -293,7 +304,9 @@ class _Rewriter:
         Raises:
             ExportError: names both.
         """
-        places = [(item.external.path, item.external.offset, item.name) for item in self._record.tensors.values() if item.external]
+        places = [
+            (item.external.path, item.external.offset, item.name) for item in self._record.tensors.values() if item.external
+        ]
         first: dict[tuple[Path, int], str] = {}
         for path, offset, name in places:
             other = first.setdefault((path, offset), name)

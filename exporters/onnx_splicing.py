@@ -134,11 +134,11 @@ class DataFile:
         return cls(record, values, is_moved=False)
 
     @classmethod
-    def plan(
-        cls, record: FileRecord, dropped: Collection[str], values: Callable[[TensorRecord], bytes | None]
-    ) -> DataFile:
+    def plan(cls, record: FileRecord, dropped: Collection[str], values: Callable[[TensorRecord], bytes | None]) -> DataFile:
         """The tensors that are left move together, in their order."""
-        found = cls(record, values, is_moved=True, ends=dict.fromkeys((_location(record, path) for path in record.data_files), 0))
+        found = cls(
+            record, values, is_moved=True, ends=dict.fromkeys((_location(record, path) for path in record.data_files), 0)
+        )
         kept = [item for item in record.tensors.values() if item.external is not None and item.name not in dropped]
         for item in sorted(kept, key=lambda item: item.external.offset if item.external else 0):
             assert item.external is not None  # selected above
@@ -157,7 +157,9 @@ class DataFile:
         for source in self.record.data_files:
             location = _location(self.record, source)
             (folder / location).parent.mkdir(parents=True, exist_ok=True)
-            tensors = [item for item in self.record.tensors.values() if item.external is not None and item.external.path == source]
+            tensors = [
+                item for item in self.record.tensors.values() if item.external is not None and item.external.path == source
+            ]
             with source.open("rb") as original, (folder / location).open("wb") as target:
                 if not self.is_moved:
                     while block := original.read(_COPY_BYTES):

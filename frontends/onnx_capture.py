@@ -13,17 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfcompile.errors import InputError
-from mfcompile.frontends.onnx_synthesis import synthesize
 from mfcompile.frontends.onnx_operators import emit, free_names
 from mfcompile.frontends.onnx_scopes import Scopes, find_scopes
+from mfcompile.frontends.onnx_synthesis import synthesize
 from mfcompile.graph import CaptureAttempt, CapturedGraph, InputSpec, ModuleCall, TensorValue, tensor_values
 from mfcompile.inputs import ExampleInputs
-from mfcompile.onnx_file import ELEMENT_TYPES, OnnxFile, inferred_types
+from mfcompile.onnx_file import ELEMENT_TYPES, RANDOM_INPUTS, OnnxFile, inferred_types
 from mfcompile.onnx_inputs import describe_inputs, name_inputs
 from mfcompile.session import make_feeds
-
-RANDOM_INPUTS = "random example inputs, made from the input types of the file"
-"""What ``CapturedGraph.specialised`` says when no example was given."""
 
 _SHAPE_PREFIX = "mfcompile.shape/"
 
@@ -33,8 +30,10 @@ _SIZES = {
 }  # fmt: skip
 """Operands that say how another operand is re-arranged."""
 
-_QUANTISED = ("DequantizeLinear", "QLinearMatMul", "MatMulInteger", "MatMulNBits", "QGemm", "QAttention", "DynamicQuantizeMatMul",
-              "MatMulBnb4", "QMoE")  # fmt: skip
+_QUANTISED = (
+    "DequantizeLinear", "QLinearMatMul", "MatMulInteger", "MatMulNBits", "QGemm", "QAttention", "DynamicQuantizeMatMul",
+    "MatMulBnb4", "QMoE",
+)  # fmt: skip
 
 
 def capture_onnx(file: OnnxFile, example_inputs: Any = None) -> CapturedGraph:
@@ -103,7 +102,12 @@ def _probe(file: OnnxFile, inputs: ExampleInputs) -> _Probe:
     tensors = [name for name in values if name not in types or types[name].HasField("tensor_type")]
     for name in tensors:
         model.graph.node.add(op_type="Shape", input=[name], output=[_SHAPE_PREFIX + name])
-    sizes = {name for node in file.proto.graph.node for place in _SIZES.get(node.op_type, ()) for name in node.input[place : place + 1]}
+    sizes = {
+        name
+        for node in file.proto.graph.node
+        for place in _SIZES.get(node.op_type, ())
+        for name in node.input[place : place + 1]
+    }
     computed = set(values)
     wanted = [name for name in sizes if name in computed]
     present = set(file.output_names)
@@ -123,7 +127,9 @@ def _probe(file: OnnxFile, inputs: ExampleInputs) -> _Probe:
         for name in sizes
         if name in stored and stored[name].data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
     }
-    numbers |= {name: given[name].reshape(-1).tolist() for name in sizes if name in given and not given[name].is_floating_point()}
+    numbers |= {
+        name: given[name].reshape(-1).tolist() for name in sizes if name in given and not given[name].is_floating_point()
+    }
     return _Probe(shapes, _dtypes(file, types, given), numbers)
 
 
@@ -134,7 +140,9 @@ def _dtypes(file: OnnxFile, types: Mapping[str, onnx.TypeProto], given: Mapping[
         for name, item in types.items()
         if item.HasField("tensor_type") and item.tensor_type.elem_type in ELEMENT_TYPES
     }
-    found |= {item.name: ELEMENT_TYPES[item.data_type] for item in file.proto.graph.initializer if item.data_type in ELEMENT_TYPES}
+    found |= {
+        item.name: ELEMENT_TYPES[item.data_type] for item in file.proto.graph.initializer if item.data_type in ELEMENT_TYPES
+    }
     found |= {name: tensor.dtype for name, tensor in given.items()}
     for node in file.proto.graph.node:
         operands = [found[name] for name in (*node.input, *free_names(node)) if name in found]
@@ -176,8 +184,8 @@ class _GraphBuilder:
             self._bind(node, name, tuple(tensor.shape))
             specs.append(InputSpec(name, node.name, tuple(tensor.shape), tensor.dtype))
         self.inputs = tuple(specs)
-        for path, kind in self._scopes.modules.items():
-            self._file.add_path(path, kind)
+        for name, kind in self._scopes.modules.items():
+            self._file.add_path(name, kind)
         for index, node in enumerate(self._file.proto.graph.node):
             path = self._scopes.paths[index]
             self._stack = tuple(ModuleCall(item, 0) for item in ("", *path))
@@ -293,6 +301,6 @@ def _refuse_quantised(file: OnnxFile, builder: _GraphBuilder) -> None:
     for node in file.proto.graph.node:
         if node.op_type in _QUANTISED:
             raise InputError(
-                f"{file.path} is quantised: its weights are integers ({node.op_type} {node.name or node.output[0]}), and no float "
-                f"matrix is left to rank. Prune the float file, then quantise the result"
+                f"{file.path} is quantised: its weights are integers ({node.op_type} {node.name or node.output[0]}), and no "
+                f"float matrix is left to rank. Prune the float file, then quantise the result"
             )

@@ -8,13 +8,15 @@ entry is one opaque node of its operands.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import onnx
 import torch
 from torch import fx
 
+from mfcompile.frontends.onnx_fused import attention, embed_norm, fused_attention, skip_norm
+from mfcompile.frontends.onnx_rules import Builder, attribute, multiply, operands, stand_in, swap
 from mfcompile.onnx_file import ELEMENT_TYPES
 
 aten = torch.ops.aten
@@ -22,37 +24,7 @@ aten = torch.ops.aten
 MICROSOFT = "com.microsoft"
 
 
-class Builder(Protocol):
-    """What the rules may ask for and do."""
-
-    def read(self, name: str) -> fx.Node:
-        """The node of a value."""
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """Its sizes in the example."""
-
-    def numbers(self, name: str) -> list[int] | None:
-        """Its integers, where they are known."""
-
-    def is_matrix(self, node: fx.Node) -> bool:
-        """The node is a 2-D view of a stored float tensor."""
-
-    def is_stored(self, node: fx.Node) -> bool:
-        """The node is a view of a stored tensor."""
-
-    def call(self, target: Any, *args: Any, out: str = "", shape: Sequence[int] | None = None) -> fx.Node:
-        """Add a node; it is the value ``out``, or a step of its own of this shape."""
-
-
 Rule = Callable[[Builder, onnx.NodeProto], None]
-
-
-def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    """An attribute of a node, or the default."""
-    for item in node.attribute:
-        if item.name == name:
-            return onnx.helper.get_attribute_value(item)
-    return default
 
 
 def emit(builder: Builder, node: onnx.NodeProto) -> None:
@@ -63,26 +35,6 @@ def emit(builder: Builder, node: onnx.NodeProto) -> None:
         _opaque(builder, node)
     else:
         rule(builder, node)
-
-
-def content_free(name: str) -> Callable[..., Any]:
-    """A stand-in for an operator whose result carries no content, or for one that aten does not have."""
-    known = _STAND_INS.get(name)
-    if known is None:
-
-        def stand_in(*args: Any) -> Any:
-            raise RuntimeError("this graph is read, not run")
-
-        stand_in.__name__ = stand_in.__qualname__ = name
-        known = _STAND_INS.setdefault(name, stand_in)
-    return known
-
-
-_STAND_INS: dict[str, Callable[..., Any]] = {}
-
-
-def _operands(builder: Builder, node: onnx.NodeProto, start: int = 0) -> list[fx.Node]:
-    return [builder.read(name) for name in node.input[start:] if name]
 
 
 def free_names(node: onnx.NodeProto) -> list[str]:
@@ -100,7 +52,7 @@ def free_names(node: onnx.NodeProto) -> list[str]:
         found.update((item.name, None) for item in graph.output if item.name not in known)
 
     for item in node.attribute:
-        for body in ((item.g,) if item.type == onnx.AttributeProto.GRAPH else item.graphs):
+        for body in (item.g,) if item.type == onnx.AttributeProto.GRAPH else item.graphs:
             visit(body, set())
     return list(found)
 
@@ -110,8 +62,8 @@ _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 def _opaque(builder: Builder, node: onnx.NodeProto, name: str = "", start: int = 0) -> None:
     """One node that reads all operands, and one item of it per output."""
-    operands = [*_operands(builder, node, start), *(builder.read(item) for item in free_names(node))]
-    _several(builder, node, builder.call(content_free(name or node.op_type.lower()), *operands, out=_only_output(node)))
+    given = [*operands(builder, node, start), *(builder.read(item) for item in free_names(node))]
+    _several(builder, node, builder.call(stand_in(name or node.op_type.lower()), *given, out=_only_output(node)))
 
 
 def _only_output(node: onnx.NodeProto) -> str:
@@ -127,9 +79,7 @@ def _several(builder: Builder, node: onnx.NodeProto, result: fx.Node) -> None:
 
 def _plain(target: Any) -> Rule:
     """All operands, in order."""
-    return lambda builder, node: _several(
-        builder, node, builder.call(target, *_operands(builder, node), out=_only_output(node))
-    )
+    return lambda builder, node: _several(builder, node, builder.call(target, *operands(builder, node), out=_only_output(node)))
 
 
 def _first(target: Any) -> Rule:
@@ -141,46 +91,34 @@ def _first(target: Any) -> Rule:
 
 def _constant(name: str) -> Rule:
     """An operator whose result carries no content."""
-    return _plain(content_free(name))
-
-
-def _swap(builder: Builder, node: fx.Node) -> fx.Node:
-    shape = list(node.meta["val"].shape)
-    return builder.call(aten.transpose.int, node, -2, -1, shape=[*shape[:-2], shape[-1], shape[-2]])
-
-
-def _multiply(builder: Builder, first: fx.Node, second: fx.Node, out: str, shape: Sequence[int] | None = None) -> fx.Node:
-    """A stored matrix on the right makes a linear layer, as torch has it; every other product is one of activations."""
-    if builder.is_matrix(second) and not (builder.is_stored(first) and builder.is_matrix(first)):
-        return builder.call(aten.linear.default, first, _swap(builder, second), out=out, shape=shape)
-    return builder.call(aten.matmul.default, first, second, out=out, shape=shape)
+    return _plain(stand_in(name))
 
 
 def _matmul(builder: Builder, node: onnx.NodeProto) -> None:
     first, second = builder.read(node.input[0]), builder.read(node.input[1])
-    first = _swap(builder, first) if attribute(node, "transA", 0) else first
-    second = _swap(builder, second) if attribute(node, "transB", 0) else second
+    first = swap(builder, first) if attribute(node, "transA", 0) else first
+    second = swap(builder, second) if attribute(node, "transB", 0) else second
     extra = [builder.read(name) for name in node.input[2:3] if name]
     shape = builder.shape(node.output[0])
-    product = _multiply(builder, first, second, "" if extra else node.output[0], shape)
+    product = multiply(builder, first, second, "" if extra else node.output[0], shape)
     if extra:
         builder.call(aten.add.Tensor, product, *extra, out=node.output[0])
 
 
 def _einsum(builder: Builder, node: onnx.NodeProto) -> None:
     equation = attribute(node, "equation", b"").decode()
-    builder.call(aten.einsum.default, equation, _operands(builder, node), out=node.output[0])
+    builder.call(aten.einsum.default, equation, operands(builder, node), out=node.output[0])
 
 
 def _conv(builder: Builder, node: onnx.NodeProto) -> None:
     shape = builder.shape(node.input[1])
     rank = len(shape) - 2 if shape else 2
     target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}.get(rank, aten.conv2d.default)
-    operands = _operands(builder, node)
-    bias = operands[2] if len(operands) > 2 else None
+    given = operands(builder, node)
+    bias = given[2] if len(given) > 2 else None
     padding = list(attribute(node, "pads", [0] * rank))[:rank]
     steps = [list(attribute(node, key, [1] * rank)) for key in ("strides", "dilations")]
-    builder.call(target, *operands[:2], bias, steps[0], padding, steps[1], attribute(node, "group", 1), out=node.output[0])
+    builder.call(target, *given[:2], bias, steps[0], padding, steps[1], attribute(node, "group", 1), out=node.output[0])
 
 
 def _reshape(builder: Builder, node: onnx.NodeProto) -> None:
@@ -226,7 +164,7 @@ def _slice(builder: Builder, node: onnx.NodeProto) -> None:
         steps = given[3] if len(node.input) > 4 and node.input[4] else [1] * len(starts)
     is_known = starts and len(starts) == len(ends) and axes is not None and steps is not None and source_shape is not None
     if not is_known or any(step < 1 for step in steps or ()):
-        builder.call(content_free("slice_unknown"), current, out=node.output[0])
+        builder.call(stand_in("slice_unknown"), current, out=node.output[0])
         return
     assert axes is not None
     assert steps is not None
@@ -267,27 +205,27 @@ def _gather(builder: Builder, node: onnx.NodeProto) -> None:
 
 
 def _scatter_nd(builder: Builder, node: onnx.NodeProto) -> None:
-    data, index, updates = _operands(builder, node)
+    data, index, updates = operands(builder, node)
     builder.call(aten.index_put.default, data, [index], updates, out=node.output[0])
 
 
 def _scatter(builder: Builder, node: onnx.NodeProto) -> None:
-    data, index, updates = _operands(builder, node)
+    data, index, updates = operands(builder, node)
     builder.call(aten.scatter.src, data, attribute(node, "axis", 0), index, updates, out=node.output[0])
 
 
 def _gather_elements(builder: Builder, node: onnx.NodeProto) -> None:
-    data, index = _operands(builder, node)
+    data, index = operands(builder, node)
     builder.call(aten.gather.default, data, attribute(node, "axis", 0), index, out=node.output[0])
 
 
 def _gather_nd(builder: Builder, node: onnx.NodeProto) -> None:
-    data, index = _operands(builder, node)
+    data, index = operands(builder, node)
     builder.call(aten.index.Tensor, data, [index], out=node.output[0])
 
 
 def _concat(builder: Builder, node: onnx.NodeProto) -> None:
-    builder.call(aten.cat.default, _operands(builder, node), attribute(node, "axis", 0), out=node.output[0])
+    builder.call(aten.cat.default, operands(builder, node), attribute(node, "axis", 0), out=node.output[0])
 
 
 def _softmax(builder: Builder, node: onnx.NodeProto) -> None:
@@ -299,72 +237,22 @@ def _branch(builder: Builder, node: onnx.NodeProto) -> None:
     _opaque(builder, node, start={"If": 1, "Loop": 2}.get(node.op_type, 0))
 
 
-def _attention(builder: Builder, node: onnx.NodeProto) -> None:
-    """An attention of projected queries, keys and values; where there is one operand it holds all three."""
-    given = [builder.read(name) for name in node.input[:3] if name]
-    query, key, value = (given * 3)[:3] if len(given) == 1 else (*given, given[-1])[:3]
-    result = builder.call(aten.scaled_dot_product_attention.default, query, key, value, out=node.output[0])
-    for name in node.output[1:]:
-        if name:
-            builder.call(content_free("present"), key, value, result, out=name)
-
-
-def _fused_attention(builder: Builder, node: onnx.NodeProto) -> None:
-    """Projection and attention in one: input (batch, length, in), weight (in, queries + keys + values)."""
-    activation, weight = builder.read(node.input[0]), builder.read(node.input[1])
-    sizes = list(attribute(node, "qkv_hidden_sizes", [])) or [(builder.shape(node.input[1]) or (0, 3))[1] // 3] * 3
-    leading = list((builder.shape(node.input[0]) or (1, 1, 1))[:-1])
-    projected = _multiply(builder, activation, weight, "", [*leading, sum(sizes)])
-    edges = [0, sizes[0], sizes[0] + sizes[1], sum(sizes)]
-    parts = [
-        builder.call(aten.slice.Tensor, projected, -1, start, stop, shape=[*leading, stop - start])
-        for start, stop in zip(edges, edges[1:], strict=False)
-    ]
-    result = builder.call(aten.scaled_dot_product_attention.default, *parts, out=node.output[0])
-    for name in node.output[1:]:
-        if name:
-            builder.call(content_free("present"), *parts[1:], result, out=name)
-
-
-def _skip_norm(builder: Builder, node: onnx.NodeProto) -> None:
-    """Residual sum and norm in one; the fourth output is the sum."""
-    operands = _operands(builder, node)
-    shape = builder.shape(node.input[0])
-    has_sum = len(node.output) > 3 and node.output[3]
-    total = builder.call(aten.add.Tensor, *operands[:2], out=node.output[3] if has_sum else "", shape=shape)
-    builder.call(aten.layer_norm.default, total, list(shape or ())[-1:], *operands[2:4], out=node.output[0])
-    for name in node.output[1:3]:
-        if name:
-            builder.call(content_free("norm_statistics"), total, out=name)
-
-
-def _embed_norm(builder: Builder, node: onnx.NodeProto) -> None:
-    """Look-ups of words, positions and types, summed and normed."""
-    words = builder.call(
-        aten.embedding.default, builder.read(node.input[2]), builder.read(node.input[0]), shape=builder.shape(node.output[0])
-    )
-    builder.call(aten.layer_norm.default, words, [], out=node.output[0])
-    for name in node.output[1:]:
-        if name:
-            builder.call(content_free("embedding_statistics"), words, out=name)
-
-
 def _where(builder: Builder, node: onnx.NodeProto) -> None:
-    condition, _, other = _operands(builder, node)
-    if condition.target is content_free("isnan") and condition.args[0] is other:
+    condition, _, other = operands(builder, node)
+    if condition.target is stand_in("isnan") and condition.args[0] is other:
         # A softmax over nothing but masked places is put to zero; it is the same softmax.
         builder.call(aten.nan_to_num.default, other, out=node.output[0])
         return
-    builder.call(aten.where.self, *_operands(builder, node), out=node.output[0])
+    builder.call(aten.where.self, *operands(builder, node), out=node.output[0])
 
 
 def _layer_norm(builder: Builder, node: onnx.NodeProto) -> None:
-    operands = _operands(builder, node)
+    given = operands(builder, node)
     shape = builder.shape(node.input[0]) or (0,)
-    result = builder.call(aten.layer_norm.default, operands[0], [shape[-1]], *operands[1:], out=node.output[0])
+    result = builder.call(aten.layer_norm.default, given[0], [shape[-1]], *given[1:], out=node.output[0])
     for name in node.output[1:]:
         if name:
-            builder.call(content_free("norm_statistics"), result, out=name)
+            builder.call(stand_in("norm_statistics"), result, out=name)
 
 
 _ELEMENTWISE = {
@@ -397,17 +285,17 @@ _RULES: dict[tuple[str, str], Rule] = {
     **{("", name): _reshape for name in ("Reshape", "Squeeze", "Unsqueeze", "Flatten")},
     **{("", name): _branch for name in ("If", "Loop", "Scan")},
     **{(domain, name): _matmul for domain in ("", MICROSOFT) for name in ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")},
-    **{(MICROSOFT, name): _attention for name in ("MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention")},
-    **{(MICROSOFT, name): _skip_norm for name in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")},
+    **{(MICROSOFT, name): attention for name in ("MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention")},
+    **{(MICROSOFT, name): skip_norm for name in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")},
     **{
         (domain, name): _layer_norm
         for domain in ("", MICROSOFT)
         for name in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
     },
     **{(MICROSOFT, name): _plain(aten.gelu.default) for name in ("Gelu", "FastGelu", "BiasGelu", "QuickGelu")},
-    (MICROSOFT, "Attention"): _fused_attention,
-    (MICROSOFT, "EmbedLayerNormalization"): _embed_norm,
-    ("", "Attention"): _attention,
+    (MICROSOFT, "Attention"): fused_attention,
+    (MICROSOFT, "EmbedLayerNormalization"): embed_norm,
+    ("", "Attention"): attention,
     ("", "Einsum"): _einsum,
     ("", "Conv"): _conv,
     ("", "Expand"): _expand,

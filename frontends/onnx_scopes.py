@@ -101,14 +101,12 @@ def _from_initializers(graph: onnx.GraphProto) -> list[Path | None]:
 
 
 def _prefixes(path: str) -> Path:
-    """"a.layers.0.b" -> ("a", "a.layers.0", "a.layers.0.b"): a list is never called itself."""
+    """ "a.layers.0.b" -> ("a", "a.layers.0", "a.layers.0.b"): a list is never called itself."""
     parts = path.split(".")
     if not all(parts):
         return ()
     return tuple(
-        ".".join(parts[:length])
-        for length in range(1, len(parts) + 1)
-        if length == len(parts) or not parts[length].isdigit()
+        ".".join(parts[:length]) for length in range(1, len(parts) + 1) if length == len(parts) or not parts[length].isdigit()
     )
 
 

@@ -32,9 +32,7 @@ def synthesize(file: OnnxFile, seed: int = 0) -> ExampleInputs:
     generator = torch.Generator().manual_seed(seed)
     refusal = ""
     for image_size in IMAGE_SIZES:
-        inputs = {
-            name: _draw(name, declared[name], image_size, tables, generator) for name in file.input_names
-        }
+        inputs = {name: _draw(name, declared[name], image_size, tables, generator) for name in file.input_names}
         found = ExampleInputs((), inputs, tuple(inputs))
         try:
             file(**inputs)
@@ -107,4 +105,6 @@ def _look_ups(node: onnx.NodeProto) -> Iterator[tuple[str, str]]:
             yield node.input[4], node.input[1]
 
 
-_KEEPS_INDICES = frozenset({"Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Slice", "Transpose", "Clip", "Where"})
+_KEEPS_INDICES = frozenset(
+    {"Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Slice", "Transpose", "Clip", "Where"}
+)

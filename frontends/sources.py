@@ -67,7 +67,7 @@ def load_source(path: str | Path, *, weights: bool = True) -> ModelSource:
       ``padding_mask`` (input name).
 
     A directory is a model saved by transformers' ``save_pretrained``; see ``mfcompile.frontends.huggingface``. A ``.pt2`` file
-    is an archive of torch.export; see ``mfcompile.frontends.pt2``.
+    is an archive of torch.export; see ``mfcompile.frontends.pt2``. An ``.onnx`` file is pruned itself.
 
     Args:
         path: the file or directory.
@@ -94,6 +94,10 @@ def load_source(path: str | Path, *, weights: bool = True) -> ModelSource:
         from mfcompile.frontends.pt2 import load_pt2
 
         return load_pt2(path)
+    if path.suffix == ".onnx":
+        from mfcompile.frontends.onnx_source import load_onnx
+
+        return load_onnx(path)
     if path.suffix != ".py":
         raise InputError(_describe_other_file(path))
     return _load_python(path)
@@ -138,7 +142,7 @@ def _load_python(path: Path) -> ModelSource:
     notes: list[str] = []
     model = _find_model(user, notes)
     example_inputs = _find_example_inputs(user)
-    calibration = _find_calibration(user, notes)
+    calibration = find_calibration(user, notes)
     if any(module.training for module in model.modules()):
         model.eval()
         notes.append("the model was in train mode and was set to eval(): dropout is off, batch norm is frozen")
@@ -226,7 +230,8 @@ def _find_example_inputs(user: UserModule) -> Any:
     return value
 
 
-def _find_calibration(user: UserModule, notes: list[str]) -> Callable[[], Iterable[Any]] | None:
+def find_calibration(user: UserModule, notes: list[str]) -> Callable[[], Iterable[Any]] | None:
+    """The calibration_batches of a Python file, read anew at every call; None where it defines none."""
     value = user.namespace.get("calibration_batches")
     if value is None:
         return None

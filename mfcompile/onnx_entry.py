@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfcompile.errors import CalibrationError, InputError
-from mfcompile.graph import CapturedGraph
+from mfcompile.graph import CapturedGraph, Diagnostic
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mfcompile.artifact import ExportedArtifact
+    from mfcompile.region import RegionMap
 
 
 def opened(model: nn.Module | Path | str) -> nn.Module:
@@ -44,6 +46,26 @@ def capture_file(file: nn.Module, example_inputs: Any = None) -> CapturedGraph:
 
     assert isinstance(file, OnnxFile)  # see is_onnx
     return with_layers(capture_onnx(file, example_inputs))
+
+
+def with_weaker_rules(captured: CapturedGraph, regions: RegionMap) -> RegionMap:
+    """The regions, with diagnostics for what an ONNX file did not tell and was decided by a weaker rule."""
+    found = [
+        Diagnostic(subject, text) for subject, text in zip(("example inputs", "layers"), _weaker(captured), strict=True) if text
+    ]
+    return replace(regions, diagnostics=(*found, *regions.diagnostics)) if found else regions
+
+
+def _weaker(captured: CapturedGraph) -> tuple[str, str]:
+    if captured.frontend != "onnx":
+        return "", ""
+    from mfcompile.onnx_file import RANDOM_INPUTS
+    from mfcompile.passes.layers import LAYERS_FOUND, NO_LAYERS
+
+    def said(prefix: str) -> str:
+        return next((text for text in captured.specialised if text.startswith(prefix)), "")
+
+    return said(RANDOM_INPUTS), said(LAYERS_FOUND) or said(NO_LAYERS)
 
 
 def first_batch(calibration: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:

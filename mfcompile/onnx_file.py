@@ -11,17 +11,21 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx import inliner
 from torch import Tensor, nn
 
 from mfcompile.errors import CaptureError, InputError
 from mfcompile.inputs import ExampleInputs
-from mfcompile.onnx_wire import FileRecord, TensorRecord, read_file, skeleton
+from mfcompile.onnx_wire import TensorRecord, read_file, skeleton
 from mfcompile.session import TORCH_DTYPES, make_feeds, ort_value, run_session, session_options
 
 INJECTED_LEAST_BYTES = 1024
 """Vectors and scalars of fewer bytes stay in the graph, where shape inference reads them."""
 
-ELEMENT_TYPES = {
+RANDOM_INPUTS = "random inputs, made from the types of the file's inputs, stand in for examples"
+"""What ``CapturedGraph.specialised`` says when no example was given."""
+
+ELEMENT_TYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.DOUBLE: torch.float64,
     onnx.TensorProto.FLOAT16: torch.float16,
@@ -71,6 +75,16 @@ class OnnxFile(nn.Module):
         self.input_names = tuple(item.name for item in self.proto.graph.input if item.name not in stored)
         self.output_names = tuple(item.name for item in self.proto.graph.output)
         self._session: tuple[object, onnxruntime.InferenceSession] | None = None
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that every input is fixed to, None where it is free or they differ."""
+        sizes = {
+            item.type.tensor_type.shape.dim[0].dim_value
+            for item in self.proto.graph.input
+            if item.name in self.input_names and item.type.tensor_type.shape.dim
+        }
+        return (sizes.pop() or None) if len(sizes) == 1 else None
 
     def fqn(self, name: str) -> str | None:
         """FQN of the parameter or buffer that holds a stored tensor; None for one that is held nowhere."""
@@ -236,7 +250,9 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     try:
         model.ParseFromString(data)
     except Exception as error:
-        raise InputError(f"{path} cannot be read as an ONNX file ({_first_line(error)}): it is damaged. Export it again") from error
+        raise InputError(
+            f"{path} cannot be read as an ONNX file ({_first_line(error)}): it is damaged. Export it again"
+        ) from error
     newest = onnx.defs.onnx_opset_version()
     for item in model.opset_import:
         if item.domain in ("", "ai.onnx") and item.version > newest:
@@ -249,7 +265,7 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     except Exception as error:
         raise InputError(f"{path} is not valid ONNX: {_first_line(error)}. Export it again") from error
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = inliner.inline_local_functions(model)
     _lift_constants(model.graph)
     return model
 
@@ -264,7 +280,9 @@ def _without_external(model: onnx.ModelProto) -> onnx.ModelProto:
     del changed.graph.initializer[:]
     changed.graph.initializer.extend(kept)
     changed.graph.input.extend(
-        onnx.helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)) for item in away if item.name not in known
+        onnx.helper.make_tensor_value_info(item.name, item.data_type, list(item.dims))
+        for item in away
+        if item.name not in known
     )
     return changed
 

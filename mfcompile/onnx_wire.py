@@ -270,7 +270,10 @@ def _read_tensor(buffer: memoryview, outer: Field, body: tuple[int, int], path: 
         elif item.number in _VALUE_FIELDS:
             values.append(item)
         elif item.number == _EXTERNAL:
-            texts = {part.number: str(buffer[part.payload : part.end], "utf-8") for part in read_fields(buffer, item.payload, item.end)}
+            texts = {
+                part.number: str(buffer[part.payload : part.end], "utf-8")
+                for part in read_fields(buffer, item.payload, item.end)
+            }
             entries[texts.get(1, "")] = texts.get(2, "")
         elif item.number == _LOCATION:
             is_external = item.value == 1

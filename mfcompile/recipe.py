@@ -34,6 +34,7 @@ MASK_OPTIONS = (
     "regions",
     "modalities",
     "padding_mask",
+    "calibration",
     "num_calibration_samples",
 )
 """The options that decide the masks; with any of them changed, the recorded digest says nothing."""
@@ -57,6 +58,7 @@ class Recipe:
         regions: pattern -> region, over what dataflow found.
         modalities: input name -> modality, over what the rules found.
         padding_mask: name of the padding mask input; None to find it by convention and shape.
+        calibration: file or directory with calibration data; None takes what the source gives.
         num_calibration_samples: how many samples to calibrate with; None for all.
         onnx: whether an ONNX file is written.
         format: how pruned weights are stored in it, "packed" or "dense".
@@ -76,6 +78,7 @@ class Recipe:
     regions: Mapping[str, str] = field(default_factory=dict)
     modalities: Mapping[str, str] = field(default_factory=dict)
     padding_mask: str | None = None
+    calibration: Path | None = None
     num_calibration_samples: int | None = None
     onnx: bool = True
     format: str = "packed"
@@ -146,6 +149,8 @@ class Recipe:
         for item in fields(self):
             document[item.name] = _plain(getattr(self, item.name))
         document["source"] = _relative(self.source.resolve(), directory)
+        if self.calibration is not None:
+            document["calibration"] = _relative(self.calibration.resolve(), directory)
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
         return write_atomically(path, (_HEADER.format(name=path.name) + text).encode())
 
@@ -169,13 +174,16 @@ class Recipe:
                 near = difflib.get_close_matches(str(key), sorted(known), n=1)
                 hint = f" Did you mean {near[0]}?" if near else f" A recipe has: {', '.join(sorted(known))}."
                 raise InputError(f"{path}, line {lines.get(key, 1)}: unknown key {key!r}.{hint}")
-            problem = "it is not a path" if key == "source" and not isinstance(value, str) else None
+            is_path = key == "source" or (key == "calibration" and value is not None)
+            problem = "it is not a path" if is_path and not isinstance(value, str) else None
             problem = problem or (_CHECKS[key](value) if key in _CHECKS else None)
             if problem:
                 raise InputError(f"{path}, line {lines.get(key, 1)}: {key}: {problem}")
         if "source" not in document:
             raise InputError(f"{path}: the key source is missing: it names the model.py or model directory to prune")
         source = Path(os.path.normpath(path.parent.resolve() / document.pop("source")))
+        if document.get("calibration") is not None:
+            document["calibration"] = Path(os.path.normpath(path.parent.resolve() / document["calibration"]))
         for key in ("targets", "ignore"):
             if isinstance(document.get(key), list):
                 document[key] = tuple(document[key])
@@ -191,7 +199,7 @@ def _plain(value: Any) -> Any:
         return list(value)
     if isinstance(value, Mapping):
         return dict(value)
-    return value
+    return value.as_posix() if isinstance(value, Path) else value
 
 
 def _relative(target: Path, directory: Path) -> str:

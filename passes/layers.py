@@ -24,6 +24,9 @@ from mfcompile.region import WeightUse
 LAYERS_FOUND = "layers were found in the graph, from attentions and residual sums, since the file names no submodules"
 """What ``CapturedGraph.specialised`` says of such a graph."""
 
+NO_LAYERS = "the file names no submodules, and no repeated layers were found in the graph: no weight lies in a repeated block"
+"""What it says where none were found."""
+
 _RESIDUAL_REACH = 12
 """Nodes between a linear layer and its residual sum: bias, dropout, scale, reshape."""
 
@@ -57,7 +60,7 @@ def with_layers(captured: CapturedGraph) -> CapturedGraph:
     finder = _LayerFinder(captured)
     layers = finder.layers()
     if not layers:
-        return captured
+        return replace(captured, specialised=(*captured.specialised, NO_LAYERS))
     file = captured.module
     assert isinstance(file, OnnxFile)  # only files come without paths
     for path, layer in _paths(file, layers, finder).items():
@@ -73,7 +76,9 @@ class _LayerFinder:
     def __init__(self, captured: CapturedGraph) -> None:
         self._order = {node: index for index, node in enumerate(captured.graph.nodes)}
         self._by_name = {node.name: node for node in captured.graph.nodes}
-        self._uses = [use for use in find_weight_uses(captured).uses if use.layout.outputs == (0,) or use.layout.outputs == (1,)]
+        self._uses = [
+            use for use in find_weight_uses(captured).uses if use.layout.outputs == (0,) or use.layout.outputs == (1,)
+        ]
         self._shapes = {use.fqn: tuple(captured.parameter(use.fqn).shape) for use in self._uses}
         self._attention = [
             is_attention_projection(self._by_name[use.node], self._by_name[use.activation]) for use in self._uses
@@ -284,6 +289,4 @@ def _paths(file: nn.Module, layers: Sequence[_Layer], finder: _LayerFinder) -> d
     prefix = "stack"
     while any(name.startswith(prefix) for name, _ in file.named_children()):
         prefix = f"_{prefix}"
-    return {
-        f"{prefix}_{number}.{index}": layer for number, stack in enumerate(stacks) for index, layer in enumerate(stack)
-    }
+    return {f"{prefix}_{number}.{index}": layer for number, stack in enumerate(stacks) for index, layer in enumerate(stack)}

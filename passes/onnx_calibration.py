@@ -70,9 +70,7 @@ class OnnxRunner:
         diagnostics: where padding could not be followed.
     """
 
-    def __init__(
-        self, captured: CapturedGraph, regions: RegionMap, collector: StatisticsCollector, plan: PaddingPlan
-    ) -> None:
+    def __init__(self, captured: CapturedGraph, regions: RegionMap, collector: StatisticsCollector, plan: PaddingPlan) -> None:
         assert isinstance(captured.module, OnnxFile)  # the front end is onnx
         self.observed_by = {"onnxruntime"}
         self._file, self._captured, self._collector = captured.module, captured, collector
@@ -140,8 +138,8 @@ class OnnxRunner:
         for fqn in self._collector.by_fqn:
             for use in regions.evidence.get(fqn, ()):
                 is_raw = fqn in self._collector.repeated or not _is_plain(use)
-                routing = (use.routed_by, use.experts) if is_raw else None
-                groups.setdefault((use.activation, use.reading, is_raw, routing), []).append(use)
+                route = (use.routed_by, use.experts) if is_raw else None
+                groups.setdefault((use.activation, use.reading, is_raw, route), []).append(use)
         del model.graph.output[:]
         writer = NodeWriter(model, _OUTPUTS)
         observations = []
@@ -166,9 +164,7 @@ class OnnxRunner:
             model.graph.output.add(name=name)
         return observations
 
-    def _sum(
-        self, writer: NodeWriter, marks: PaddingMarks, value: str, mark: str | None, dim: int
-    ) -> tuple[str, str | None]:
+    def _sum(self, writer: NodeWriter, marks: PaddingMarks, value: str, mark: str | None, dim: int) -> tuple[str, str | None]:
         """Outputs with the sums of squares along a dimension, and with the number of rows that count."""
         rank = len(marks.shape(value))
         others = [axis for axis in range(rank) if axis != dim % rank]
@@ -234,7 +230,8 @@ class OnnxRunner:
 def _is_plain(use: WeightUse) -> bool:
     """One dimension of features, one matrix, rows as they are."""
     reading = use.reading
-    return len(reading.features) == 1 and reading.features[0] in (-1, -2) and not (
-        reading.experts or reading.routing or reading.patches or use.layout.experts
+    return (
+        len(reading.features) == 1
+        and reading.features[0] in (-1, -2)
+        and not (reading.experts or reading.routing or reading.patches or use.layout.experts)
     )
-

@@ -204,7 +204,7 @@ def _reshape(marks: PaddingMarks, step: _Step) -> list[str | None] | None:
     return [marks.writer.add("Reshape", [marks.full(step.node.input[0], step.marks[0]), target], **_allow_zero(marks))]
 
 
-def _allow_zero(marks: PaddingMarks) -> dict[str, int]:
+def _allow_zero(marks: PaddingMarks) -> dict[str, Any]:
     return {"allowzero": 1} if marks.writer.opset >= 14 else {}
 
 
@@ -310,7 +310,9 @@ def _einsum(marks: PaddingMarks, step: _Step) -> list[str | None] | None:
         if summed:
             mark = marks.all_over(mark, summed, 0)
         if left:
-            mark = marks.writer.add("Transpose", [mark], perm=sorted(range(len(left)), key=lambda place: result.index(left[place])))
+            mark = marks.writer.add(
+                "Transpose", [mark], perm=sorted(range(len(left)), key=lambda place: result.index(left[place]))
+            )
         missing = [place for place, letter in enumerate(result) if letter not in left]
         found.append(marks.writer.over("Unsqueeze", mark, missing) if missing else mark)
     return [marks.any_of(found)]
@@ -333,7 +335,9 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("Slice", "Split", "Tile", "Pad", "GatherElements", "GatherND"), _move_first),
     **dict.fromkeys(("MatMul", "FusedMatMul", "Gemm"), _product),
     **dict.fromkeys(("ScatterND", "ScatterElements"), _scatter),
-    **dict.fromkeys(("ArgMax", "ArgMin", "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceProd"), _reduce),
+    **dict.fromkeys(
+        ("ArgMax", "ArgMin", "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceProd"), _reduce
+    ),
     **dict.fromkeys(("Attention", "MultiHeadAttention", "GroupQueryAttention"), _queries),
     **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), _first_two),
     "Transpose": _transpose,

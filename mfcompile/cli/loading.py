@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from mfcompile.frontends.sources import ModelSource
     from mfcompile.graph import CapturedGraph
     from mfcompile.masks import MaskSet
+    from mfcompile.recipe import Recipe
     from mfcompile.region import RegionMap
 
 
@@ -41,6 +43,30 @@ def load(path: Path, progress: StageProgress) -> ModelSource:
         return load_source(path)
 
 
+def load_recipe(recipe: Recipe, progress: StageProgress) -> ModelSource:
+    """The source of a recipe, with the calibration data that the recipe names.
+
+    Raises:
+        InputError: there is no model, or no calibration data where the recipe says.
+    """
+    source = load(recipe.source, progress)
+    if recipe.calibration is None:
+        return source
+    from mfcompile.frontends.calibration_files import load_calibration
+
+    fixed_batch = getattr(source.model, "fixed_batch", None) if source.kind == "onnx" else None
+    return replace(source, calibration=load_calibration(recipe.calibration, fixed_batch))
+
+
+def example_of(source: ModelSource) -> Any:
+    """The example inputs of a source, the first calibration batch where it has none; None without either."""
+    from mfcompile.onnx_entry import first_batch
+
+    if source.example_inputs is not None or source.calibration is None:
+        return source.example_inputs
+    return first_batch(source.calibration())[0]
+
+
 def merged(source: ModelSource, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the source says about its inputs and regions, overridden by options; as ``infer_regions`` takes it."""
     return {
@@ -56,7 +82,7 @@ def capture_source(source: ModelSource, options: Mapping[str, Any], progress: St
     from mfcompile.compile import capture, infer_regions
 
     with progress.stage("capture"):
-        captured = capture(source.model, source.example_inputs)
+        captured = capture(source.model, example_of(source))
     with progress.stage("regions"):
         regions = infer_regions(captured, **merged(source, options))
     return captured, regions
@@ -71,7 +97,7 @@ def capture_masked(source: ModelSource, masks: MaskSet | None, progress: StagePr
     from mfcompile.compile import capture, with_masks
 
     with progress.stage("capture"):
-        captured = capture(source.model, source.example_inputs)
+        captured = capture(source.model, example_of(source))
     if masks is None:
         return captured
     with progress.stage("apply"):

@@ -92,7 +92,8 @@ def publish(
         if evaluation.metrics:
             report = with_evaluation(report, evaluation.metrics, evaluation.notes)
         with progress.stage("write"), _without_bars_of_transformers():
-            save_weights(compiled.strip(), staging)
+            if source.kind != "onnx":  # the weights of an ONNX file are saved in the ONNX file
+                save_weights(compiled.strip(), staging)
             if source.save_extras is not None:
                 source.save_extras(staging)
             compiled.masks.save(staging / "masks.safetensors")
@@ -135,11 +136,12 @@ def _export(
     from mfcompile.compile import export_onnx, verify
     from mfcompile.exporters.parity import raise_on_failure
     from mfcompile.frontends.capture import with_export
+    from mfcompile.onnx_entry import is_onnx
     from mfcompile.report import with_capture, with_latency, with_parity
     from mfcompile.report import with_export as report_export
 
     with progress.stage("export"):
-        pruned = with_export(compiled.captured)
+        pruned = compiled.captured if is_onnx(compiled.captured.module) else with_export(compiled.captured)
         report = with_capture(report, pruned)
     with progress.stage("onnx"):
         artifact = export_onnx(pruned, staging / "model.onnx", format=recipe.format, values=recipe.values)
@@ -155,7 +157,10 @@ def _export(
 def measure_latency(artifact: ExportedArtifact, pruned: CapturedGraph, scratch: Path) -> dict[str, Any]:
     """Time the artefact against the unpruned model in dense format, in onnxruntime, on the example inputs."""
     from mfcompile.compile import export_onnx
+    from mfcompile.onnx_file import OnnxFile
 
+    if isinstance(pruned.module, OnnxFile):
+        return compare({"dense": pruned.module.path, "pruned": artifact.path}, pruned.example_inputs)
     with tempfile.TemporaryDirectory(prefix=".latency-", dir=scratch) as folder:
         dense = export_onnx(replace(pruned, masks=None), Path(folder) / "dense.onnx", format="dense")
         return compare({"dense": dense.path, "pruned": artifact.path}, pruned.example_inputs)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mfcompile.cli import tables
 from mfcompile.cli.console import Terminal
-from mfcompile.cli.loading import capture_source, load
+from mfcompile.cli.loading import capture_source, load_recipe
 from mfcompile.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ GAP_BYTES = 1
 def show(recipe: Recipe, terminal: Terminal) -> None:
     """Capture the model and print the plan; nothing is calibrated, nothing is written."""
     with terminal.progress() as progress:
-        source = load(recipe.source, progress)
+        source = load_recipe(recipe, progress)
         captured, regions = capture_source(source, vars(recipe), progress)
     view = describe(captured, regions, recipe)
     out = terminal.out
@@ -32,7 +32,8 @@ def show(recipe: Recipe, terminal: Terminal) -> None:
         out.print(skipped)
     for item in view["diagnostics"]:
         terminal.say(f"note: {item['subject']}: {item['reason']}")
-    data = "calibration_batches" if source.calibration else "the example inputs (no calibration data is defined)"
+    given = "calibration_batches" if source.calibration else "the example inputs (no calibration data is defined)"
+    data = str(recipe.calibration) if recipe.calibration else given
     terminal.say(f"Calibration: with {data}.")
     terminal.say(
         f"Parameters: {view['parameters']:,}, {tables.size(view['dense_bytes'])} dense."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mfcompile.cli import plan
 from mfcompile.cli.console import StageProgress, Terminal
-from mfcompile.cli.loading import load, merged, option
+from mfcompile.cli.loading import load_recipe, merged, option
 from mfcompile.cli.parser import (
     Subparsers,
     add_debug_option,
@@ -37,11 +37,13 @@ examples:
   mfcompile prune model.py --sparsity 0.63
   mfcompile prune ./blip-itm -o blip-63 --num-calibration-samples 128 --values fp16
   mfcompile prune model.py --dry-run --ignore region:fusion 're:.*\\.pooler'
+  mfcompile prune model.onnx --calibration batches.npz   no PyTorch model needed
   mfcompile prune model-pruned/recipe.yaml -o again      run a recipe again; its masks must come out the same
 
-calibration data comes from calibration_batches in model.py: an iterable, or a function that returns one."""
+calibration data comes from calibration_batches in model.py: an iterable, or a function that returns one; --calibration
+takes it from a file instead, which an .onnx file needs."""
 
-SOURCE_HELP = "a model.py, a Hugging Face model directory, or a recipe.yaml that an earlier run wrote"
+SOURCE_HELP = "a model.py, a Hugging Face model directory, an .onnx file, or a recipe.yaml that an earlier run wrote"
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -64,6 +66,13 @@ def add_parser(subparsers: Subparsers) -> None:
         type=whole_number,
         metavar="N",
         help="stop calibrating at the batch that reaches N samples (default: all that the source gives)",
+    )
+    how.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="PATH",
+        help="calibration data: an .npz file of arrays named like the inputs, a directory of such files, or a Python file that "
+        "defines calibration_batches (default: what the source gives)",
     )
     how.add_argument(
         "--rounding",
@@ -108,7 +117,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     directory = args.output_dir or Path(f"{_stem(recipe.source)}-pruned")
     outputs.check_directory(directory, overwrite=args.overwrite)
     with terminal.progress() as progress:
-        source = load(recipe.source, progress)
+        source = load_recipe(recipe, progress)
         terminal.note(f"{recipe.source} -> {directory}")
         _announce(source, terminal)
         compiled = _compile(source, recipe, progress)
@@ -154,6 +163,12 @@ def _announce(source: ModelSource, terminal: Terminal) -> None:
     for note in source.notes:
         terminal.note(f"note: {note}")
     if source.calibration is None:
+        if source.kind == "onnx":
+            terminal.warn(
+                "there is no calibration data: RANDOM inputs, made from the types of the file's inputs, stand in for it. Which "
+                "weights matter on noise says little of real data: pass --calibration batches.npz, with a few hundred samples"
+            )
+            return
         where = "in model.py" if source.kind == "python" else "in a model.py that loads this directory"
         terminal.warn(
             f"there is no calibration data, so the example inputs stand in for it. Masks are only as good as the data: "
