@@ -74,6 +74,8 @@ def _decide(spec: InputSpec, tensor: Tensor, overrides: Mapping[str, str], uses:
         rows = uses.get(spec.name, 0)
         if rows and rows == max(uses.values()):
             return InputModality(spec.name, TEXT, f"labels that look up a table of {rows} rows, the largest of this model")
+    if by_name is not None and by_name[0] == TEXT and tensor.ndim <= 1 and spec.name not in uses:
+        return InputModality(spec.name, None, "one number for each sample, which looks nothing up: it steers")
     if by_name is not None:
         return InputModality(spec.name, by_name[0], by_name[1])
     by_shape = _by_structure(spec, tensor, uses)

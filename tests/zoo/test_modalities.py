@@ -95,6 +95,38 @@ def test_positions_that_pick_tokens_are_control_by_their_name() -> None:
     assert {item.name: item.modality for item in found} == {"a": "vision", "b": "text", "phrase_position": None}
 
 
+def test_a_choice_of_a_prompt_for_each_sample_is_control_whatever_its_name() -> None:
+    class Chooses(Any2):
+        def __init__(self) -> None:
+            super().__init__()
+            self.choice = nn.Linear(4, WIDTH)
+
+        def forward(self, a: Tensor, b: Tensor, prompt_ids: Tensor) -> Tensor:  # type: ignore[override]
+            joint = super().forward(a, b)
+            chosen: Tensor = self.choice(nn.functional.one_hot(prompt_ids, 4).float())
+            return joint + chosen[:, None]
+
+    assert _found(Chooses(), torch.tensor([0, 3, 1]))["prompt_ids"] is None
+
+
+def test_a_sentence_without_a_batch_is_text() -> None:
+    class Reads(Any2):
+        def forward(self, a: Tensor, b: Tensor, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+            joint = super().forward(a, b)
+            sentence: Tensor = self.other(input_ids[None])
+            return joint + sentence.mean(1, keepdim=True)
+
+    assert _found(Reads(), torch.tensor([3, 8, 2, 5]))["input_ids"] == "text"
+
+
+def _found(model: nn.Module, third: Tensor) -> dict[str, str | None]:
+    model.eval()
+    with torch.no_grad():
+        model(PICTURE, IDS, third)
+    found = mfcompile.infer_regions(mfcompile.capture(model, (PICTURE, IDS, third))).modalities
+    return {item.name: item.modality for item in found}
+
+
 def test_a_second_text_with_a_smaller_table_of_its_own() -> None:
     other = torch.tensor([[9, 2, 7, 7, 1], [3, 8, 2, 0, 0], [6, 1, 1, 5, 4]])
     assert modalities(PICTURE, other, lambda model, c: model.other(c))["c"] == "text"
