@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mfcompile.errors import InputError
 from mfcompile.exporters.session import make_feeds, open_session
+from mfcompile.exporters.split_session import load_parts
 from mfcompile.inputs import ExampleInputs
 
 
@@ -42,7 +43,7 @@ def compare_latency(
     """Run every artefact in turn (a b c, c b a, a b c, ...) and keep the seconds of each run.
 
     Args:
-        paths: name -> .onnx file.
+        paths: name -> .onnx file, or manifest of a split model.
         inputs: what to run them on.
         repeats: measured runs of each.
         warmup: runs of each before that, not kept.
@@ -67,3 +68,36 @@ def compare_latency(
             if turn >= 0:
                 seconds[name].append(elapsed)
     return LatencyComparison({name: tuple(times) for name, times in seconds.items()})
+
+
+def part_latency(
+    path: Path | str, inputs: ExampleInputs, *, repeats: int, warmup: int = 1, threads: int | None = None
+) -> dict[str, float]:
+    """Median seconds of every part of a split model, each fed with what the parts before it give.
+
+    Args:
+        path: the directory of the model, or its manifest.
+        inputs: inputs of the whole model.
+        repeats: measured runs of each part; the parts are run one after the other, as they are used.
+        warmup: runs before that, not kept.
+        threads: threads inside one operator; None leaves the choice to onnxruntime.
+
+    Raises:
+        InputError: repeats under 1, a model that cannot be loaded, or inputs that do not fit it.
+    """
+    if repeats < 1 or warmup < 0:
+        raise InputError(f"nothing to measure: repeats={repeats}, warmup={warmup}")
+    model = load_parts(path, threads=threads)
+    values, _ = make_feeds(model, inputs)
+    seconds: dict[str, list[float]] = {part.name: [] for part in model.manifest.parts}
+    for turn in range(-warmup, repeats):
+        for part in model.manifest.parts:
+            names = [item.name for item in part.outputs]
+            feeds = {item.name: values[item.name] for item in part.inputs}
+            start = time.perf_counter()
+            found = model.parts[part.name].run_with_ort_values(names, feeds)
+            elapsed = time.perf_counter() - start
+            values.update(zip(names, found, strict=True))
+            if turn >= 0:
+                seconds[part.name].append(elapsed)
+    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -272,8 +272,22 @@ def with_export(report: Report, artifact: ExportedArtifact) -> Report:
                 name: {str(dim): axis for dim, axis in axes.items()} for name, axes in artifact.dynamic_axes.items()
             },
             "load_peak_bytes": artifact.load_peak_bytes,
+            "parts": [_part_row(part) for part in artifact.parts],
             "notes": list(artifact.notes),
         },
+    }
+
+
+def _part_row(part: ExportedArtifact) -> dict[str, Any]:
+    """One file of a split model: its size, and what it reads and gives."""
+    return {
+        "name": part.path.stem,
+        "file": part.path.name,
+        "files": [file.name for file in part.files],
+        "size_bytes": part.size_bytes,
+        "dense_size_bytes": part.dense_size_bytes,
+        "input_names": list(part.input_names),
+        "output_names": list(part.output_names),
     }
 
 
@@ -311,7 +325,8 @@ def parity_rows(parity: ParityReport) -> dict[str, Any]:
 
 
 def with_latency(report: Report, latency: Mapping[str, Any]) -> Report:
-    """The report with measured latencies: ``{"medians_ms": {name: ms}, "ratio": pruned / dense, ...}``."""
+    """The report with measured latencies: ``{"medians_ms": {name: ms}, "ratio": pruned / dense, ...}``; of a split model
+    also ``{"parts_ms": {part: ms}}``."""
     return {**report, "latency": dict(latency)}
 
 

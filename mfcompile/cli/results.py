@@ -25,6 +25,9 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
     if report["export"] is not None:
         for line in size_lines(report["export"]):
             terminal.say(line)
+        if report["export"].get("parts"):
+            out.print()
+            out.print(tables.parts_table(report["export"], report["latency"]))
     if report["latency"] is not None:
         for line in latency_lines(report["latency"]):
             terminal.say(line)
@@ -49,7 +52,7 @@ def calibration_line(calibration: Mapping[str, Any]) -> str:
 def size_lines(export: Mapping[str, Any]) -> list[str]:
     """How large the ONNX file is, against dense fp32."""
     lines = [
-        f"Size: {export['file']} takes {tables.size(export['size_bytes'])}, {export['size_ratio']:.2f}x of the dense "
+        f"Size: {_subject(export)} {tables.size(export['size_bytes'])}, {export['size_ratio']:.2f}x of the dense "
         f"file's {tables.size(export['dense_size_bytes'])}; its pruned weights take {export['pruned_ratio']:.3f}x of "
         f"their dense fp32 bytes ({export['format']}, {export['values']})."
     ]
@@ -57,6 +60,12 @@ def size_lines(export: Mapping[str, Any]) -> list[str]:
         lines.append("Size: the dense format stores every zero. Use --format packed for a smaller file.")
     lines += [f"note: {note}" for note in export["notes"]]
     return lines
+
+
+def _subject(export: Mapping[str, Any]) -> str:
+    if not export.get("parts"):
+        return f"{export['file']} takes"
+    return f"the {len(export['parts'])} parts together take"
 
 
 def latency_lines(latency: Mapping[str, Any]) -> list[str]:
@@ -76,8 +85,11 @@ def next_steps(report: Mapping[str, Any], directory: Path, source: Path) -> list
     """Commands that make sense now."""
     lines = ["Next:"]
     if report["export"] is not None:
-        lines.append(f"  onnxruntime.InferenceSession('{directory / report['export']['file']}')      run it")
+        split = bool(report["export"].get("parts"))
+        written = directory if split else directory / report["export"]["file"]
+        loader = "mfcompile.load_parts" if split else "onnxruntime.InferenceSession"
+        lines.append(f"  {loader}('{written}')      run it")
         masks = directory / "masks.safetensors"
-        lines.append(f"  mfcompile verify {directory / report['export']['file']} {source} --masks {masks}")
+        lines.append(f"  mfcompile verify {written} {source} --masks {masks}")
     lines.append(f"  mfcompile prune {directory / 'recipe.yaml'} -o DIR      run it again; the masks must be the same")
     return lines

@@ -23,6 +23,7 @@ EXAMPLES_PER_REASON = 2
 FILES = {
     "model.onnx": "the pruned model, for stock onnxruntime",
     "model.onnx.data": "its weights",
+    "model.split.json": "how the parts chain: inputs, outputs, sizes, hashes",
     "model.safetensors": "the pruned weights under their own names, zeros included",
     "model.pt2": "the pruned program of torch.export, zeros included",
     "config.json": "the configuration, for its own library",
@@ -158,6 +159,24 @@ def parity_table(parity: Mapping[str, Any]) -> RenderableType:
     return table(title, ("output", ">largest difference", ">largest value", "tolerance"), rows)
 
 
+def parts_table(export: Mapping[str, Any], latency: Mapping[str, Any] | None = None) -> RenderableType:
+    """The files of a split model: what each reads and gives, how large it is, how long it takes."""
+    times = (latency or {}).get("parts_ms", {})
+    rows = [
+        (
+            item["file"],
+            size(item["size_bytes"]),
+            size(item["dense_size_bytes"]),
+            f"{times[item['name']]:.3g} ms" if item["name"] in times else "-",
+            ", ".join(item["input_names"]),
+            ", ".join(item["output_names"]),
+        )
+        for item in export["parts"]
+    ]
+    columns = ("part", ">size", ">dense", ">latency", "reads", "gives")
+    return table("Parts, in running order", columns, rows)
+
+
 def evaluation_table(evaluation: Mapping[str, Mapping[str, float | None]]) -> RenderableType:
     """The user's own metrics, before and after."""
     variants = list(evaluation)
@@ -168,7 +187,10 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, float | None]]) -> Re
 
 def files_table(report: Mapping[str, Any], directory: Path) -> RenderableType:
     """What was written, and where."""
-    rows = [(name, size(count), FILES.get(name, "")) for name, count in report["files"].items()]
+    parts = {
+        item["file"]: f"the {item['name']} part, for stock onnxruntime" for item in (report["export"] or {}).get("parts", ())
+    }
+    rows = [(name, size(count), parts.get(name, FILES.get(name, ""))) for name, count in report["files"].items()]
     own = directory / "report.json"  # it cannot hold its own size
     rows.append((own.name, size(own.stat().st_size), FILES[own.name]))
     return table(f"Written to {directory}", ("file", ">size", "what it is"), sorted(rows))
