@@ -27,17 +27,26 @@ def block_graph(captured: CapturedGraph, regions: RegionMap) -> nx.DiGraph:
 
     Returns:
         A directed graph. Every node has ``kind`` ("input", "stack", "head", "output"), ``region`` (the modality of an input,
-        "" of an output), ``blocks`` (how many blocks it stands for) and ``weights`` (elements of its linear weights). Control
+        "" of an output), ``blocks`` (how many blocks it stands for), ``layers`` and ``weights`` (how many linear weights it
+        holds, and their elements) and ``pruned`` (those of the elements that are pruned by default or as asked). Control
         inputs are left out. An edge means that a value of the one reaches the other past no third node.
     """
     groups = _groups(regions)
     quotient = nx.DiGraph()
     for item in regions.modalities:
         if item.modality is not None:
-            quotient.add_node(item.name, kind=INPUT, region=item.modality, blocks=0, weights=0)
+            quotient.add_node(item.name, kind=INPUT, region=item.modality, blocks=0, layers=0, weights=0, pruned=0)
     for name, (kind, region, blocks, fqns) in groups.items():
-        weights = sum(site.weight_count for site in regions.sites if site.fqn in fqns)
-        quotient.add_node(name, kind=kind, region=region, blocks=len(blocks), weights=weights)
+        sites = [site for site in regions.sites if site.fqn in fqns]
+        quotient.add_node(
+            name,
+            kind=kind,
+            region=region,
+            blocks=len(blocks),
+            layers=len(fqns),
+            weights=sum(site.weight_count for site in sites),
+            pruned=sum(site.weight_count for site in sites if site.skipped is None),
+        )
     _add_flow(captured, regions, quotient)
     return quotient
 
@@ -77,7 +86,7 @@ def _add_flow(captured: CapturedGraph, regions: RegionMap, quotient: nx.DiGraph)
         name = inputs.get(node.name) if node.op == "placeholder" else owner.get(node)
         if node.op == "output":
             for position, output in enumerate(captured.output_names):
-                quotient.add_node(output, kind=OUTPUT, region="", blocks=0, weights=0)
+                quotient.add_node(output, kind=OUTPUT, region="", blocks=0, layers=0, weights=0, pruned=0)
                 value = _output_node(node, position)
                 quotient.add_edges_from((source, output) for source in (arriving[value] if value is not None else ()))
             continue

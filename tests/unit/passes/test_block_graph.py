@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from itertools import pairwise
 
 import networkx as nx
 import pytest
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import mfcompile
+from mfcompile.layered_layout import lay_out
 from mfcompile.passes.block_graph import block_graph
-from mfcompile.region_plot import plot_regions
+from mfcompile.region_plot import fold, plot_regions
 from mfcompile.report_plot import STYLE
 
 
@@ -72,16 +75,87 @@ def test_flow_and_counts_do_not_depend_on_depth(depth: int) -> None:
         "kind": "stack",
         "region": "fusion",
         "blocks": depth,
+        "layers": depth * 6,
         "weights": depth * (4 * 64 + 2 * 128),
+        "pruned": depth * (4 * 64 + 2 * 128),
     }
-    assert graph.nodes["head"]["kind"] == "head"
+    assert graph.nodes["head"] == {"kind": "head", "region": "fusion", "blocks": 1, "layers": 1, "weights": 16, "pruned": 0}
 
 
-def test_the_picture_names_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = quotient(2)
-    buffer = io.BytesIO()
+@pytest.mark.parametrize("depth", [1, 2, 60])
+def test_the_picture_names_every_node_and_counts_its_blocks(monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    graph = quotient(depth)
     monkeypatch.setitem(STYLE, "svg.fonttype", "none")
+    drawn = svg(graph)
+    times = f"  × {depth}" if depth > 1 else ""  # noqa: RUF001
+    for name, data in graph.nodes(data=True):
+        assert f">{name.partition(' (')[0]}{times if data['kind'] == 'stack' else ''}<" in drawn
+    assert f">fusion block{'s' if depth > 1 else ''}, {6 * depth} linear weights<" in drawn
+    assert f">{depth * 512:,} elements, all prunable<" in drawn
+    assert ">16 elements, left dense<" in drawn
+    assert {">vision<", ">text<", ">fusion<", ">filled: repeated blocks<"} <= set(re.findall(r">[^<>]+<", drawn))
+
+
+def svg(graph: nx.DiGraph) -> str:
+    buffer = io.BytesIO()
     plot_regions(graph, buffer, title="Model", format="svg")
-    drawn = buffer.getvalue().decode()
-    assert [name for name in graph.nodes if f">{name.partition(' (')[0]}<" not in drawn] == []
-    assert "fusion, 2 blocks" in drawn
+    return buffer.getvalue().decode()
+
+
+def node(kind: str, region: str = "vision", blocks: int = 0, weights: int = 0) -> dict[str, object]:
+    return {"kind": kind, "region": region, "blocks": blocks, "layers": 1, "weights": weights, "pruned": 0}
+
+
+def test_outputs_that_hang_alike_and_chains_of_one_module_are_one_box() -> None:
+    graph = nx.DiGraph()
+    graph.add_node("image", **node("input"))
+    graph.add_node("tower (vision)", **node("stack", blocks=3, weights=9))
+    graph.add_node("model.merger.0", **node("head", weights=4))
+    graph.add_node("model.merger.2", **node("head", weights=5))
+    graph.add_node("other", **node("head"))
+    for name in ("one", "two", "three"):
+        graph.add_node(name, **node("output", ""))
+    graph.add_edges_from(
+        [
+            ("image", "tower (vision)"),
+            ("tower (vision)", "model.merger.0"),
+            ("model.merger.0", "model.merger.2"),
+            ("model.merger.2", "other"),
+            *(("other", name) for name in ("one", "two")),
+            ("tower (vision)", "three"),
+        ]
+    )
+    folded, boxes = fold(graph)
+    assert {tuple(box.names) for box in boxes.values()} == {
+        ("image",), ("tower (vision)",), ("model.merger.0", "model.merger.2"), ("other",), ("one", "two"), ("three",)
+    }  # fmt: skip
+    assert boxes["model.merger.0"].data["weights"] == 9
+    assert ("model.merger.0", "other") in folded.edges
+    assert graph.number_of_nodes() == 8, "the given graph is not touched"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_boxes_do_not_overlap_and_no_arrow_runs_through_one(seed: int) -> None:
+    graph = nx.gn_graph(14, seed=seed).reverse()
+    graph.add_edges_from((source, target) for source in range(4) for target in range(8, 12) if source != target)
+    graph = nx.relabel_nodes(nx.DiGraph((a, b) for a, b in graph.edges if a < b or seed > 3), str)
+    layout = lay_out(graph, width=3.0, lane=0.3, gap=0.5)
+    rows: dict[int, list[float]] = {}
+    for x, depth in layout.places.values():
+        rows.setdefault(depth, []).append(x)
+    for places in rows.values():
+        assert all(other - one >= 3.5 - 1e-9 for one, other in pairwise(sorted(places)))
+    assert set(layout.routes) | set(layout.level) == set(graph.edges)
+    for route in layout.routes.values():
+        assert [depth for _, depth in route] == list(range(route[0][1], route[-1][1] + 1))
+        for x, depth in route[1:-1]:
+            assert min(abs(x - place) for place in rows[depth]) >= 1.5 + 0.15
+
+
+def test_a_layout_of_a_chain_is_straight_and_of_a_cycle_is_level() -> None:
+    chain = nx.path_graph(5, create_using=nx.DiGraph)
+    layout = lay_out(nx.relabel_nodes(chain, str), width=3.0, lane=0.3, gap=0.5)
+    assert len({x for x, _ in layout.places.values()}) == 1
+    cycle = lay_out(nx.DiGraph([("a", "b"), ("b", "c"), ("c", "b"), ("c", "d")]), width=3.0, lane=0.3, gap=0.5)
+    assert cycle.places["b"][1] == cycle.places["c"][1] == 1
+    assert set(cycle.level) == {("b", "c"), ("c", "b")}
