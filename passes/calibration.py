@@ -81,7 +81,7 @@ def calibrate(
     """
     _check_arguments(batches, num_samples, observe)
     plan = plan_padding(captured, regions, padding_mask)
-    source = "calibration batches" if batches is not None else "example inputs"
+    source = "calibration batches" if batches is not None else _stand_in(captured)
     total = _length(batches)
     collector = StatisticsCollector(regions.pruned_sites, plan, repeated_weights(regions))
     runner = _runner(captured, regions, collector, observe, plan)
@@ -105,6 +105,12 @@ def calibrate(
     statistics.check()
     _check_regions(regions, statistics)
     return replace(statistics, diagnostics=(*statistics.diagnostics, *_unseen(regions, statistics)))
+
+
+def _stand_in(captured: CapturedGraph) -> str:
+    """What stands in for calibration batches, in words."""
+    is_random = any(text.startswith("random inputs") for text in captured.specialised)
+    return "random inputs" if is_random else "example inputs"
 
 
 def _check_arguments(batches: Iterable[Any] | None, num_samples: int | None, observe: str) -> None:
@@ -159,7 +165,7 @@ def _unseen(regions: RegionMap, statistics: CalibrationStatistics) -> Iterator[D
             listed = ", ".join(unseen[:8]) + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else "")
             yield Diagnostic(
                 fqn,
-                f"{len(unseen)} of its {len(seen)} experts received no calibration token ({listed}): magnitude ranks their weights",
+                f"{len(unseen)} of its {len(seen)} experts received no calibration token ({listed}): magnitude ranks theirs",
             )
 
 

@@ -155,7 +155,7 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         try:
             if func._schema.is_mutable:
                 self._follow_write(func, name.removesuffix("_"), named)
-            elif name not in CONTENT_FREE:
+            elif name not in CONTENT_FREE and not (name == "where" and "self" not in named):  # where(mask): places alone
                 self._follow_result(func, name, named, result)
         except (RuntimeError, IndexError, TypeError, NotImplementedError):
             self._lose(name)
@@ -391,6 +391,7 @@ _RULES: dict[str, _Rule] = {
     "addmm": lambda tracker, named: _product(tracker, named["mat1"], named["mat2"]),
     "baddbmm": lambda tracker, named: _product(tracker, named["batch1"], named["batch2"]),
     "_grouped_mm": lambda tracker, named: tracker.rows(named["self"]),
+    "one_hot": lambda tracker, named: tracker._require(named["self"]).unsqueeze(-1),
     "einsum": _einsum,
     "embedding": _embedding,
     **dict.fromkeys(SOFTMAX_ATTENTION, _attention),

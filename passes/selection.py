@@ -64,29 +64,55 @@ def magnitude_threshold(tensors: Sequence[Callable[[], Tensor]], k: int, names: 
     Raises:
         InputError: a value is NaN or infinite (names the tensor), or k is out of range.
     """
-    upper = [np.zeros(_BINS, np.int64) for _ in tensors]
-    for histogram, tensor, name in zip(upper, tensors, names, strict=True):
+    total, upper = np.zeros(_BINS, np.int64), []
+    for tensor, name in zip(tensors, names, strict=True):
+        histogram = np.zeros(_BINS, np.int64)
         for bits in _bits(tensor()):
             histogram += np.bincount(bits >> 16, minlength=_BINS)
         broken = int(histogram[_INFINITY_BIN:].sum())
         if broken:
             raise InputError(f"{name} holds {broken} NaN or infinite values: it cannot be ranked. Check the checkpoint")
-    total = np.sum(upper, axis=0)
+        total += histogram
+        upper.append(_Counts.of(histogram))
     if not 1 <= k <= int(total.sum()):
         raise InputError(f"cannot take the {k}-th smallest of {int(total.sum())} values")
     cumulative = np.cumsum(total)
     bucket = int(np.searchsorted(cumulative, k))
     before = int(cumulative[bucket - 1]) if bucket else 0
-    lower = [np.zeros(_BINS, np.int64) for _ in tensors]
-    for histogram, counts, tensor in zip(lower, upper, tensors, strict=True):
-        if counts[bucket]:
+    total, lower = np.zeros(_BINS, np.int64), []
+    for counts, tensor in zip(upper, tensors, strict=True):
+        histogram = np.zeros(_BINS, np.int64)
+        if counts.at(bucket):
             for bits in _bits(tensor()):
                 inside = bits[(bits >> 16) == bucket]
                 histogram += np.bincount(inside & 0xFFFF, minlength=_BINS)
-    place = int(np.searchsorted(np.cumsum(np.sum(lower, axis=0)), k - before))
-    below = tuple(int(high[:bucket].sum() + low[:place].sum()) for high, low in zip(upper, lower, strict=True))
+        total += histogram
+        lower.append(_Counts.of(histogram))
+    place = int(np.searchsorted(np.cumsum(total), k - before))
+    below = tuple(high.below(bucket) + low.below(place) for high, low in zip(upper, lower, strict=True))
     value = np.array([(bucket << 16) | place], np.uint32).view(np.float32)[0]
-    return Threshold(float(value), below, tuple(int(low[place]) for low in lower))
+    return Threshold(float(value), below, tuple(low.at(place) for low in lower))
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """A histogram without its empty bins: there may be thousands of experts, each with one."""
+
+    bins: NDArray[np.uint16]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, histogram: NDArray[np.int64]) -> _Counts:
+        filled = np.flatnonzero(histogram)
+        return cls(filled.astype(np.uint16), histogram[filled])
+
+    def below(self, place: int) -> int:
+        """How many lie in bins under ``place``."""
+        return int(self.counts[: np.searchsorted(self.bins, place)].sum())
+
+    def at(self, place: int) -> int:
+        """How many lie in the bin ``place``."""
+        return self.below(place + 1) - self.below(place)
 
 
 def _bits(tensor: Tensor) -> Iterator[NDArray[np.int32]]:
