@@ -70,7 +70,8 @@ def build(row: Row, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
 def tiny_config(config_class: Any, overrides: Mapping[str, Any]) -> Any:
     """The default configuration with its sizes shrunk, nested ones too, and ``overrides`` laid over it.
 
-    A nested configuration whose override names another ``model_type`` starts from that type's defaults.
+    A nested configuration whose override names another ``model_type`` starts from that type's defaults; one that names a
+    ``config_class`` becomes an object of that class, for places that take an object of any class but read a mapping as theirs.
 
     Args:
         config_class: a configuration class of transformers.
@@ -98,6 +99,9 @@ def _lay_over(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
     for key, value in overrides.items():
         if value is DROP or (isinstance(value, str) and value == DROP):
             found.pop(key, None)
+        elif isinstance(value, Mapping) and "config_class" in value:
+            others = {name: item for name, item in value.items() if name != "config_class"}
+            found[key] = tiny_config(getattr(transformers, value["config_class"]), others)
         elif isinstance(value, Mapping):
             base = found.get(key)
             base = base if isinstance(base, dict) else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.zoo.row import Noise, Row, Values, image, images, pair, text
+from benchmarks.zoo.row import Joined, Noise, Row, Values, image, images, pair, text
 
 SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False}
 
@@ -155,7 +155,9 @@ ROWS = (
         "vision-text",
         {
             **text(10, runs=((1, 3, 4),)),
-            "flattened_patches": Noise((2, 6, 194)),
+            "flattened_patches": Joined(
+                (Values([[[row, column] for row in range(2) for column in range(3)]] * 2, "float32"), Noise((2, 6, 192)))
+            ),
             "image_embeds_position_mask": Values([[0, 1, 1, 1, 0, 0, 0, 0, 0, 0]] * 2),
         },
         {
