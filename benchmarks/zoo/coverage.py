@@ -13,11 +13,13 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, logging
 from transformers.backbone_utils import BackboneMixin
 
 from benchmarks.zoo.row import Row
 from benchmarks.zoo.table import all_rows
+
+logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # looking at every name makes image processors complain
 
 TEXT = re.compile(r"(^|_)input(_text)?_ids$|^(task|text)_inputs$")
 """Arguments of forward that hold token ids. Embeddings in their place (``inputs_embeds``) come with one of these."""
