@@ -14,7 +14,18 @@ import onnx_ir as ir
 
 from mfcompile.errors import ExportError
 from mfcompile.exporters.split_cut import EXPENSIVE, TENSOR_BYTES, narrowest_cut, tensor_bytes
-from mfcompile.exporters.split_reach import Axis, Reach, bodies, find_reach, localise_sizes, read_values, unused
+from mfcompile.exporters.split_reach import (
+    Axis,
+    Reach,
+    bodies,
+    find_reach,
+    is_weight,
+    late_weights,
+    localise_sizes,
+    read_values,
+    read_weights,
+    unused,
+)
 from mfcompile.split import SplitRequest
 
 FUSION = "fusion"
@@ -69,7 +80,9 @@ def partition(model: ir.Model, request: SplitRequest) -> Partition:
     """
     graph = model.graph
     axes = localise_sizes(graph)
-    reach = find_reach(graph, axes, request.modalities, request.regions)
+    plain = find_reach(graph, axes, request.modalities)
+    late = late_weights(graph, plain, request.regions)
+    reach = find_reach(graph, axes, request.modalities, late)
     _refuse_mixed_bodies(graph, reach, request)
     names = list(dict.fromkeys(label for value in graph.inputs for label in sorted(reach.content[value])))
     homes = {node: _home(node, reach) for node in graph}
@@ -93,13 +106,6 @@ def _home(node: ir.Node, reach: Reach) -> str | None:
 
 FUSION_HOME = "\0fusion"
 """Home of nodes that several modalities reach; no modality can be called so."""
-
-
-def is_weight(value: ir.Value | None) -> bool:
-    """A stored tensor of two or more dimensions that are no 1: not a bias, a scale or a constant."""
-    if value is None or not value.is_initializer() or value.shape is None or value.dtype is None:
-        return False
-    return value.dtype.is_floating_point() and sum(isinstance(dim, int) and dim > 1 for dim in value.shape) >= 2
 
 
 class _Division:
@@ -268,19 +274,6 @@ class _Division:
                 found.add(producer)
                 pending.extend(read_values(producer))
         return found
-
-
-def read_weights(graph: ir.Graph, reach: Reach) -> dict[ir.Node, list[ir.Value]]:
-    """Node -> the weights that it reads, itself or through nodes that depend on no input (a transposed weight)."""
-    behind: dict[ir.Value, list[ir.Value]] = {}
-    found: dict[ir.Node, list[ir.Value]] = {}
-    for node in graph:
-        reads = [weight for value in read_values(node) for weight in ([value] if is_weight(value) else behind.get(value, []))]
-        found[node] = list(dict.fromkeys(reads))
-        if reads and not any(value in reach.varies for value in node.outputs):
-            behind.update(dict.fromkeys(node.outputs, found[node]))
-            found[node] = []
-    return found
 
 
 def _merge_trivial(graph: ir.Graph, homes: dict[ir.Node, str | None], names: list[str], reach: Reach) -> list[str]:

@@ -13,7 +13,7 @@ either part can ask the input that it has. ``localise_sizes`` brings sizes into 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,19 +100,18 @@ def input_axes(graph: ir.Graph) -> dict[str, Axis]:
 
 
 def find_reach(
-    graph: ir.Graph, axes: Mapping[ir.Value, Axis], modalities: Mapping[str, str | None], regions: Mapping[str, str]
+    graph: ir.Graph,
+    axes: Mapping[ir.Value, Axis],
+    modalities: Mapping[str, str | None],
+    late: Container[ir.Value] = (),
 ) -> Reach:
     """Follow modalities from the inputs through the graph.
-
-    A weight whose region is a mixture of modalities belongs behind their meeting, whatever it multiplies: the image-fed
-    keys and values of a fusion block are fusion. So it reaches its node like an input of every modality, except where a
-    table is looked up.
 
     Args:
         graph: in topological order.
         axes: what ``localise_sizes`` gave.
         modalities: input name -> modality, None for control; inputs that are not named are control.
-        regions: initializer name -> region.
+        late: initializers that reach their nodes like an input of every modality, except where a table is looked up.
     """
     every = frozenset(modalities.get(str(value.name)) or "" for value in graph.inputs) - {""}
     reach: dict[ir.Value, frozenset[str]] = {}
@@ -125,9 +124,7 @@ def find_reach(
     for value in graph.initializers.values():
         if value.is_graph_input():
             continue
-        region = regions.get(str(value.name), "")
-        is_mixture = bool(region) and region not in every and region != "untagged" and len(every) > 1
-        reach[value] = every if is_mixture else NO_LABELS
+        reach[value] = every if value in late else NO_LABELS
         content[value] = NO_LABELS
     for node in graph:
         reads = list(read_values(node))
@@ -141,6 +138,58 @@ def find_reach(
             if is_size or any(value in varies for value in reads):
                 varies.add(output)
     return Reach(reach, content, frozenset(varies))
+
+
+def late_weights(graph: ir.Graph, reach: Reach, regions: Mapping[str, str]) -> set[ir.Value]:
+    """Weights that belong behind the meeting of modalities although one alone reaches them.
+
+    The image-fed keys and values of a fusion block are fusion: their region is a mixture. Where a weight of one
+    modality's own region lies behind such a weight (a patch projection whose output an attention reads as well), it is
+    the beginning of that modality's tower all the same; and one that several modalities use apart from each other is
+    shared, not fused.
+
+    Args:
+        graph: in topological order.
+        reach: found without late weights.
+        regions: initializer name -> region.
+    """
+    every = frozenset[str]().union(*reach.content.values())
+    weights = read_weights(graph, reach)
+    mixtures: dict[ir.Value, set[frozenset[str]]] = {}  # weight -> what reaches the nodes that read it
+    early: set[ir.Value] = set()
+    before_own: set[ir.Value] = set()  # values from which a weight of a single region is reached inside its tower
+    for node in reversed(list(graph)):
+        labels = frozenset[str]().union(*(reach.reach[value] for value in node.outputs))
+        regions_read = {weight: regions.get(str(weight.name), "untagged") for weight in weights[node]}
+        leads_on = len(labels) == 1 and any(value in before_own for value in node.outputs)
+        for weight, region in regions_read.items():
+            if region not in every and region != "untagged":
+                mixtures.setdefault(weight, set()).add(labels)
+                early.update([weight] if leads_on else [])
+        if leads_on or (len(labels) == 1 and any(region in every for region in regions_read.values())):
+            before_own.update(read_values(node))
+    shared = {weight for weight, uses in mixtures.items() if sum(len(labels) == 1 for labels in uses) > 1}
+    return set(mixtures) - early - shared if len(every) > 1 else set()
+
+
+def is_weight(value: ir.Value | None) -> bool:
+    """A stored tensor of two or more dimensions that are no 1: not a bias, a scale or a constant."""
+    if value is None or not value.is_initializer() or value.shape is None or value.dtype is None:
+        return False
+    return value.dtype.is_floating_point() and sum(isinstance(dim, int) and dim > 1 for dim in value.shape) >= 2
+
+
+def read_weights(graph: ir.Graph, reach: Reach) -> dict[ir.Node, list[ir.Value]]:
+    """Node -> the weights that it reads, itself or through nodes that depend on no input (a transposed weight)."""
+    behind: dict[ir.Value, list[ir.Value]] = {}
+    found: dict[ir.Node, list[ir.Value]] = {}
+    for node in graph:
+        reads = [weight for value in read_values(node) for weight in ([value] if is_weight(value) else behind.get(value, []))]
+        found[node] = list(dict.fromkeys(reads))
+        if reads and not any(value in reach.varies for value in node.outputs):
+            behind.update(dict.fromkeys(node.outputs, found[node]))
+            found[node] = []
+    return found
 
 
 def size_reach(axis: Axis, modalities: Mapping[str, str | None]) -> frozenset[str]:

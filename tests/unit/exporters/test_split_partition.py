@@ -109,6 +109,34 @@ def test_several_values_of_a_part_are_numbered(tmp_path: Path) -> None:
     assert interface(late)["fusion"][0][0] == "pixels"
 
 
+def test_a_mixture_in_front_of_a_tower_is_the_beginning_of_the_tower(tmp_path: Path) -> None:
+    """Otherwise one weight that was tagged by what reads it in the end would take the whole tower into the fusion."""
+    model = graph(
+        f"({INPUTS}) => (float[batch,sequence,4] y)",
+        """p = MatMul(pixels, wp) a = Tanh(p) b = MatMul(a, wv) v = MatMul(b, wk) vt = Transpose<perm=[0,2,1]>(v)
+        t = MatMul(words, wt) y = MatMul(t, vt)""",
+        wp=W,
+        wv=W,
+        wk=W,
+        wt=W,
+    )
+    divided = split(model, {"wp": "fusion", "wv": "vision", "wk": "fusion", "wt": "text"})
+    assert stored(divided) == {"vision": {"wp", "wv"}, "text": {"wt"}, "fusion": {"wk"}}
+    assert_chain_equals_whole(model, divided, tmp_path)
+
+
+def test_a_weight_that_towers_share_is_stored_in_both(tmp_path: Path) -> None:
+    model = graph(
+        f"({INPUTS}) => (float[batch,sequence,4] y)",
+        "v = MatMul(pixels, w) vt = Transpose<perm=[0,2,1]>(v) t = MatMul(words, w) y = MatMul(t, vt)",
+        w=W,
+    )
+    divided = split(model, {"w": "fusion"})
+    assert stored(divided) == {"vision": {"w"}, "text": {"w"}, "fusion": set()}
+    assert divided.notes == ("w is stored in vision and text: both use it",)
+    assert_chain_equals_whole(model, divided, tmp_path)
+
+
 def test_what_depends_on_control_inputs_alone_is_made_in_every_part(tmp_path: Path) -> None:
     model = graph(
         f"({INPUTS}, float[batch,sequence] mask) => (float[batch,sequence,8] y)",
