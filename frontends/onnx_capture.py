@@ -116,7 +116,10 @@ def _probe(file: OnnxFile, inputs: ExampleInputs) -> _Probe:
     session = file.open(model, optimize=False)
     feeds, _ = make_feeds(session, inputs)
     names = [*(_SHAPE_PREFIX + name for name in tensors), *wanted]
-    found = dict(zip(names, session.run_with_ort_values(names, feeds), strict=True)) if names else {}
+    try:
+        found = dict(zip(names, session.run_with_ort_values(names, feeds), strict=True)) if names else {}
+    except Exception as error:
+        raise file.refusal(inputs.tensors(), error) from error
     shapes = {name: tuple(int(size) for size in found[_SHAPE_PREFIX + name].numpy()) for name in tensors}
     shapes |= {name: tuple(item.dims) for name, item in stored.items()}
     given = inputs.tensors()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ class OnnxFile(nn.Module):
         """
         model = self.proto if proto is None else proto
         options = session_options()
+        options.log_severity_level = 4  # errors are raised, and said once
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         given: dict[str, Any] = {}
@@ -151,8 +153,12 @@ class OnnxFile(nn.Module):
         try:
             return run_session(session, feeds)
         except Exception as error:
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-            raise CaptureError(f"onnxruntime cannot run {self.path} on {shapes}: {_first_line(error)}") from error
+            raise self.refusal(inputs, error) from error
+
+    def refusal(self, inputs: Mapping[str, Tensor], error: Exception) -> CaptureError:
+        """What to say when onnxruntime did not run the graph on these inputs."""
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
+        return CaptureError(f"onnxruntime cannot run {self.path} on {shapes}: {_first_line(error)}")
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy opens a session of its own."""
