@@ -22,5 +22,7 @@ ROWS: tuple[Row, ...] = (
             "max_action_dim": 8,
             "vlm_config": {"image_token_index": 4, "image_token_id": 4, "vision_config": {"vision_use_head": False}},
         },
+        modalities={"state": "robot", "noise": "robot", "timestep": "control"},
+        note="noise becomes the robot's moves",
     ),
 )
