@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,14 @@ from mfcompile.exporters.conversion import convert_program
 from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight
 from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, write_files
-from mfcompile.exporters.onnx_names import Interface, name_interface
+from mfcompile.exporters.onnx_names import Interface, describe_interface, name_interface
 from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, encode, plan_encoding
 from mfcompile.exporters.program import tensor_aliases, tensor_input_nodes
+from mfcompile.exporters.split_build import ModelPart, complete_request, split_model
+from mfcompile.exporters.split_files import check_directory, write_split
 from mfcompile.graph import CapturedGraph, ExportedModel
 from mfcompile.masks import MaskSet
+from mfcompile.split import SplitRequest
 
 FORMATS = ("packed", "dense")
 
@@ -52,6 +55,30 @@ class MaskedWeight:
         return mask
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How a model is written.
+
+    Attributes:
+        format: "packed" or "dense".
+        values: precision of the masked weights.
+        external_data: tensors in a file of their own; None: only where they must be.
+        masks: the masks in force.
+        metadata: what the program says of itself.
+    """
+
+    format: str
+    values: str
+    external_data: bool | None
+    masks: MaskSet | None
+    metadata: Mapping[str, str]
+
+    def describe(self, model: ir.Model) -> None:
+        """Write it into the model."""
+        _describe(model, self.format, self.values, self.masks)
+        model.metadata_props.update(self.metadata)
+
+
 def export_onnx(
     captured: CapturedGraph,
     path: Path | str,
@@ -59,6 +86,8 @@ def export_onnx(
     format: str = "packed",
     values: str = "fp32",
     external_data: bool | None = None,
+    accept: Callable[[Path], None] | None = None,
+    split: SplitRequest | None = None,
 ) -> ExportedArtifact:
     """Write the masked model as ONNX, complete or not at all.
 
@@ -70,34 +99,72 @@ def export_onnx(
 
     Args:
         captured: with ``exported``; ``masks`` of None is a model that is not pruned.
-        path: the .onnx file; an existing one is replaced.
+        path: the .onnx file, or the directory of a split model; an existing model is replaced.
         format: "packed" or "dense".
         values: "fp32" keeps the precision of the parameters; "fp16" stores masked weights as float16 and computes in
             the parameters' own dtype.
         external_data: write tensors to ``<path>.data``; None: only when they exceed 1.5 GB.
+        accept: called with the path of the written file before it gets its name; what it raises, nothing is kept of.
+        split: write one file per modality and one for their fusion, with a manifest; None writes one file.
 
     Raises:
         InputError: an argument is not usable, or a mask does not fit its parameter.
-        ExportError: the model has no exported program, an operator cannot be converted, a value does not fit fp16,
-            or the written file does not pass onnx.checker.
+        ExportError: the model has no exported program, an operator cannot be converted, a value does not fit fp16, the
+            written file does not pass onnx.checker, or the model cannot be split.
     """
     path = Path(path)
-    exported = _check(captured, path, format, values)
+    if split is not None:
+        check_directory(path)
+    elif path.is_dir():
+        raise InputError(f"{path} is a directory; give the name of the .onnx file to write")
+    exported = _check(captured, format, values)
     model = convert_program(exported)
     interface = _name(model, exported)
     weights, unread = _find_weights(model, exported, captured)
-    _describe(model, "dense", "fp32", captured.masks)
-    data_name = f"{path.name}.data"
-    dense_size = plan_files(model, data_name if _is_external(model, external_data) else None).size_bytes
-    plans = _replace_weights(model, weights, format, values)
-    _describe(model, format, values, captured.masks)
-    has_data_file = _is_external(model, external_data)
-    layout = plan_files(model, data_name if has_data_file else None)
-    files = _write(layout, path, has_data_file=has_data_file)
+    storage = Storage(format, values, external_data, captured.masks, {})
+    notes = (*exported.notes, *interface.notes, *_describe_unread(unread))
+    if split is None:
+        artifact = _write_model(model, weights, path, storage, accept)
+        return replace(artifact, notes=notes, route=exported.route)
+    dense_size = _dense_size(model, path, storage)
+    aliases = tensor_aliases(exported.program)
+    names = {fqn: (*aliases.get(fqn, ()), *captured.aliases.get(fqn, ()), fqn) for fqn in split.regions}
+    divided = split_model(model, complete_request(split, model, names, exported.example_inputs.tensors()))
+
+    def write_part(part: ModelPart, file: Path) -> ExportedArtifact:
+        stored = part.model.graph.initializers
+        own = [replace(weight, initializer=stored[weight.fqn]) for weight in weights if weight.fqn in stored]
+        return _write_model(part.model, own, file, storage)
+
+    artifact = write_split(divided, path, split.modalities, write_part, accept)
+    return replace(
+        artifact,
+        dense_size_bytes=dense_size,
+        dynamic_axes={name: axes for name, axes in interface.dynamic_axes.items() if name in divided.input_names},
+        notes=(*notes, *artifact.notes),
+        route=exported.route,
+    )
+
+
+def _write_model(
+    model: ir.Model,
+    weights: list[MaskedWeight],
+    path: Path,
+    storage: Storage,
+    accept: Callable[[Path], None] | None = None,
+) -> ExportedArtifact:
+    """Write one .onnx file with these masked weights."""
+    dense_size = _dense_size(model, path, storage)
+    plans = _replace_weights(model, weights, storage.format, storage.values)
+    storage.describe(model)
+    has_data_file = _is_external(model, storage.external_data)
+    layout = plan_files(model, f"{path.name}.data" if has_data_file else None)
+    files = _write(layout, path, has_data_file=has_data_file, accept=accept)
+    interface = describe_interface(model)
     return ExportedArtifact(
         path=path,
-        format=format,
-        values=values,
+        format=storage.format,
+        values=storage.values,
         size_bytes=layout.size_bytes,
         dense_size_bytes=dense_size,
         encodings=tuple(_encoding(fqn, plan) for fqn, plan in plans.items()),
@@ -107,9 +174,13 @@ def export_onnx(
         files=files,
         opset=model.opset_imports[""],
         load_peak_bytes=load_peak_bytes(layout, plans),
-        notes=(*exported.notes, *interface.notes, *_describe_unread(unread)),
-        route=exported.route,
     )
+
+
+def _dense_size(model: ir.Model, path: Path, storage: Storage) -> int:
+    """Bytes of the model with its weights as they are now."""
+    _describe(model, "dense", "fp32", storage.masks)
+    return plan_files(model, f"{path.name}.data" if _is_external(model, storage.external_data) else None).size_bytes
 
 
 def load_peak_bytes(layout: FileLayout, plans: Mapping[str, EncodingPlan]) -> int:
@@ -123,13 +194,11 @@ def load_peak_bytes(layout: FileLayout, plans: Mapping[str, EncodingPlan]) -> in
     return 2 * layout.model_size_bytes + layout.data_size_bytes + sum(plan.folded_bytes for plan in plans.values())
 
 
-def _check(captured: CapturedGraph, path: Path, format: str, values: str) -> ExportedModel:
+def _check(captured: CapturedGraph, format: str, values: str) -> ExportedModel:
     if format not in FORMATS:
         raise InputError(f"format={format!r} is not known; choose one of {', '.join(FORMATS)}")
     if values not in VALUES:
         raise InputError(f"values={values!r} is not known; choose one of {', '.join(VALUES)}")
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; give the name of the .onnx file to write")
     if captured.exported is None:
         tried = "; ".join(f"{attempt.frontend}: {attempt.detail}" for attempt in captured.attempts if not attempt.succeeded)
         raise ExportError(
@@ -248,7 +317,9 @@ def _is_external(model: ir.Model, external_data: bool | None) -> bool:
     return needs_external_data(tensor for tensor in tensors if tensor is not None)
 
 
-def _write(layout: FileLayout, path: Path, *, has_data_file: bool) -> tuple[Path, ...]:
+def _write(
+    layout: FileLayout, path: Path, *, has_data_file: bool, accept: Callable[[Path], None] | None
+) -> tuple[Path, ...]:
     """Write and check under a temporary folder beside the path, then rename."""
     data_path = path.with_name(f"{path.name}.data")
     try:
@@ -261,6 +332,8 @@ def _write(layout: FileLayout, path: Path, *, has_data_file: bool) -> tuple[Path
         staged_data = staging / data_path.name
         write_files(layout, staged, staged_data if has_data_file else None)
         _check_file(staged)
+        if accept is not None:
+            accept(staged)
         if has_data_file:
             os.replace(staged_data, data_path)
         os.replace(staged, path)
@@ -280,7 +353,8 @@ def _check_file(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise ExportError(
-            f"the written file does not pass onnx.checker: {first_line(error)}. Nothing was kept; this is a bug"
+            f"the written file does not pass onnx.checker: {first_line(error)}. Nothing was kept; this is a bug",
+            f"the written file does not pass onnx.checker: {first_line(error)}",
         ) from error
 
 

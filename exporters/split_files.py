@@ -121,7 +121,7 @@ def _staged(directory: Path) -> Iterator[Path]:
         raise InputError(f"cannot write to {directory}: {error.strerror}. Choose another output directory") from error
     try:
         yield staging
-        _replace_files(staging, directory)
+        publish_parts(staging, directory)
     except OSError as error:
         raise ExportError(
             f"{directory} could not be written: {error.strerror or error}. Free space, or choose another"
@@ -130,7 +130,17 @@ def _staged(directory: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _replace_files(staging: Path, directory: Path) -> None:
+def publish_parts(source: Path, directory: Path) -> None:
+    """Move the files of a complete split model into a directory; other files that it holds stay.
+
+    Args:
+        source: a directory that holds the parts and their manifest.
+        directory: where they go, on the same file system.
+    """
+    if not directory.exists() or not any(directory.iterdir()):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, directory)
+        return
     old: set[str] = set()
     if (directory / MANIFEST).exists():
         try:
@@ -138,12 +148,12 @@ def _replace_files(staging: Path, directory: Path) -> None:
         except InputError:  # a damaged manifest says nothing of its files
             old = set()
         (directory / MANIFEST).unlink()
-    new = {file.name for file in staging.iterdir()}
+    new = {file.name for file in source.iterdir()}
     for name in sorted(new - {MANIFEST}):
-        os.replace(staging / name, directory / name)
+        os.replace(source / name, directory / name)
     for name in sorted(old - new):
         (directory / name).unlink(missing_ok=True)
-    os.replace(staging / MANIFEST, directory / MANIFEST)
+    os.replace(source / MANIFEST, directory / MANIFEST)
 
 
 def _moved(artifact: ExportedArtifact, directory: Path) -> ExportedArtifact:

@@ -27,6 +27,7 @@ from mfcompile.passes.regions import infer_regions as _infer_regions
 from mfcompile.region import RegionMap
 from mfcompile.report import build_report, save_report
 from mfcompile.saving import save_weights
+from mfcompile.split import split_request
 from mfcompile.statistics import CalibrationStatistics
 
 Progress = Callable[[str, int, int | None], None]
@@ -163,17 +164,28 @@ def apply_masks(captured: CapturedGraph, masks: MaskSet) -> CapturedGraph:
     return run_transform(ApplyMasks(masks), captured).graph
 
 
-def export_onnx(pruned: CapturedGraph, path: Path | str, *, format: str = "packed", values: str = "fp32") -> ExportedArtifact:
+def export_onnx(
+    pruned: CapturedGraph,
+    path: Path | str,
+    *,
+    format: str = "packed",
+    values: str = "fp32",
+    split: str | None = None,
+    regions: RegionMap | None = None,
+) -> ExportedArtifact:
     """Write a (masked) captured graph as an ONNX file that stock onnxruntime loads.
 
     Args:
         pruned: what ``apply_masks`` gave (or a dense CapturedGraph).
-        path: the .onnx file to write; large weights go to a ``.data`` file beside it.
+        path: the .onnx file to write; large weights go to a ``.data`` file beside it. With ``split``, the directory.
         format: "packed" stores only what is left of pruned weights, "dense" stores zeros as well.
         values: "fp32", or "fp16" for the stored values of pruned weights.
+        split: "regions" writes one file per modality and one for their fusion, with a manifest (see ``load_parts``);
+            None writes one file.
+        regions: what ``infer_regions`` gave, for ``split``; None infers them with defaults.
 
     Raises:
-        InputError: format or values is unknown.
+        InputError: format, values or split is unknown.
         ExportError: the model cannot be converted; names the operator and what was tried.
     """
     from mfcompile.exporters.onnx_model import export_onnx as write
@@ -196,7 +208,8 @@ def export_onnx(pruned: CapturedGraph, path: Path | str, *, format: str = "packe
             f"{type(pruned.module).__name__} could not be turned into a re-executable program, which ONNX needs. "
             f"Tried {tried}. The pruned PyTorch module works all the same: do without ONNX (--no-onnx, or save(onnx=False))"
         )
-    return write(ready, path, format=format, values=values)
+    request = split_request(split, infer_regions(pruned) if regions is None and split is not None else regions)
+    return write(ready, path, format=format, values=values, split=request)
 
 
 def verify(
@@ -210,7 +223,7 @@ def verify(
     """Compare an ONNX file in onnxruntime with the masked PyTorch module, on held-out inputs at two batch sizes.
 
     Args:
-        artifact: what ``export_onnx`` gave, or the path of an .onnx file.
+        artifact: what ``export_onnx`` gave, or the path of an .onnx file or of a split model.
         pruned: the masked graph that the file was made from.
         example_inputs: inputs to draw the comparison from; None uses those of the capture.
         values: "fp32" or "fp16", how the file stores values; None takes it from the artefact.
@@ -253,9 +266,11 @@ class CompiledModel:
     masks: MaskSet
     report: dict[str, Any]
 
-    def export_onnx(self, path: Path | str, format: str = "packed", values: str = "fp32") -> ExportedArtifact:
+    def export_onnx(
+        self, path: Path | str, format: str = "packed", values: str = "fp32", *, split: str | None = None
+    ) -> ExportedArtifact:
         """Write the pruned model as ONNX; see ``mfcompile.export_onnx``. Weights are read from ``module`` as it is now."""
-        return export_onnx(self.captured, path, format=format, values=values)
+        return export_onnx(self.captured, path, format=format, values=values, split=split, regions=self.regions)
 
     def verify(self, artifact: ExportedArtifact | Path | str, example_inputs: Any | None = None) -> ParityReport:
         """Compare an exported file with ``module``; see ``mfcompile.verify``."""

@@ -22,6 +22,7 @@ RECIPE_VERSION = 1
 
 FORMATS = ("packed", "dense")
 VALUES = ("fp32", "fp16")
+SPLITS = ("regions",)
 ROUNDINGS = ("exact", "official")
 
 MASK_OPTIONS = (
@@ -63,6 +64,7 @@ class Recipe:
         onnx: whether an ONNX file is written.
         format: how pruned weights are stored in it, "packed" or "dense".
         values: precision of their values, "fp32" or "fp16".
+        split: "regions" writes one ONNX file per modality and one for their fusion; None writes one file.
         evaluate: whether the model's own ``evaluate`` is run.
         digest: sha256 of the masks; "" before they are known.
         fingerprint: fingerprint of the model that was pruned.
@@ -83,6 +85,7 @@ class Recipe:
     onnx: bool = True
     format: str = "packed"
     values: str = "fp32"
+    split: str | None = None
     evaluate: bool = True
     digest: str = ""
     fingerprint: str = ""
@@ -299,6 +302,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "onnx": _is_flag,
     "format": _one_of(FORMATS),
     "values": _one_of(VALUES),
+    "split": lambda value: None if value is None else _one_of(SPLITS)(value),
     "evaluate": _is_flag,
     "digest": _is_string,
     "fingerprint": _is_string,

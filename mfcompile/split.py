@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mfcompile.errors import InputError
+from mfcompile.recipe import SPLITS
 from mfcompile.region import RegionMap
-
-SPLITS = ("regions",)
 
 
 @dataclass(frozen=True)

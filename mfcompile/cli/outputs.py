@@ -132,7 +132,7 @@ def _export(
     report: dict[str, Any],
     progress: StageProgress,
 ) -> dict[str, Any]:
-    """Write model.onnx, hold it to the module, time it, and score it."""
+    """Write model.onnx, or the parts of a split model; hold it to the module, time it, and score it."""
     from mfcompile.compile import export_onnx, verify
     from mfcompile.exporters.parity import raise_on_failure
     from mfcompile.frontends.capture import with_export
@@ -144,7 +144,14 @@ def _export(
         pruned = compiled.captured if is_onnx(compiled.captured.module) else with_export(compiled.captured)
         report = with_capture(report, pruned)
     with progress.stage("onnx"):
-        artifact = export_onnx(pruned, staging / "model.onnx", format=recipe.format, values=recipe.values)
+        artifact = export_onnx(
+            pruned,
+            staging if recipe.split else staging / "model.onnx",
+            format=recipe.format,
+            values=recipe.values,
+            split=recipe.split,
+            regions=compiled.regions,
+        )
     with progress.stage("verify"):
         parity = verify(artifact, pruned)
         raise_on_failure(parity)
@@ -163,7 +170,18 @@ def measure_latency(artifact: ExportedArtifact, pruned: CapturedGraph, scratch: 
         return compare({"dense": pruned.module.path, "pruned": artifact.path}, pruned.example_inputs)
     with tempfile.TemporaryDirectory(prefix=".latency-", dir=scratch) as folder:
         dense = export_onnx(replace(pruned, masks=None), Path(folder) / "dense.onnx", format="dense")
-        return compare({"dense": dense.path, "pruned": artifact.path}, pruned.example_inputs)
+        latency = compare({"dense": dense.path, "pruned": artifact.path}, pruned.example_inputs)
+    return {**latency, "parts_ms": time_parts(artifact, pruned.example_inputs)} if artifact.parts else latency
+
+
+def time_parts(artifact: ExportedArtifact, inputs: ExampleInputs) -> dict[str, float]:
+    """Median milliseconds of every part of a split model."""
+    from mfcompile.exporters.latency import part_latency
+
+    pilot = part_latency(artifact.path, inputs, repeats=1)
+    repeats = min(MOST_REPEATS, max(PILOT_REPEATS, int(LATENCY_SECONDS / max(sum(pilot.values()), 1e-6))))
+    seconds = part_latency(artifact.path, inputs, repeats=repeats)
+    return {name: round(1000 * median, 4) for name, median in seconds.items()}
 
 
 def compare(paths: dict[str, Path], inputs: ExampleInputs) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, cast
 
 from mfcompile._version import __version__
-from mfcompile.recipe import FORMATS, VALUES
+from mfcompile.recipe import FORMATS, SPLITS, VALUES
 
 DESCRIPTION = """\
 Prune a vision-language model once, without gradients and without naming it, and export it to ONNX.
@@ -133,6 +133,17 @@ def add_region_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ignore", nargs="+", action="extend", metavar="PATTERN", help="leave these weights dense (default: none)"
     )
+    add_override_options(group)
+    group.add_argument(
+        "--padding-mask",
+        "--padding_mask",
+        metavar="NAME",
+        help="the input that marks padding with 0, so that padding is not counted (default: found by name and shape)",
+    )
+
+
+def add_override_options(group: argparse._ArgumentGroup) -> None:
+    """The options that overrule what dataflow found."""
     group.add_argument(
         "--regions",
         nargs="+",
@@ -150,12 +161,6 @@ def add_region_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=MODALITY",
         help="say what an input is: pixel_values=vision, input_ids=text, attention_mask=control",
     )
-    group.add_argument(
-        "--padding-mask",
-        "--padding_mask",
-        metavar="NAME",
-        help="the input that marks padding with 0, so that padding is not counted (default: found by name and shape)",
-    )
 
 
 def add_format_options(group: argparse._ArgumentGroup) -> None:
@@ -170,6 +175,12 @@ def add_format_options(group: argparse._ArgumentGroup) -> None:
         "--values",
         choices=VALUES,
         help="precision of the stored pruned weights; the rest stays as it is (default: fp32)",
+    )
+    group.add_argument(
+        "--split",
+        choices=SPLITS,
+        help="regions writes one file per modality and one for their fusion, with model.split.json, which says how they "
+        "chain (default: one file)",
     )
 
 

@@ -35,13 +35,10 @@ def show(recipe: Recipe, terminal: Terminal) -> None:
     given = "calibration_batches" if source.calibration else "the example inputs (no calibration data is defined)"
     data = str(recipe.calibration) if recipe.calibration else given
     terminal.say(f"Calibration: with {data}.")
+    files = "In ONNX, in parts:" if recipe.split else "In model.onnx:"
+    predicted = f" {files} about {tables.size(view['predicted_bytes'])} ({recipe.format}, {recipe.values})."
     terminal.say(
-        f"Parameters: {view['parameters']:,}, {tables.size(view['dense_bytes'])} dense."
-        + (
-            f" In model.onnx: about {tables.size(view['predicted_bytes'])} ({recipe.format}, {recipe.values})."
-            if recipe.onnx
-            else ""
-        )
+        f"Parameters: {view['parameters']:,}, {tables.size(view['dense_bytes'])} dense." + (predicted if recipe.onnx else "")
     )
     terminal.say("This was a dry run: nothing was written.")
 

@@ -36,6 +36,7 @@ EXAMPLES = """\
 examples:
   mfcompile prune model.py --sparsity 0.63
   mfcompile prune ./blip-itm -o blip-63 --num-calibration-samples 128 --values fp16
+  mfcompile prune model.py --split regions               vision.onnx, text.onnx and fusion.onnx, which chain
   mfcompile prune model.py --dry-run --ignore region:fusion 're:.*\\.pooler'
   mfcompile prune model.onnx --calibration batches.npz   no PyTorch model needed
   mfcompile prune model-pruned/recipe.yaml -o again      run a recipe again; its masks must come out the same

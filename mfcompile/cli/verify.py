@@ -10,6 +10,7 @@ from mfcompile.cli.console import Terminal
 from mfcompile.cli.loading import capture_masked, load
 from mfcompile.cli.parser import SOURCE_HELP, Subparsers, add_debug_option
 from mfcompile.errors import InputError, ParityError
+from mfcompile.exporters.split_manifest import MANIFEST
 from mfcompile.recipe import VALUES
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ EXAMPLES = """\
 examples:
   mfcompile verify model-pruned/model.onnx model.py --masks model-pruned/masks.safetensors
   mfcompile verify model-fp16.onnx model.py --masks model-pruned/masks.safetensors
+  mfcompile verify model-parts model.py --masks model-pruned/masks.safetensors      the parts of a split model, chained
   mfcompile verify dense.onnx model.py                  a file that was not pruned"""
 
 
@@ -35,7 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
         description=DESCRIPTION,
         epilog=EXAMPLES,
     )
-    parser.add_argument("onnx", metavar="ONNX", type=Path, help="the .onnx file")
+    parser.add_argument("onnx", metavar="ONNX", type=Path, help="the .onnx file, or the directory of a split model")
     parser.add_argument("source", metavar="SOURCE", type=Path, help=SOURCE_HELP)
     parser.add_argument("--masks", type=Path, metavar="FILE", help="the masks that the file was pruned with (default: none)")
     parser.add_argument(
@@ -47,7 +49,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``mfcompile verify``."""
-    if not args.onnx.is_file():
+    if not args.onnx.is_file() and not (args.onnx / MANIFEST).is_file():
         raise InputError(f"there is no ONNX file {args.onnx}. The arguments are: mfcompile verify ONNX SOURCE")
     from mfcompile.cli import tables
     from mfcompile.masks import MaskSet
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         terminal.say(f"note: {note}")
     if not parity.passed:
         wrong = [output.name for output in parity.outputs if not output.within]
-        beside = args.onnx.with_name("masks.safetensors")
+        beside = (args.onnx if args.onnx.is_dir() else args.onnx.parent) / "masks.safetensors"
         hint = f" If the file is pruned, pass its masks: --masks {beside}" if args.masks is None else ""
         raise ParityError(
             f"{args.onnx} does not compute what {args.source} computes: {', '.join(wrong)} outside of the tolerance.{hint}"
@@ -78,11 +80,15 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What an ONNX file says about itself; empty for a file that other tools wrote.
+    """What an ONNX file, or the manifest of a split model, says about itself; empty for a file that other tools wrote.
 
     Raises:
-        InputError: it is no ONNX file.
+        InputError: it is neither.
     """
+    if path.is_dir() or path.suffix == ".json":
+        from mfcompile.exporters.split_manifest import SplitManifest
+
+        return {f"mfcompile.{key}": value for key, value in SplitManifest.load(path).storage.items()}
     import onnx
 
     try:
