@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import onnx
 from torch import nn
 
+from mfcompile.onnx_file import ELEMENT_TYPES
+
 _SCOPES, _CLASSES = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"
 
 NO_PATHS = "the file names no submodules"
@@ -87,7 +89,11 @@ def _from_node_name(node: onnx.NodeProto) -> Path | None:
 def _from_initializers(graph: onnx.GraphProto) -> list[Path | None]:
     """The submodule that owns the stored tensors of a node; a tensor that several nodes read is no sign."""
     readers = Counter(name for node in graph.node for name in set(node.input))
-    owner = {item.name: item.name.rpartition(".")[0] for item in graph.initializer if len(item.dims)}
+    owner = {
+        item.name: item.name.rpartition(".")[0]
+        for item in graph.initializer
+        if len(item.dims) and item.data_type in ELEMENT_TYPES and ELEMENT_TYPES[item.data_type].is_floating_point
+    }
     found: list[Path | None] = []
     for node in graph.node:
         owners = [owner[name] for name in node.input if owner.get(name) and readers[name] == 1]

@@ -256,5 +256,5 @@ def test_inputs_that_the_graph_cannot_run_are_a_capture_error(tmp_path: Path) ->
 
 
 def test_a_path_of_another_kind_is_refused() -> None:
-    with pytest.raises(InputError, match="no .onnx file"):
+    with pytest.raises(InputError, match=r"no \.onnx file"):
         mfcompile.capture("model.pt")
