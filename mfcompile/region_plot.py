@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, ROW, GAP, LANE = 3.1, 0.74, 1.4, 0.5, 0.3
 """Inches: size of a box, distance from row to row, least distance of neighbours, room for an arrow that passes a row."""
 
+PORT = 0.3
+"""Inches between two arrows that arrive at one box."""
+
 CARD = 0.07
 """Inches by which the cards behind a stack of blocks stick out."""
 
@@ -142,7 +145,9 @@ def _draw_arrows(axes: Axes, graph: nx.DiGraph, layout: Layout, colours: Mapping
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path as Curve
 
+    ports = _ports(layout)
     for (source, target), points in layout.routes.items():
+        points = (*points[:-1], (points[-1][0] + ports[source, target], points[-1][1]))
         colour = colours.get(graph.nodes[source]["region"], FAINT)
         vertices, codes = _curve(points, 2 * CARD if graph.nodes[target]["blocks"] > 1 else 0.0)
         arrow = FancyArrowPatch(
@@ -159,6 +164,19 @@ def _draw_arrows(axes: Axes, graph: nx.DiGraph, layout: Layout, colours: Mapping
         start, end = (x0 + side * WIDTH / 2, depth * ROW), (x1 - side * WIDTH / 2, depth * ROW)
         colour = colours.get(graph.nodes[source]["region"], FAINT)
         axes.add_patch(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=11, linewidth=1.5, color=colour, zorder=1))
+
+
+def _ports(layout: Layout) -> dict[tuple[str, str], float]:
+    """Where an arrow ends beside the middle of its box, so that two that arrive do not hide each other."""
+    arriving: dict[str, list[tuple[float, tuple[str, str]]]] = {}
+    for edge, points in layout.routes.items():
+        arriving.setdefault(edge[1], []).append((points[-2][0], edge))
+    found = {}
+    for ends in arriving.values():
+        step = min(PORT, 0.8 * WIDTH / len(ends))
+        for index, (_, edge) in enumerate(sorted(ends)):
+            found[edge] = (index - (len(ends) - 1) / 2) * step
+    return found
 
 
 def _curve(points: Sequence[tuple[float, int]], above: float) -> tuple[list[tuple[float, float]], list[bool]]:

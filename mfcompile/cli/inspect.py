@@ -17,16 +17,20 @@ if TYPE_CHECKING:
     from mfcompile.region import RegionMap
 
 DESCRIPTION = """\
-Capture a model and show what mfcompile understands of it: what every input was taken for, the region of every
-linear weight with the dataflow that decided it, what stays dense and why, and every way of capturing that was
-tried. Nothing is pruned and nothing is written, except for --json and --picture."""
+Capture a model and show what mfcompile understands of it: what every input was taken for, what each region
+holds, the region of every linear weight with the dataflow that decided it, what is shared, what stays dense and
+why. Nothing is pruned and nothing is written, except for --json and --picture.
+
+A model whose weights have no values (built on the meta device, or --no-weights for a model directory) is
+inspected all the same: a config of many billion parameters takes seconds and no memory."""
 
 PICTURES = (".svg", ".png", ".pdf")
 
 EXAMPLES = """\
 examples:
   mfcompile inspect model.py
-  mfcompile inspect ./blip-itm --json regions.json --picture regions.svg
+  mfcompile inspect model.py --picture regions.svg --all
+  mfcompile inspect ./llava-13b --no-weights --json regions.json
   mfcompile inspect model.py --modality x=vision y=text --regions 'bridge.*=fusion'"""
 
 
@@ -35,16 +39,23 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="show regions, evidence and what stays dense",
-        usage="mfcompile inspect SOURCE [--json FILE] [options]",
+        usage="mfcompile inspect SOURCE [--picture FILE] [--json FILE] [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
     )
     parser.add_argument("source", metavar="SOURCE", type=Path, help=SOURCE_HELP)
+    parser.add_argument(
+        "--no-weights",
+        dest="weights",
+        action="store_false",
+        help="build a Hugging Face directory from its config.json alone, without reading or holding weights",
+    )
     add_region_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--picture", metavar="FILE", type=Path, help="draw inputs, stacks and heads coloured by region (.svg, .png or .pdf)"
     )
+    output.add_argument("--all", dest="everything", action="store_true", help="list every weight; fold no equal layers")
     output.add_argument("--json", metavar="FILE", help="write everything as JSON; - for stdout, instead of the tables")
     add_debug_option(parser)
     parser.set_defaults(run=run)
@@ -55,14 +66,16 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.picture is not None and args.picture.suffix not in PICTURES:
         raise InputError(f"--picture {args.picture}: the suffix chooses the format; use one of {', '.join(PICTURES)}")
     with terminal.progress() as progress:
-        source = load(args.source, progress)
+        source = load(args.source, progress, weights=args.weights)
         captured, regions = capture_source(source, region_options(args), progress)
     view = describe(captured, regions)
     text = json.dumps(view, indent=2, ensure_ascii=False)
     if args.json == "-":
         terminal.say(text)
         return 0
-    _show(view, terminal)
+    for note in source.notes:
+        terminal.note(f"note: {note}")
+    _show(view, terminal, everything=args.everything)
     if args.picture is not None:
         terminal.say(f"wrote {_draw(captured, regions, args.picture)}")
     if args.json:
@@ -79,8 +92,20 @@ def _draw(captured: CapturedGraph, regions: RegionMap, path: Path) -> Path:
     from mfcompile.passes.block_graph import block_graph
     from mfcompile.region_plot import plot_regions
 
+    pruned = regions.pruned_sites
+    subtitle = (
+        f"{len(pruned):,} of {len(regions.sites):,} linear weights would be pruned: "
+        f"{sum(site.weight_count for site in pruned):,} of "
+        f"{sum(parameter.numel() for parameter in captured.module.parameters()):,} parameters"
+    )
     buffer = io.BytesIO()
-    plot_regions(block_graph(captured, regions), buffer, format=path.suffix[1:], title=type(captured.module).__name__)
+    plot_regions(
+        block_graph(captured, regions),
+        buffer,
+        format=path.suffix[1:],
+        title=type(captured.module).__name__,
+        subtitle=subtitle,
+    )
     return write_atomically(path, buffer.getvalue())
 
 
@@ -93,8 +118,30 @@ def describe(captured: CapturedGraph, regions: RegionMap) -> dict[str, Any]:
         "format_version": 1,
         "model": type(captured.module).__name__,
         **describe_plan(captured, regions),
+        "regions": _regions(regions),
         "weights": [_weight(site, regions) for site in regions.sites],
     }
+
+
+def _regions(regions: RegionMap) -> list[dict[str, Any]]:
+    """One row per region, pruned or not, in order of first appearance."""
+    rows: dict[str, dict[str, Any]] = {}
+    blocks: dict[str, set[str]] = {}
+    for site in regions.sites:
+        row = rows.setdefault(
+            site.region,
+            {"region": site.region, "weights": 0, "elements": 0, "pruned_weights": 0, "pruned_elements": 0, "blocks": 0},
+        )
+        row["weights"] += 1
+        row["elements"] += site.weight_count
+        if site.skipped is None:
+            row["pruned_weights"] += 1
+            row["pruned_elements"] += site.weight_count
+        found = {use.block for use in regions.evidence.get(site.fqn, ()) if use.block is not None}
+        blocks.setdefault(site.region, set()).update(found)
+    for region, row in rows.items():
+        row["blocks"] = len(blocks[region])
+    return list(rows.values())
 
 
 def _weight(site: Any, regions: RegionMap) -> dict[str, Any]:
@@ -126,20 +173,23 @@ def _weight(site: Any, regions: RegionMap) -> dict[str, Any]:
     }
 
 
-def _show(view: dict[str, Any], terminal: Terminal) -> None:
-    from mfcompile.cli import tables
+def _show(view: dict[str, Any], terminal: Terminal, *, everything: bool) -> None:
+    from mfcompile.cli import inspect_tables, tables
 
     out = terminal.out
     out.print(tables.attempts_table(view))
     for text in view["capture"]["specialised"]:
         terminal.say(f"  specialised: {text}")
     out.print(tables.inputs_table(view))
-    out.print(tables.evidence_table(view["weights"]))
-    skipped = tables.skipped_table(view)
-    if skipped is not None:
-        out.print(skipped)
-    for item in view["diagnostics"]:
-        terminal.say(f"note: {item['subject']}: {item['reason']}")
+    out.print(inspect_tables.weights_table(view, everything=everything))
+    for found in (
+        inspect_tables.shared_table(view, everything=everything),
+        tables.skipped_table(view),
+        inspect_tables.diagnostics_table(view, everything=everything),
+    ):
+        if found is not None:
+            out.print(found)
+    out.print(inspect_tables.regions_table(view))
     pruned = [weight for weight in view["weights"] if weight["reason"] is None]
     terminal.say(
         f"{len(pruned)} of {len(view['weights'])} linear weights would be pruned, "

@@ -31,8 +31,8 @@ def region_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := option(args, name)) is not None}
 
 
-def load(path: Path, progress: StageProgress) -> ModelSource:
-    """Load a model.py or a model directory.
+def load(path: Path, progress: StageProgress, *, weights: bool = True) -> ModelSource:
+    """Load a model.py, an archive of torch.export or a model directory (without its weights, for a plan).
 
     Raises:
         InputError: there is no model, or it does not define what is needed.
@@ -40,7 +40,7 @@ def load(path: Path, progress: StageProgress) -> ModelSource:
     with progress.stage("load"):
         from mfcompile.frontends.sources import load_source
 
-        return load_source(path)
+        return load_source(path, weights=weights)
 
 
 def load_recipe(recipe: Recipe, progress: StageProgress) -> ModelSource:

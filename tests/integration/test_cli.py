@@ -291,6 +291,20 @@ def test_inspect_gives_the_evidence(folder: Path) -> None:
     assert view["capture"]["attempts"][0]["succeeded"] is True
 
 
+def test_inspect_counts_regions_and_draws_them(folder: Path) -> None:
+    result = run("inspect", "model.py", "--json", "view.json", "--picture", "regions.svg", "--all")
+    assert result.status == 0, result.err
+    view = json.loads((folder / "view.json").read_text())
+    counts = {row["region"]: row["pruned_elements"] for row in view["regions"]}
+    assert set(counts) == {row["region"] for row in view["weights"]}
+    assert sum(counts.values()) == sum(row["weights"] for row in view["weights"] if row["reason"] is None)
+    assert "all linear weights" in result.out
+    assert (folder / "regions.svg").read_text().startswith("<?xml")
+    refused = run("inspect", "model.py", "--no-weights")
+    assert refused.status == 2
+    assert "with torch.device('meta')" in refused.err
+
+
 @pytest.mark.usefixtures("nothing_left")
 def test_inspect_to_stdout_is_json_alone() -> None:
     assert json.loads(run("inspect", "model.py", "--json", "-").out)["format"] == "mfcompile.inspection"
