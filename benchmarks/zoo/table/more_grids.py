@@ -102,6 +102,30 @@ QWEN4: dict[str, Any] = {
     },
     "vision_config": {"out_hidden_size": 32, "num_position_embeddings": 16},
 }
+MUSE: dict[str, Any] = {
+    **TOKENS,
+    "audio_token_id": 8,
+    "out_hidden_size": 128,
+    "projector_hidden_size": 32,
+    "vision_config": {"pos_emb_height": 4, "pos_emb_width": 4, "layer_types": ["window_attention", "full_attention"]},
+    "audio_config": {
+        "patch_sizes": [4, 2],
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "num_hidden_layers": 2,
+        "out_hidden_size": 32,
+    },
+    "text_config": {
+        "layer_rope_theta": DROP,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "sliding_window": 8,
+        "moe_intermediate_size": 24,
+        "moe_hidden_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
 MISTRAL: dict[str, Any] = {
     "image_token_index": 4,
     "vision_config": {"image_size": 32},
@@ -119,6 +143,7 @@ ROWS = (
     row("Lfm3VlForConditionalGeneration", LFM),
     row("Qwen4ExpModel", QWEN4),
     row("Qwen4ExpForConditionalGeneration", QWEN4),
+    *pair("MuseSpark", "vision-text", packed(2 * COLOURS, types=False), MUSE),
     *pair(
         "MistralLarge4",
         "vision-text",
