@@ -32,8 +32,12 @@ class CheckError(Exception):
     """A stage ran, and its result is wrong."""
 
 
-def check(row: Row) -> dict[str, Any]:
+def check(row: Row, until: str = STAGES[-1]) -> dict[str, Any]:
     """Run every stage of a row; the first that fails ends it.
+
+    Args:
+        row: of the table.
+        until: the last stage to run.
 
     Returns:
         A JSON record: "key", "kind", "family"; "failed" (a stage, or None), "reason", "limit" (whose limit the failure is);
@@ -46,6 +50,8 @@ def check(row: Row) -> dict[str, Any]:
         for stage, found in _stages(row):
             record["passed"].append(stage)
             record.update(found)
+            if stage == until:
+                break
     except Exception as error:  # transformers' code raises anything; every kind is a row of the table
         record["failed"] = STAGES[len(record["passed"])]
         record["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
@@ -81,6 +87,7 @@ def _stages(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
     statistics = mfcompile.calibrate(captured, regions=regions)
     masks = mfcompile.select_masks(captured, regions, statistics, sparsity=SPARSITY)
     compiled = assemble(captured, regions, statistics, masks, sparsity=SPARSITY)
+    _check_sparsity(masks)
     yield done("prune", sparsity=_achieved(masks))
     _check_masks(module, compiled.strip(), masks)
     yield done("masks")
@@ -114,6 +121,18 @@ def _achieved(masks: MaskSet) -> float:
     return round(1 - kept / total, 4)
 
 
+def _check_sparsity(masks: MaskSet) -> None:
+    """The masks remove the share that was asked for, to one weight of each group.
+
+    Raises:
+        CheckError: says what they remove.
+    """
+    total = sum(masks[fqn].numel() for fqn in masks)
+    removed = total - sum(int(masks[fqn].sum()) for fqn in masks)
+    if not total or abs(removed - SPARSITY * total) > len(masks):
+        raise CheckError(f"{removed} of {total} weights are removed, not the share {SPARSITY} that was asked for")
+
+
 def _check_masks(dense: nn.Module, stripped: nn.Module, masks: MaskSet) -> None:
     """Every weight is the dense one where its mask keeps it, and zero elsewhere; other parameters are untouched.
 
@@ -121,14 +140,23 @@ def _check_masks(dense: nn.Module, stripped: nn.Module, masks: MaskSet) -> None:
         CheckError: names the parameter.
     """
     own = dict(dense.named_parameters(remove_duplicate=False))
-    for name, parameter in stripped.named_parameters(remove_duplicate=False):
-        expected = own[name] * masks[name] if name in masks else own[name]
-        if name in masks and not torch.equal(parameter, expected):
-            raise CheckError(f"{name} is not its dense value times its mask")
+    masked = {id(own[fqn]): masks[fqn] for fqn in masks}  # by the tensor: a tied weight has more names than its mask
+    found = dict(stripped.named_parameters(remove_duplicate=False))
+    if found.keys() != own.keys():
+        raise CheckError(f"parameters came or went: {', '.join(sorted(found.keys() ^ own.keys()))}")
+    for name, parameter in found.items():
+        mask = masked.get(id(own[name]))
+        if not _same(parameter, own[name] if mask is None else own[name] * mask):
+            raise CheckError(f"{name} is not its dense value" + ("" if mask is None else " times its mask"))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal to the last bit; NaN equals NaN, for weights that a model leaves as they lie in memory."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _check_module(dense: nn.Module, pruned: nn.Module, masks: MaskSet, inputs: dict[str, Any]) -> None:
-    """The pruned module computes what a copy of the dense one with zeroed weights computes.
+    """The pruned module computes what a copy of the dense one with zeroed weights computes, and it computes something.
 
     Raises:
         CheckError: names the output.
@@ -142,6 +170,10 @@ def _check_module(dense: nn.Module, pruned: nn.Module, masks: MaskSet, inputs: d
         expected = output_tensors(zeroed(**inputs))
         torch.manual_seed(0)
         found = output_tensors(pruned(**inputs))
+    if found.keys() != expected.keys():
+        raise CheckError(f"outputs came or went: {', '.join(sorted(found.keys() ^ expected.keys()))}")
+    if not any(tensor.isfinite().any() for tensor in expected.values()):
+        raise CheckError("no output holds a number: the row's inputs or configuration make the model give NaN")
     for name, tensor in expected.items():
         if not _equal(tensor, found[name]):
             raise CheckError(f"{name} of the pruned module is not that of the model with zeroed weights")
