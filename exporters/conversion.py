@@ -16,9 +16,23 @@ from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.onnx_files import strip_metadata
 from mfcompile.exporters.program import prepare_program
 from mfcompile.exporters.simplification import simplify
+from mfcompile.exporters.translations import TRANSLATIONS
 from mfcompile.graph import ExportedModel
 
 logger = logging.getLogger(__name__)
+
+
+class RefusedProgram(ExportError):
+    """This program of the model cannot become a right ONNX file; another program of the same model may.
+
+    Attributes:
+        reason: why, in a few words, without advice.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
+
 
 OPSET = 18
 OPERATOR = re.compile(r"OpOverload\(op='([^']+)', overload='([^']+)'\)")
@@ -28,7 +42,7 @@ def convert_program(exported: ExportedModel) -> ir.Model:
     """The program as a simplified onnx_ir model; its initializers share memory with the user's parameters.
 
     Raises:
-        ExportError: an operator of the program has no translation (names it).
+        RefusedProgram: an operator of the program has no translation (names it).
     """
     model = _convert(exported)
     try:
@@ -44,14 +58,20 @@ def _convert(exported: ExportedModel) -> ir.Model:
     try:
         with _quiet_converter():
             program = torch.onnx.export(
-                prepare_program(exported.program), dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+                prepare_program(exported.program),
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table=TRANSLATIONS,
             )
     except Exception as error:
         reason, operator = _explain(error)
         subject = f"operator {operator}" if operator else "the model"
-        raise ExportError(
+        raise RefusedProgram(
             f"{subject} cannot be converted to ONNX: {reason} (exported by {exported.route}). "
-            f"Replace the operator in the model's forward, or capture a part of the model that does without it"
+            f"Replace the operator in the model's forward, or capture a part of the model that does without it",
+            f"{subject} cannot be converted to ONNX: {reason}",
         ) from error
     assert program is not None  # torch.onnx.export with dynamo=True returns a program
     model: ir.Model = program.model

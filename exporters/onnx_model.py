@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mfcompile._version import __version__
 from mfcompile.artifact import ExportedArtifact, TensorEncoding
 from mfcompile.errors import ExportError, InputError
-from mfcompile.exporters.conversion import convert_program
+from mfcompile.exporters.conversion import RefusedProgram, convert_program
 from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight
 from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, write_files
@@ -108,9 +108,10 @@ def export_onnx(
         split: write one file per modality and one for their fusion, with a manifest; None writes one file.
 
     Raises:
+        RefusedProgram: the program cannot be converted or gives a file that does not pass onnx.checker; another program
+            of the model may (an ExportError).
         InputError: an argument is not usable, or a mask does not fit its parameter.
-        ExportError: the model has no exported program, an operator cannot be converted, a value does not fit fp16, the
-            written file does not pass onnx.checker, or the model cannot be split.
+        ExportError: the model has no exported program, or a value does not fit fp16.
     """
     path = Path(path)
     if split is not None:
@@ -121,7 +122,7 @@ def export_onnx(
     model = convert_program(exported)
     interface = _name(model, exported)
     weights, unread = _find_weights(model, exported, captured)
-    storage = Storage(format, values, external_data, captured.masks, {})
+    storage = Storage(format, values, external_data, captured.masks, exported.metadata)
     notes = (*exported.notes, *interface.notes, *_describe_unread(unread))
     if split is None:
         artifact = _write_model(model, weights, path, storage, accept)
@@ -317,9 +318,7 @@ def _is_external(model: ir.Model, external_data: bool | None) -> bool:
     return needs_external_data(tensor for tensor in tensors if tensor is not None)
 
 
-def _write(
-    layout: FileLayout, path: Path, *, has_data_file: bool, accept: Callable[[Path], None] | None
-) -> tuple[Path, ...]:
+def _write(layout: FileLayout, path: Path, *, has_data_file: bool, accept: Callable[[Path], None] | None) -> tuple[Path, ...]:
     """Write and check under a temporary folder beside the path, then rename."""
     data_path = path.with_name(f"{path.name}.data")
     try:
@@ -352,7 +351,7 @@ def _check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
-        raise ExportError(
+        raise RefusedProgram(
             f"the written file does not pass onnx.checker: {first_line(error)}. Nothing was kept; this is a bug",
             f"the written file does not pass onnx.checker: {first_line(error)}",
         ) from error

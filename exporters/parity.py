@@ -17,7 +17,19 @@ from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.session import make_feeds, open_session, run_session
 from mfcompile.inputs import ExampleInputs, output_tensors, slice_batch
 
-__all__ = ["comparable_batch_sizes", "default_tolerance", "make_cases", "open_session", "raise_on_failure", "verify"]
+__all__ = [
+    "comparable_batch_sizes",
+    "default_tolerance",
+    "make_cases",
+    "open_session",
+    "raise_on_failure",
+    "read_metadata",
+    "runnable_cases",
+    "verify",
+]
+
+# Metadata of a file that is right only for rows (masks, placeholders, sizes) as they are in the example.
+ROWS_KEY, ROWS_FIXED = "mfcompile.rows", "fixed"
 
 # A float input with at most this many different values is a mask or a flag, not content.
 MASK_VALUES = 2
@@ -148,7 +160,7 @@ def raise_on_failure(report: ParityReport) -> None:
 
 
 def make_cases(
-    example_inputs: ExampleInputs, *, seed: int, batch_sizes: Sequence[int] = (), count: int = 1
+    example_inputs: ExampleInputs, *, seed: int, batch_sizes: Sequence[int] = (), count: int = 1, rows: bool = True
 ) -> tuple[ExampleInputs, ...]:
     """Inputs that the export has not seen, with the structure of the example.
 
@@ -162,9 +174,10 @@ def make_cases(
         seed: of the draws; the same seed gives the same cases.
         batch_sizes: a case for each; empty: the example's own size.
         count: cases per batch size.
+        rows: False keeps every row where it is, at the example's size: only float content is drawn anew.
     """
     generator = torch.Generator().manual_seed(seed)
-    own = example_inputs.batch_size()
+    own = example_inputs.batch_size() if rows else None
     sizes: list[int | None] = [None] if not own else [*(batch_sizes or (own,))]
     cases = []
     for size in [size for size in sizes for _ in range(count)]:
@@ -174,6 +187,46 @@ def make_cases(
             case = slice_batch(example_inputs, [order[index % own] for index in range(size)])
         cases.append(case.map_tensors(lambda name, tensor: _redraw(example_inputs.tensors()[name], tensor, generator)))
     return tuple(cases)
+
+
+def runnable_cases(
+    artifact: ExportedArtifact | Path | str, module: nn.Module, example_inputs: ExampleInputs, *, seed: int, least: int = 1
+) -> tuple[ExampleInputs, ...]:
+    """Cases that an artefact can be held to: within what the file says it is right for, and accepted by the module.
+
+    Args:
+        artifact: what export_onnx returned, or the path of an .onnx file.
+        module: the module that it is compared with.
+        example_inputs: what the cases are drawn from.
+        seed: of the draws.
+        least: number of cases at least.
+
+    Returns:
+        Cases of make_cases: rows are drawn unless the file's metadata say that it is right for the example's rows only,
+        or the module raises on other rows (images of several sizes, placeholders that must fit them).
+    """
+    if read_metadata(artifact).get(ROWS_KEY) != ROWS_FIXED:
+        sizes = comparable_batch_sizes(artifact, example_inputs)
+        cases = make_cases(example_inputs, seed=seed, batch_sizes=sizes, count=-(-least // max(1, len(sizes))))
+        try:
+            with _inference(module):
+                for case in cases:
+                    case.call(module)
+        except Exception:  # model code raises anything; rows that do not fit together are no inputs of this model
+            pass
+        else:
+            return cases
+    return make_cases(example_inputs, seed=seed, count=least, rows=False)
+
+
+def read_metadata(artifact: ExportedArtifact | Path | str) -> dict[str, str]:
+    """What an ONNX file says of itself.
+
+    Raises:
+        InputError: there is no such file, or onnxruntime cannot load it.
+    """
+    session = open_session(artifact.path if isinstance(artifact, ExportedArtifact) else artifact)
+    return dict(session.get_modelmeta().custom_metadata_map)
 
 
 def comparable_batch_sizes(artifact: ExportedArtifact | Path | str, example_inputs: ExampleInputs) -> tuple[int, ...]:

@@ -22,15 +22,23 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from mfcompile.exporters.program_rewrites import rewrite
+
 # Operators that check and compute nothing; the converter knows some of them, but not what feeds them.
-CHECKS = ("aten._assert_", "aten.sym_constrain_range", "aten._functional_assert_", "aten._functional_sym_constrain")
+CHECKS = (
+    "aten._assert_",
+    "aten._linalg_check_errors",
+    "aten.sym_constrain_range",
+    "aten._functional_assert_",
+    "aten._functional_sym_constrain",
+)
 _NO_TENSOR = (ConstantArgument, SymIntArgument, SymFloatArgument, SymBoolArgument)
 
 
 def prepare_program(program: ExportedProgram) -> ExportedProgram:
     """A program with the same tensor outputs that the ONNX converter accepts more often.
 
-    Assertions go, together with what only they use; outputs that are None, numbers or updated buffers go. Parameters
+    Assertions go, together with what only they use; a few operators are rewritten (``program_rewrites``); outputs that are None, numbers or updated buffers go. Parameters
     and buffers are shared with the given program, which is not changed.
 
     Args:
@@ -45,13 +53,17 @@ def prepare_program(program: ExportedProgram) -> ExportedProgram:
     for node in reversed(list(graph.nodes)):
         if _is_check(node):
             _erase_with_inputs(node)
+    rewrite(graph)
     signature = program.graph_signature
     kept = [index for index, spec in enumerate(signature.output_specs) if _is_user_tensor(spec.kind, spec.arg)]
     (output,) = (node for node in graph.nodes if node.op == "output")
     values = tuple(output.args[0])
     output.args = (tuple(values[index] for index in kept),)
     graph.lint()
-    output_specs = [signature.output_specs[index] for index in kept]
+    output_specs = [
+        replace(signature.output_specs[index], arg=TensorArgument(name=values[index].name))  # a rewrite may give another node
+        for index in kept
+    ]
     return ExportedProgram(
         root=fx.GraphModule(program.graph_module, graph),
         graph=graph,

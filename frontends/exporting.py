@@ -1,7 +1,8 @@
-"""The torch.export rung: the re-executable program that ONNX files are made from.
+"""The ladder of re-executable programs that ONNX files are made from.
 
-Several ways are tried in order, each compared with the model on the example and on other values; what was tried and
-why it failed is kept.
+Ways of exporting are tried in order, each compared with the model on the example and on other values. The first that
+holds is the program of ``with_export``; whoever converts programs may ask for the next (``candidates``), because a
+program that is right can still have no translation, or a wrong one. What was tried, and why it failed, is kept.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,15 +22,59 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from mfcompile.errors import CaptureError
+from mfcompile.frontends.exporting_inputs import (
+    Axes,
+    fixed_axes,
+    only_axes,
+    redraw,
+    symbolic_axes,
+    two_samples,
+    wanted_axes,
+)
+from mfcompile.frontends.exporting_recorded import replayed_recording
+from mfcompile.frontends.exporting_transformers import prepared_model
 from mfcompile.frontends.module_calls import eval_mode
+from mfcompile.frontends.traceable import Traceable
+from mfcompile.frontends.without_cache import without_cache
 from mfcompile.graph import CaptureAttempt, CapturedGraph, ExportedModel
-from mfcompile.inputs import ExampleInputs, output_tensors, slice_batch
+from mfcompile.inputs import ExampleInputs, output_tensors
 from mfcompile.module_copy import share_weights_copy
+
+__all__ = ["candidates", "export_program", "redraw", "symbolic_axes", "wanted_axes"]
 
 EXPORT_RTOL, EXPORT_ATOL = 1e-3, 1e-5
 """Exported programs may pick other kernels for attention than eager mode: float32 rounding, accumulated over layers."""
 
-Axes = dict[str, dict[int, str]]
+CAUTIOUS_DRAWS = 4
+"""Other values that a program is checked on where the model reads numbers from its content and branches may follow."""
+
+PREFILL = "a prefill graph: the model's cache is switched off (use_cache=False), so the file neither takes nor gives one"
+
+ROWS_KEY, ROWS_FIXED = "mfcompile.rows", "fixed"
+"""Metadata of a program that is right only for rows (masks, placeholders, sizes) as they are in the example."""
+
+Candidate = tuple[CaptureAttempt, ExportedModel | None]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One rung: ``make`` gives the module that torch.export traces, and what its notes say.
+
+    Attributes:
+        route: its name.
+        cache: the model runs with its cache.
+        axes: the dimensions that are left free.
+        make: context over a module of our own -> what is traced.
+        example: the inputs that it is traced with.
+        why: what a dimension is fixed for, for the notes.
+    """
+
+    route: str
+    cache: bool
+    axes: Axes
+    make: Callable[[nn.Module, ExampleInputs], contextlib.AbstractContextManager[Traceable]]
+    example: ExampleInputs
+    why: str = "the model computes with its value"
 
 
 def export_program(captured: CapturedGraph) -> tuple[ExportedModel | None, tuple[CaptureAttempt, ...]]:
@@ -38,93 +84,87 @@ def export_program(captured: CapturedGraph) -> tuple[ExportedModel | None, tuple
         captured: the captured model; its module is not changed.
 
     Returns:
-        (the program, or None when every way failed; one attempt per way that was tried).
+        (the first program that holds, or None when every way failed; one attempt per way that was tried).
     """
-    inputs = _two_samples(captured.example_inputs)
-    axes = wanted_axes(inputs)
-    ways: list[tuple[str, Axes, Callable[[nn.Module], Any]]] = [
-        ("torch.export", axes, contextlib.nullcontext),
-        ("torch.export without cache", axes, _without_cache),
-        ("torch.export, sequence fixed", _only(axes, "batch"), _without_cache),
-        ("torch.export, shapes fixed", {}, _without_cache),
-    ]
     attempts: list[CaptureAttempt] = []
-    for route, dims, context in ways:
-        started = time.perf_counter()
-        try:
-            module = share_weights_copy(captured.module)
-            with eval_mode(module), _buffers_kept(module), context(module):
-                program = _export(module, inputs, dims)
-                names = _check(program, module, inputs)
-            notes = _fixed(program, inputs, axes)
-            kept = symbolic_axes(program, inputs, axes)
-        except Exception as error:  # torch.export raises many kinds; each is a reason to try the next way
-            attempts.append(CaptureAttempt(route, False, _first_lines(error), time.perf_counter() - started))
-            continue
-        attempts.append(CaptureAttempt(route, True, f"{len(program.graph.nodes)} nodes", time.perf_counter() - started))
-        return ExportedModel(program, route, inputs.names, names, kept, inputs, notes), tuple(attempts)
+    for attempt, exported in candidates(captured):
+        attempts.append(attempt)
+        if exported is not None:
+            return exported, tuple(attempts)
     return None, tuple(attempts)
 
 
-def wanted_axes(inputs: ExampleInputs) -> Axes:
-    """Input name -> dimension -> axis name: dimension 0 is the batch where all inputs agree, dimension 1 of integer inputs
-    is a sequence, shared by every input that has that size there.
+def candidates(captured: CapturedGraph, after: str = "") -> Iterator[Candidate]:
+    """Every way of exporting, in order, made when it is asked for.
+
+    Args:
+        captured: the captured model; its module is not changed.
+        after: route of a way that was tried already, with all before it: start behind it.
+
+    Yields:
+        (the attempt, its program or None where it failed).
     """
-    tensors = inputs.tensors()
-    axes: Axes = {name: {} for name in tensors}
-    if inputs.batch_size() is not None:
-        for name, tensor in tensors.items():
-            if tensor.ndim:
-                axes[name][0] = "batch"
-    lengths: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2 and not tensor.is_floating_point() and 0 in axes[name]:
-            axis = lengths.setdefault(tensor.shape[1], "sequence" if not lengths else f"sequence_{len(lengths)}")
-            axes[name][1] = axis
-    return {name: dims for name, dims in axes.items() if dims}
+    ways = _ways(captured)
+    cached = _has_cache(captured.module)
+    routes = [way.route for way in ways]
+    tried: list[tuple[Any, ...]] = []
+    for way in ways[routes.index(after) + 1 if after in routes else 0 :]:
+        kind = (way.make, way.cache or not cached, way.axes)
+        if kind not in tried:  # a model without a cache is the same without it
+            tried.append(kind)
+            yield _try(way, captured)
 
 
-def symbolic_axes(program: ExportedProgram, inputs: ExampleInputs, axes: Axes) -> Axes:
-    """The wanted axes that the program really leaves free."""
-    values = _placeholder_values(program, inputs)
-    kept: Axes = {}
-    for name, dims in axes.items():
-        free = {dim: axis for dim, axis in dims.items() if name in values and _is_free(values[name].shape[dim])}
-        if free:
-            kept[name] = free
-    return kept
+def _ways(captured: CapturedGraph) -> list[_Way]:
+    inputs = captured.example_inputs
+    doubled = two_samples(inputs)
+    axes = wanted_axes(doubled)
+    batch = only_axes(axes, "batch")
+    recorded = "the recorded graph holds the shapes of the example"
+    return [
+        _Way("torch.export", True, axes, _as_it_is, doubled),
+        _Way("torch.export without cache", False, axes, _as_it_is, doubled),
+        _Way("torch.export, sequence fixed", False, batch, _as_it_is, doubled),
+        _Way("torch.export, shapes fixed", False, {}, _as_it_is, doubled),
+        _Way("transformers.exporters", False, axes, prepared_model, doubled),
+        _Way("transformers.exporters, shapes fixed", False, {}, prepared_model, doubled),
+        _Way("recorded graph", False, {}, replayed_recording, inputs, recorded),
+    ]
 
 
-def _is_free(size: Any) -> bool:
-    """A size that is still a symbol; a SymInt may have become a number on the way."""
-    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+def _try(way: _Way, captured: CapturedGraph) -> Candidate:
+    started = time.perf_counter()
+
+    def attempt(succeeded: bool, detail: str) -> CaptureAttempt:
+        return CaptureAttempt(way.route, succeeded, detail, time.perf_counter() - started)
+
+    cache = contextlib.nullcontext if way.cache else without_cache
+    inputs, wanted = way.example, wanted_axes(way.example)
+    try:
+        module = share_weights_copy(captured.module)
+        with eval_mode(module), _buffers_kept(module), cache(module):
+            with way.make(module, inputs) as traced:
+                program = _export(traced.module, inputs, way.axes)
+            names, admits_rows = _check(program, module, inputs, traced.admits)
+        fixed = fixed_axes(program, inputs, wanted, way.why)
+        kept = symbolic_axes(program, inputs, way.axes)
+    except Exception as error:  # torch.export raises many kinds; each is a reason to try the next way
+        return attempt(False, _first_lines(error)), None
+    prefill = (PREFILL,) if not way.cache and _has_cache(captured.module) else ()
+    notes = (*prefill, *fixed, *traced.notes)
+    metadata = {} if admits_rows else {ROWS_KEY: ROWS_FIXED}
+    exported = ExportedModel(program, way.route, inputs.names, names, kept, inputs, notes, metadata)
+    return attempt(True, f"{len(program.graph.nodes)} nodes"), exported
 
 
-def _fixed(program: ExportedProgram, inputs: ExampleInputs, axes: Axes) -> tuple[str, ...]:
-    kept = symbolic_axes(program, inputs, axes)
-    tensors = inputs.tensors()
-    return tuple(
-        f"dimension {dim} ({axis}) of {name} is fixed to {tensors[name].shape[dim]}: the model computes with its value"
-        for name, dims in axes.items()
-        for dim, axis in dims.items()
-        if dim not in kept.get(name, {})
-    )
+@contextlib.contextmanager
+def _as_it_is(module: nn.Module, _: ExampleInputs) -> Iterator[Traceable]:
+    yield Traceable(module)
 
 
-def _only(axes: Axes, wanted: str) -> Axes:
-    return {name: {dim: axis for dim, axis in dims.items() if axis == wanted} for name, dims in axes.items()}
-
-
-def _placeholder_values(program: ExportedProgram, inputs: ExampleInputs) -> dict[str, Tensor]:
-    users = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    values = [nodes[name].meta["val"] for name in users if isinstance(nodes[name].meta.get("val"), Tensor)]
-    return dict(zip(inputs.names, values, strict=True))
-
-
-def _two_samples(inputs: ExampleInputs) -> ExampleInputs:
-    """A batch of one is repeated to two: torch.export takes a size of one for a constant."""
-    return slice_batch(inputs, [0, 0]) if inputs.batch_size() == 1 else inputs
+def _has_cache(module: nn.Module) -> bool:
+    with without_cache(module) as changed:
+        return bool(changed)
 
 
 def _export(module: nn.Module, inputs: ExampleInputs, axes: Axes) -> ExportedProgram:
@@ -184,71 +224,52 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(values)
 
 
-def _check(program: ExportedProgram, module: nn.Module, inputs: ExampleInputs) -> tuple[str, ...]:
+def _check(
+    program: ExportedProgram, module: nn.Module, inputs: ExampleInputs, admits: Callable[[ExampleInputs], bool]
+) -> tuple[tuple[str, ...], bool]:
     """The program must give what the model gives, on the example and on other values in the same places.
 
     Returns:
-        Names of the outputs.
+        Names of the outputs, and whether rows may be others than those of the example.
 
     Raises:
         CaptureError: an output differs.
     """
     runnable = program.module()
-    names: tuple[str, ...] = ()
-    for case, sample in (("the example", inputs), ("other values", redraw(inputs))):
-        with torch.no_grad():
-            expected = output_tensors(sample.call(module))
-            found = output_tensors(sample.call(runnable))
-        if list(expected) != list(found):
-            raise CaptureError(f"the exported program returns {list(found)}, the model {list(expected)}")
-        for name, tensor in expected.items():
-            if tensor.shape != found[name].shape or not torch.allclose(
-                tensor.double(), found[name].double(), rtol=EXPORT_RTOL, atol=EXPORT_ATOL, equal_nan=True
-            ):
-                raise CaptureError(f"the exported program gives another {name} than the model on {case}")
-        names = tuple(expected)
-    return names
+    names = _compare(runnable, inputs, _outputs(module, inputs), "the example")
+    for rows, draws in ((True, 1), (False, 1), (False, CAUTIOUS_DRAWS)):
+        others = [redraw(inputs, rows=rows, seed=seed) for seed in range(draws)]
+        try:
+            expected = [_outputs(module, other) for other in others]
+            is_admitted = all(admits(other) for other in others)
+        except Exception:  # the model refuses rows that swapped places: placeholders and sizes must fit each other
+            continue
+        if is_admitted or draws > 1:
+            for other, values in zip(others, expected, strict=True):
+                _compare(runnable, other, values, "other values")
+            return names, rows
+    return names, False
 
 
-def redraw(inputs: ExampleInputs) -> ExampleInputs:
-    """Other values with the statistics of the example: float inputs are drawn anew, samples of the others swap places."""
-    generator = torch.Generator().manual_seed(0)
-    batch = inputs.batch_size()
-
-    def change(_: str, tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and tensor.numel() > 1:
-            noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-            return noise * tensor.std() + tensor.mean()
-        return tensor.roll(1, 0) if batch is not None and tensor.ndim else tensor
-
-    return inputs.map_tensors(change)
+def _outputs(module: nn.Module, inputs: ExampleInputs) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return output_tensors(inputs.call(module))
 
 
-@contextlib.contextmanager
-def _without_cache(module: nn.Module) -> Iterator[None]:
-    """Switch ``use_cache`` off in every configuration object that the module holds, and back on afterwards."""
-    changed: list[Any] = []
-    seen: set[int] = set()
+def _compare(runnable: nn.Module, inputs: ExampleInputs, expected: dict[str, Tensor], case: str) -> tuple[str, ...]:
+    found = _outputs(runnable, inputs)
+    if list(expected) != list(found):
+        raise CaptureError(f"the exported program returns {list(found)}, the model {list(expected)}")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape or not torch.allclose(
+            _wide(tensor), _wide(found[name]), rtol=EXPORT_RTOL, atol=EXPORT_ATOL, equal_nan=True
+        ):
+            raise CaptureError(f"the exported program gives another {name} than the model on {case}")
+    return tuple(expected)
 
-    def visit(config: Any) -> None:
-        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
-            return
-        seen.add(id(config))
-        if vars(config).get("use_cache") is True or getattr(config, "use_cache", None) is True:
-            config.use_cache = False
-            changed.append(config)
-        for value in list(vars(config).values()):
-            if type(value).__module__ == type(config).__module__ or type(value).__name__.endswith("Config"):
-                visit(value)
 
-    for item in module.modules():
-        visit(getattr(item, "config", None))
-        visit(getattr(item, "generation_config", None))
-    try:
-        yield
-    finally:
-        for config in changed:
-            config.use_cache = True
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_complex() else tensor.double()
 
 
 def _first_lines(error: BaseException) -> str:

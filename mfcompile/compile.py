@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from mfcompile.artifact import ExportedArtifact, ParityReport
-from mfcompile.errors import ExportError, InputError
+from mfcompile.errors import InputError
 from mfcompile.files import staged_directory
 from mfcompile.frontends.capture import capture as _capture
-from mfcompile.frontends.capture import with_export
 from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet
+from mfcompile.onnx_entry import capture_file, export_file, first_batch, is_onnx, opened, with_weaker_rules
+from mfcompile.onnx_ladder import FLOAT32_KEY, FLOAT32_VALUE, export_accepted, float32_inputs, float32_module
 from mfcompile.passes.base import run_transform
 from mfcompile.passes.calibration import calibrate as _calibrate
 from mfcompile.passes.mask_selection import SelectionOptions
@@ -34,11 +35,11 @@ Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total); total is None where it is not known."""
 
 
-def capture(model: nn.Module, example_inputs: Any) -> CapturedGraph:
+def capture(model: nn.Module | Path | str, example_inputs: Any = None) -> CapturedGraph:
     """Capture a model as a graph by running it once on the example inputs.
 
     Args:
-        model: any ``nn.Module`` that runs eagerly; it is not changed.
+        model: any ``nn.Module`` that runs eagerly, or the path of an .onnx file, which may do without example inputs.
         example_inputs: a tensor, a tuple, or a mapping of keyword arguments (BatchEncoding too); None values are allowed.
 
     Returns:
@@ -48,7 +49,8 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedGraph:
         InputError: the inputs do not fit the model's forward.
         CaptureError: the model does not run, or does not repeat what it computed.
     """
-    return _capture(model, example_inputs)
+    module = opened(model)
+    return capture_file(module, example_inputs) if is_onnx(module) else _capture(module, example_inputs)
 
 
 def _require_values(module: nn.Module) -> None:
@@ -89,7 +91,8 @@ def infer_regions(
         RegionError: the modality of an input cannot be decided.
         InputError: a pattern matches nothing (the nearest names are given).
     """
-    return _infer_regions(captured, RegionOptions(modalities, regions, targets, ignore, cross_attention_kv))
+    found = _infer_regions(captured, RegionOptions(modalities, regions, targets, ignore, cross_attention_kv))
+    return with_weaker_rules(captured, found)
 
 
 def calibrate(
@@ -175,6 +178,9 @@ def export_onnx(
 ) -> ExportedArtifact:
     """Write a (masked) captured graph as an ONNX file that stock onnxruntime loads.
 
+    The file is compared with the masked module in onnxruntime before it gets its name; a program that does not hold
+    gives way to the next way of exporting. Models in bfloat16 are computed in float32.
+
     Args:
         pruned: what ``apply_masks`` gave (or a dense CapturedGraph).
         path: the .onnx file to write; large weights go to a ``.data`` file beside it. With ``split``, the directory.
@@ -186,30 +192,16 @@ def export_onnx(
 
     Raises:
         InputError: format, values or split is unknown.
-        ExportError: the model cannot be converted; names the operator and what was tried.
+        ExportError: no way of exporting gives a file that computes what the model computes; names every way that was
+            tried, with the operator or the line of the model that stopped it.
     """
-    from mfcompile.exporters.onnx_model import export_onnx as write
-
     _require_values(pruned.module)
-    brain = next((name for name, item in pruned.module.named_parameters() if item.dtype == torch.bfloat16), None)
-    if brain is not None:
-        raise ExportError(
-            f"{brain} is bfloat16, which ONNX's operators and stock onnxruntime on CPU do not take. Convert the model before "
-            f"pruning (model.float() is exact), or do without ONNX (--no-onnx, or save(onnx=False))"
-        )
-    ready = with_export(pruned)
-    if ready.exported is None:
-        reasons: dict[str, list[str]] = {}
-        for item in ready.attempts:
-            if not item.succeeded:
-                reasons.setdefault(item.detail, []).append(item.frontend)
-        tried = "; ".join(f"{' and '.join(ways)}: {detail}" for detail, ways in reasons.items())
-        raise ExportError(
-            f"{type(pruned.module).__name__} could not be turned into a re-executable program, which ONNX needs. "
-            f"Tried {tried}. The pruned PyTorch module works all the same: do without ONNX (--no-onnx, or save(onnx=False))"
-        )
     request = split_request(split, infer_regions(pruned) if regions is None and split is not None else regions)
-    return write(ready, path, format=format, values=values, split=request)
+    if is_onnx(pruned.module):
+        if request is not None:
+            raise InputError("an .onnx file is pruned as it is, in one file; split is for PyTorch models. Export without it")
+        return export_file(pruned, path, format=format, values=values)
+    return export_accepted(pruned, path, format=format, values=values, split=request)[0]
 
 
 def verify(
@@ -236,12 +228,15 @@ def verify(
     from mfcompile.inputs import normalize_inputs
 
     stored = values or (artifact.values if isinstance(artifact, ExportedArtifact) else "fp32")
-    if any(parameter.dtype == torch.float16 for parameter in pruned.module.parameters()):
+    is_cast = parity.read_metadata(artifact).get(FLOAT32_KEY) == FLOAT32_VALUE
+    if not is_cast and any(parameter.dtype == torch.float16 for parameter in pruned.module.parameters()):
         stored = "fp16"  # both sides compute in half precision, whatever the file stores
     inputs = pruned.example_inputs if example_inputs is None else normalize_inputs(pruned.module, example_inputs)
     module = pruned.module if pruned.masks is None else mask_module(pruned.module, pruned.masks)
+    if is_cast:
+        module, inputs = float32_module(module), float32_inputs(inputs)
     rtol, atol = parity.default_tolerance(stored)
-    cases = parity.make_cases(inputs, seed=seed, batch_sizes=parity.comparable_batch_sizes(artifact, inputs))
+    cases = parity.runnable_cases(artifact, module, inputs, seed=seed)
     return parity.verify(artifact, module, cases, rtol=rtol, atol=atol)
 
 
@@ -291,7 +286,8 @@ class CompiledModel:
             ExportError: the ONNX file cannot be written; pass onnx=False to do without.
         """
         with staged_directory(Path(output_dir), overwrite=overwrite) as staging:
-            save_weights(self.strip(), staging)
+            if not is_onnx(self.module):  # the weights of an ONNX file are saved in the ONNX file
+                save_weights(self.strip(), staging)
             self.masks.save(staging / "masks.safetensors")
             save_report(self.report, staging / "report.json")
             if onnx:
@@ -300,8 +296,8 @@ class CompiledModel:
 
 
 def compile_pruned(
-    model: nn.Module,
-    example_inputs: Any,
+    model: nn.Module | Path | str,
+    example_inputs: Any = None,
     *,
     sparsity: float = 0.63,
     calibration: Iterable[Any] | None = None,
@@ -318,8 +314,8 @@ def compile_pruned(
     """Prune a vision-language model once, gradient-free, with MULTIFLOW (Farina et al., CVPR 2024).
 
     Args:
-        model: any ``nn.Module``; it is not changed, its weights are shared and never written.
-        example_inputs: a tensor, a tuple, or a mapping of keyword arguments.
+        model: any ``nn.Module``, or the path of an .onnx file; it is not changed, its weights are never written.
+        example_inputs: a tensor, a tuple, or a mapping of keyword arguments; None takes the first calibration batch.
         sparsity: fraction of the prunable weights that is removed, in [0, 1).
         calibration: any iterable of batches (dicts, tuples, a DataLoader); None uses the example inputs.
         modalities: input name -> modality, or "control", where dataflow needs help.
@@ -343,6 +339,9 @@ def compile_pruned(
     sparsity = check_sparsity(sparsity)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be an integer, got {seed!r}")
+    model = opened(model)
+    if example_inputs is None:
+        example_inputs, calibration = first_batch(calibration)
     if next(masked_parameters(model), None) is not None:
         raise InputError(
             "the model has masks in force, from an earlier pruning: bake their zeros in with mfcompile.strip(model) first, "

@@ -95,6 +95,7 @@ class ExportedModel:
         dynamic_axes: input name -> dimension -> axis name ("batch", "sequence"); only dimensions that stayed symbolic.
         example_inputs: the inputs that the program was exported with (a batch of one is repeated to two).
         notes: dimensions that were asked to be dynamic and are fixed, and why.
+        metadata: key -> text that a file made from the program carries.
     """
 
     program: torch.export.ExportedProgram
@@ -104,6 +105,7 @@ class ExportedModel:
     dynamic_axes: Mapping[str, Mapping[int, str]]
     example_inputs: ExampleInputs
     notes: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

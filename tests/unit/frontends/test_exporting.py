@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mfcompile.frontends.capture import capture
-from mfcompile.frontends.exporting import _without_cache, export_program, redraw, symbolic_axes, wanted_axes
+from mfcompile.frontends.exporting import candidates, export_program, redraw, symbolic_axes, wanted_axes
+from mfcompile.frontends.without_cache import without_cache
 from mfcompile.graph import CaptureAttempt, ExportedModel
 from mfcompile.inputs import normalize_inputs, output_tensors
 from tests.models import TwoLayers, tiny_vlm, vlm_batch
@@ -179,7 +180,15 @@ def refusing(*dims: int) -> Callable[[Any, Tensor, Tensor], Tensor]:
     return body
 
 
-LADDER = ["torch.export", "torch.export without cache", "torch.export, sequence fixed", "torch.export, shapes fixed"]
+LADDER = [
+    "torch.export",
+    "torch.export without cache",
+    "torch.export, sequence fixed",
+    "torch.export, shapes fixed",
+    "transformers.exporters",
+    "transformers.exporters, shapes fixed",
+    "recorded graph",
+]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +212,8 @@ def test_ways_are_tried_in_order_and_kept(body: Callable[..., Tensor], rung: int
     assert "never shown" not in attempts[0].detail
     assert attempts[-1].detail == f"{len(found.program.graph.nodes)} nodes"
     assert found.dynamic_axes == axes
-    assert len(found.notes) == 3 - sum(map(len, axes.values()))
+    assert sum(note.startswith("dimension ") for note in found.notes) == 3 - sum(map(len, axes.values()))
+    assert sum("prefill graph" in note for note in found.notes) == 1
     assert model.config.use_cache
     assert model.config.text_config.use_cache
     assert_computes(found, model, inputs())
@@ -213,21 +223,41 @@ def test_caches_are_switched_off_for_a_while() -> None:
     model = nn.Sequential(Body(cached), nn.Identity())
     config = model.get_submodule("0").config
     assert isinstance(config, SimpleNamespace)
-    with _without_cache(model):
+    with without_cache(model):
         assert (config.use_cache, config.text_config.use_cache) == (False, False)
     assert (config.use_cache, config.text_config.use_cache) == (True, True)
+
+
+def test_a_model_that_torch_cannot_trace_is_exported_from_its_recording() -> None:
+    def body(m: Any, image: Tensor, ids: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise ValueError("not for export")
+        result: Tensor = m.table(ids).sum(1) + image.sum(1)
+        return result
+
+    model = Body(body)
+    found, attempts = export(model, inputs())
+    assert found is not None
+    assert found.route == "recorded graph"
+    assert [attempt.frontend for attempt in attempts] == LADDER
+    assert {attempt.detail.split(" (at ")[0] for attempt in attempts[:4]} == {"ValueError: not for export"}
+    assert "not one of transformers" in attempts[4].detail
+    assert found.dynamic_axes == {}
+    assert any("every shape is that of the example" in note for note in found.notes)
+    assert found.program.state_dict["table.weight"].data_ptr() == model.table.weight.data_ptr()
+    assert_computes(found, model, inputs())
 
 
 def test_a_model_that_no_way_exports_is_told_why() -> None:
     def body(m: Any, image: Tensor, ids: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             raise ValueError("not for export")
-        return image
+        return image + float(image.sum())  # a number of this example
 
     found, attempts = export(Body(body), inputs())
     assert found is None
     assert [attempt.frontend for attempt in attempts] == LADDER
-    assert {attempt.detail for attempt in attempts} == {"ValueError: not for export"}
+    assert "gives another output_0 than the model on other values" in attempts[-1].detail
 
 
 @pytest.mark.parametrize(
@@ -240,22 +270,56 @@ def test_a_model_that_no_way_exports_is_told_why() -> None:
     ],
     ids=["value", "same", "name"],
 )  # fmt: skip
-def test_a_program_that_computes_something_else_is_refused(body: Callable[..., Any], what: str | None) -> None:
+def test_a_program_that_computes_something_else_gives_way(body: Callable[..., Any], what: str | None) -> None:
     found, attempts = export(Body(body), inputs())
-    assert (found is None) == (what is not None)
+    assert found is not None
+    assert found.route == ("torch.export" if what is None else "recorded graph")
     if what is not None:
-        assert all(what in attempt.detail for attempt in attempts)
+        assert all(what in attempt.detail for attempt in attempts[:4])
 
 
-def test_a_program_that_is_right_on_the_example_only_is_refused() -> None:
+def test_a_program_that_is_right_on_the_example_only_gives_way() -> None:
     total = float(inputs()["image"].sum())
 
     def body(m: Any, image: Tensor, ids: Tensor) -> Tensor:
         return image + (total if torch.compiler.is_compiling() else image.sum())
 
     found, attempts = export(Body(body), inputs())
-    assert found is None
-    assert all("than the model on other values" in attempt.detail for attempt in attempts)
+    assert found is not None
+    assert found.route == "recorded graph"
+    assert all("than the model on other values" in attempt.detail for attempt in attempts[:4])
+
+
+def test_candidates_are_made_one_at_a_time_and_can_be_continued() -> None:
+    captured = capture(Body(lambda m, image, ids: image + 0 * ids.sum()), inputs())
+    first, *others = [attempt.frontend for attempt, _ in candidates(captured)]
+    assert [first, *others] == LADDER
+    assert [attempt.frontend for attempt, _ in candidates(captured, after=LADDER[3])] == LADDER[4:]
+    assert [attempt.frontend for attempt, _ in candidates(captured, after="record")] == LADDER
+    assert not list(candidates(captured, after=LADDER[-1]))
+
+
+def test_ways_that_are_the_same_are_tried_once() -> None:
+    captured = capture(Optional(), {"image": torch.ones(2, 3, 4)})
+    routes = [attempt.frontend for attempt, _ in candidates(captured)]
+    assert routes == ["torch.export", "torch.export, shapes fixed", *LADDER[4:]]
+
+
+def test_rows_are_fixed_where_the_model_reads_them() -> None:
+    """The recording holds how many tokens each row has: rows that swap places are other numbers, images are not."""
+
+    def body(m: Any, image: Tensor, ids: Tensor) -> Tensor:
+        lengths = (ids > 0).sum(1).tolist()
+        if torch.compiler.is_compiling():
+            raise ValueError("not for export")
+        return torch.stack([image[row].sum() * length for row, length in enumerate(lengths)])
+
+    given = inputs()
+    given["ids"][0, 0], given["ids"][1, 1:3] = 0, 0
+    found, _ = export(Body(body), given)
+    assert found is not None
+    assert found.metadata == {"mfcompile.rows": "fixed"}
+    assert any("numbers that the model reads from its inputs" in note for note in found.notes)
 
 
 def test_training_flags_and_weights_are_left_alone() -> None:
