@@ -199,10 +199,10 @@ class _GraphBuilder:
         self.graph.lint()
 
     def aliases(self) -> dict[str, tuple[str, ...]]:
-        """FQN -> its names; a weight is known by the submodule that multiplies by it, too."""
+        """FQN -> its names; a weight whose own name says nothing is known by the submodule that multiplies by it, too."""
         for node, fqn in self._linear.items():
             path = node.meta["module_stack"][-1].path
-            if path and fqn.rpartition(".")[0] != path:
+            if path and "." not in fqn:
                 alias = self._file.add_alias(path, "weight", fqn)
                 if alias is not None:
                     self._aliases.setdefault(fqn, [fqn]).append(alias)

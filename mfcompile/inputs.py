@@ -162,10 +162,11 @@ def output_tensors(output: Any) -> dict[str, Tensor]:
     ``output_0``, ...
     """
     found: dict[str, Tensor] = {}
+    has_names = isinstance(output, Mapping) and all(isinstance(key, str) for key in output)  # "613" is a name, 613 a place
 
     def visit(value: Any, path: tuple[str, ...]) -> None:
         if isinstance(value, Tensor):
-            is_named = bool(path) and not path[0].isdigit()
+            is_named = bool(path) and (has_names or not path[0].isdigit())
             found[".".join(path) if is_named else "_".join(("output", *(path or ("0",))))] = value
         elif isinstance(value, Mapping):
             for key, item in value.items():
