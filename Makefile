@@ -6,10 +6,12 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 
 .PHONY: demo test lint bench zoo train clean
 
+# timm and open_clip without what they depend on: torchvision's default wheel is built for CUDA (tests/zoo/without_torchvision.py).
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch" "numpy"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "timm>=1.0" "open_clip_torch>=3.0"
 	touch $@
 
 demo: $(STAMP) ## prune a trained vision-language model at 63 %, export it, measure it
