@@ -47,6 +47,8 @@ MINIMAX: dict[str, Any] = {
         "num_experts_per_tok": 2,
         "dense_intermediate_size": 40,
         "shared_intermediate_size": 24,
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse"],
         "rotary_dim": 4,
         "index_n_heads": 2,
         "index_head_dim": 8,
