@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.zoo.packed import placed_text, token_types
-from benchmarks.zoo.row import Fill, Ids, Noise, PaddingMask, Raw, Row, Values
+from benchmarks.zoo.row import Fill, Ids, Noise, PaddingMask, Raw, Row, Spec, Values
 from benchmarks.zoo.spoken import AUDIO, AUDIO_END, AUDIO_START, audio_run, frames_mask, spoken
 from benchmarks.zoo.table.padded_patches import GEMMA, GEMMA_TEXT, UNIFIED
 
@@ -52,7 +52,7 @@ GRANITE_PLUS: dict[str, Any] = {
     "encoder_config": {**GRANITE["encoder_config"], "cat_hidden_layers": [1]},
     "projector_config": {"encoder_hidden_size": 64},
 }
-GRANITE_INPUTS = {
+GRANITE_INPUTS: dict[str, Spec] = {
     **spoken((6, 4), MEL, frames=(12, 8), mask=None, frames_last=False),
     "input_features_mask": Values([[1] * 6, [1] * 4 + [0] * 2], "bool"),
 }
@@ -66,12 +66,12 @@ GEMMA_AUDIO: dict[str, Any] = {
     "use_clipped_linears": False,
 }
 GEMMA4: dict[str, Any] = {**GEMMA, "text_config": GEMMA_TEXT, "vision_config": None, "audio_config": GEMMA_AUDIO}
-GEMMA4_INPUTS = {
+GEMMA4_INPUTS: dict[str, Spec] = {
     **spoken((8, 6), 16, mask=None, frames_last=False),
     "input_features_mask": frames_mask(dtype="bool"),
 }
 _UNIFIED_TEXT = placed_text([[audio_run(6)], [audio_run(4)]])
-UNIFIED_INPUTS = {
+UNIFIED_INPUTS: dict[str, Spec] = {
     **_UNIFIED_TEXT,
     "input_features": Noise((2, 6, 32)),
     "input_features_mask": frames_mask((6, 4), "bool"),
@@ -85,7 +85,7 @@ VIBE_VOICE: dict[str, Any] = {
     "acoustic_tokenizer_encoder_config": TOKENIZER,
     "semantic_tokenizer_encoder_config": TOKENIZER,
 }
-VIBE_VOICE_INPUTS = {
+VIBE_VOICE_INPUTS: dict[str, Spec] = {
     **placed_text([[audio_run(8)], [audio_run(6)]]),
     "input_values": Noise((2, 1, 32)),
     "padding_mask": frames_mask(),
@@ -108,7 +108,7 @@ MOSHI: dict[str, Any] = {
         "upsample_groups": 32,
     },
 }
-MOSHI_INPUTS = {
+MOSHI_INPUTS: dict[str, Spec] = {
     "input_ids": Ids((2, 7)),
     "attention_mask": PaddingMask((2, 7)),
     "moshi_audio_codes": Ids((2, CODEBOOKS, 7), high=64),
