@@ -3,6 +3,8 @@
 A block is a submodule that uses more than one linear weight and is repeated: an item of a ModuleList, Sequential or
 ModuleDict, or one of several attributes of equal structure (class and parameter shapes), of which one feeds another.
 A whole layer that is the only item of a list is a block as well, and so is one that is applied again to its own results.
+So is, where nothing repeated lies around it, a whole layer that is there once (a single fusion layer, a pooling head with
+attention and MLP).
 
 Where such levels nest, the innermost that is a whole layer is taken, one that holds an attention and more than the
 attention's own projections: in a layer that holds its attentions in a list of its own, or as attributes that look
@@ -24,7 +26,7 @@ from mfcompile.passes.labels import LabelFlow
 from mfcompile.passes.operators import written_arguments
 from mfcompile.region import NO_LABELS, Labels, WeightUse
 
-_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 class CallStacks:
@@ -74,12 +76,29 @@ class BlockFinder:
 
     def block_of(self, stack: Iterable[ModuleCall]) -> ModuleCall | None:
         """Call of the repeated block among the calls around a node, None outside of all blocks."""
-        repeated = [call for call in stack if call.path in self._repeated]
+        called = tuple(stack)
+        repeated = [call for call in called if call.path in self._repeated]
         layers = [call for call in repeated if call.path in self._whole_layers]
         if layers:
             return layers[-1]
+        alone = [call for call in called if call.path in self._layers_alone]
+        if alone:
+            return alone[-1]
         chained = [call for call in repeated if self._repeated[call.path]]
         return chained[0] if chained else repeated[-1] if repeated else None
+
+    @cached_property
+    def _layers_alone(self) -> set[str]:
+        """Paths of whole layers that are not repeated: they hold no other layer, and no stack of anything but attentions."""
+        inner = set(self._whole_layers)
+        for path in self._repeated:
+            if False in self._roles[path] and isinstance(self._module(path.rpartition(".")[0]), CONTAINERS):
+                inner.add(path)
+        return {
+            path
+            for path in self._whole_layers
+            if path and not any(other != path and other.startswith(path + ".") for other in inner)
+        }
 
     @cached_property
     def _repeated(self) -> dict[str, bool]:
@@ -100,7 +119,7 @@ class BlockFinder:
     def _is_item_of_stack(self, path: str, others: list[str], chained: list[str], repeated: Mapping[str, bool]) -> bool:
         """An item of a container that stacks it with items of another structure, or that holds it alone."""
         container = self._module(path.rpartition(".")[0])
-        if not isinstance(container, _CONTAINERS):
+        if not isinstance(container, CONTAINERS):
             return False
         if any(type(self._module(other)) is type(self._module(path)) for other in chained):
             return True
@@ -141,6 +160,11 @@ class BlockFinder:
     @cached_property
     def _whole_layers(self) -> set[str]:
         """Paths that use projections of an attention and other weights too."""
+        return {path for path, found in self._roles.items() if len(found) == 2}
+
+    @cached_property
+    def _roles(self) -> dict[str, set[bool]]:
+        """Path -> whether the weights it uses are projections of an attention: all, none or some of them."""
         roles: dict[str, set[bool]] = {}
         nodes = {node.name: node for node in self.captured.graph.nodes}
         for use in self.uses:
@@ -148,7 +172,7 @@ class BlockFinder:
             is_projection = is_attention_projection(node, nodes[use.activation])
             for call in self.stacks.around(node):
                 roles.setdefault(call.path, set()).add(is_projection)
-        return {path for path, found in roles.items() if len(found) == 2}
+        return roles
 
     @cached_property
     def _weights(self) -> dict[str, set[str]]:

@@ -11,6 +11,7 @@ from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.passes.attention import attention_label, downstream_label
 from mfcompile.passes.blocks import BlockFinder, CallStacks, leaving_labels
+from mfcompile.passes.chains import chained_items
 from mfcompile.passes.labels import LabelFlow, flow_labels
 from mfcompile.passes.modalities import infer_modalities
 from mfcompile.passes.sites import build_sites, linear_weights
@@ -109,13 +110,17 @@ def _with_labels(captured: CapturedGraph, uses: tuple[WeightUse, ...], flow: Lab
     # A convolution makes no block: what is repeated is told by the linear weights.
     finder = BlockFinder(captured, tuple(use for use in uses if use.reading.patches is None), stacks, flow)
     leaving = leaving_labels(captured, flow, stacks)
+    blocks = {use: finder.block_of(stacks.around(nodes[use.node])) for use in uses}
+    items = chained_items(captured, [use for use, block in blocks.items() if block is None and use.reading.patches is None])
     found = []
-    for use in uses:
+    for use, block in blocks.items():
         node = nodes[use.node]
-        block = finder.block_of(stacks.around(node))
+        path, block_label = (block.path, leaving.get(block, NO_LABELS)) if block else (items.get(use), NO_LABELS)
+        if use in items:  # it may be called, or be no module at all
+            calls = [call for call in stacks.around(node) if call.path == path]
+            block_label = leaving.get(calls[-1], NO_LABELS) if calls else flow.computed[node]
         label = flow.at(nodes[use.activation], node)
-        block_label = leaving.get(block, NO_LABELS) if block else NO_LABELS
-        found.append(replace(use, label=label, block=block.path if block else None, block_label=block_label))
+        found.append(replace(use, label=label, block=path, block_label=block_label))
     return tuple(found)
 
 

@@ -59,7 +59,7 @@ def build_sites(
     hopeless = {
         fqn: reason for fqn in names if (reason := _cannot(fqn, evidence.get(fqn, ()), other_users, refused)) is not None
     }
-    _check_targets(targets, names, hopeless)
+    _check_targets(targets, names, refused)
     sites: list[PruneSite] = []
     for fqn in names:
         uses = evidence.get(fqn, ())
@@ -106,15 +106,15 @@ def _cannot(fqn: str, uses: tuple[WeightUse, ...], other_users: Mapping[str, str
     return other_users.get(fqn) if uses else "no call of the captured run uses it"
 
 
-def _check_targets(targets: Sequence[str] | None, names: Mapping[str, WeightNames], hopeless: Mapping[str, str]) -> None:
-    """Refuse a pattern that names nothing but weights that cannot be pruned."""
+def _check_targets(targets: Sequence[str] | None, names: Mapping[str, WeightNames], refused: Mapping[str, str]) -> None:
+    """Refuse a pattern that names nothing but weights that are no linear ones."""
     for pattern in [targets] if isinstance(targets, str) else targets or ():
         hits = [fqn for fqn, known in names.items() if matches(pattern, known)]
-        if hits and hopeless.keys() >= set(hits):
+        if hits and refused.keys() >= set(hits):
             more = f" (and {len(hits) - 1} more)" if len(hits) > 1 else ""
             raise InputError(
                 f"targets: the pattern {pattern!r} names only weights that cannot be pruned: {hits[0]}{more} is left dense, "
-                f"because: {hopeless[hits[0]]}. Leave the pattern out"
+                f"because: {refused[hits[0]]}. Leave the pattern out"
             )
 
 

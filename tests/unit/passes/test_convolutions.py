@@ -95,7 +95,7 @@ def test_its_norms_are_those_of_the_patches(case: str, observe: str) -> None:
     regions = mfcompile.infer_regions(captured, modalities={"image": "vision"}, targets=["convolution"])
     site = site_of(regions)
     assert site.skipped is None
-    assert (site.out_features, site.in_features) == (4, convolution.weight[0].numel())  # type: ignore[index, operator]
+    assert (site.out_features, site.in_features) == (4, convolution.weight[0].numel())  # type: ignore[index]
     found = mfcompile.calibrate(captured, regions=regions, observe=observe).sites[site.name]
     padding = convolution.padding if isinstance(convolution.padding, tuple) else (0,) * len(sizes)
     rows = patches(picture(*sizes), convolution.kernel_size, convolution.stride, padding)  # type: ignore[arg-type]
