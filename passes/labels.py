@@ -101,6 +101,8 @@ def node_label(node: fx.Node, label_of: LabelOf) -> Labels:
     name = operator_name(node).rstrip("_") or operator_name(node)
     if name == "where":
         return label_of([argument(node, "self", 1), argument(node, "other", 2)])
+    if name in {"type_as", "view_as", "reshape_as", "expand_as"} or (name == "to" and "other" in _named(node)):
+        return label_of(argument(node, "self", 0))
     if name == "masked_fill":
         return label_of([argument(node, "self", 0), argument(node, "value", 2)])
     if name == "masked_scatter":

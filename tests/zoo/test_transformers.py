@@ -42,7 +42,8 @@ class Family:
 FAMILIES = {
     "clip": Family("T:13 V:13", "logits are a product of both modalities, and fuse nothing"),
     "siglip": Family(
-        "0/V:1 T:13 V:15", "the pooling head's in_proj reads a learned probe (queries) and the image (keys, values); with its MLP it is a layer"
+        "0/V:1 T:13 V:15",
+        "the pooling head's in_proj reads a learned probe (queries) and the image (keys, values); with its MLP it is a layer",
     ),
     "blip_itm": Family("T:5 TV:12 V:12", "image-fed keys and values belong to the text blocks, which all fuse"),
     "blip_cap": Family("T:5 TV:13 V:12", "one TV weight is the tied word table"),

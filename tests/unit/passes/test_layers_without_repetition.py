@@ -243,7 +243,7 @@ def test_a_weight_that_meets_learned_queries_too_is_pruned() -> None:
     pruned = {site.fqn for site in regions.pruned_sites}
     assert {"layers.0.key", "layers.1.key"} <= pruned
     assert not any("queries" in fqn for fqn in regions.weights)
-    rows = torch.cat([image.reshape(-1, WIDTH), model.layers[0].queries.detach()]).double()  # type: ignore[union-attr, operator, list-item]
+    rows = torch.cat([image.reshape(-1, WIDTH), model.layers[0].queries.detach()]).double()  # type: ignore[operator]
     for observe in ("graph", "module"):
         found = mfcompile.calibrate(captured, regions=regions, observe=observe).sites["layers.0.key"]
         torch.testing.assert_close(found.sum_of_squares, (rows**2).sum(0), rtol=1e-6, atol=0)
