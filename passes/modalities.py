@@ -25,7 +25,7 @@ _FEW_TYPES = 4
 
 # Words that an input's name is made of. Control words come first: `pixel_attention_mask` is a mask, not an image.
 _CONTROL = re.compile(
-    r"(mask|atts?|position_ids?|position_embeddings|token_type_ids?|segment_ids?|grid_thw|image_grid|sizes?|lengths?|"
+    r"(mask|atts?|position_ids?|position_embeddings|token_type_ids?|segment_ids?|grid_t?hw|image_grids?|sizes?|lengths?|"
     r"bbox|boxes|pos|positions?|use_cache|labels?|ratio|spatial_shapes|num_\w+|idx_\w+|\w+_idx|indices|cu_seqlens)(_\d+)?$"
 )
 _TEXT_IN_MASK_NAME = re.compile(r"^(input|token|text|caption|question|decoder_input)?_?ids_mask(ed)?$")

@@ -127,6 +127,22 @@ def _found(model: nn.Module, third: Tensor) -> dict[str, str | None]:
     return {item.name: item.modality for item in found}
 
 
+@pytest.mark.parametrize("name", ["image_grid_thw", "image_grid_hw", "image_grids", "word_position", "positions"])
+def test_names_of_what_steers(name: str) -> None:
+    class Steered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lift, self.words = nn.Conv2d(3, WIDTH, 4, 4), Words(40)
+
+        def forward(self, image: Tensor, **steering: Tensor) -> Tensor:
+            states = torch.cat([self.lift(image).flatten(2).mT, self.words(steering["input_ids"])], dim=1)
+            return states * steering[name].sum()
+
+    captured = mfcompile.capture(Steered(), {"image": PICTURE, "input_ids": IDS, name: torch.tensor([[1, 4], [2, 2], [7, 3]])})
+    found = {item.name: item.modality for item in mfcompile.infer_regions(captured).modalities}
+    assert found == {"image": "vision", "input_ids": "text", name: None}
+
+
 def test_a_second_text_with_a_smaller_table_of_its_own() -> None:
     other = torch.tensor([[9, 2, 7, 7, 1], [3, 8, 2, 0, 0], [6, 1, 1, 5, 4]])
     assert modalities(PICTURE, other, lambda model, c: model.other(c))["c"] == "text"

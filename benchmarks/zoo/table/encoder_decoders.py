@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.zoo.row import Ids, Joined, Noise, PaddingMask, Row, Values, image, text
+from benchmarks.zoo.row import Ids, Joined, Noise, PaddingMask, Row, Values, image, pair, text
 
 IMAGE_TOKEN = 4
 
@@ -40,6 +40,20 @@ T5_GEMMA: dict[str, Any] = {
     "decoder": {"query_pre_attn_scalar": 8, "sliding_window": 16},
 }
 
+FORMULA: dict[str, Any] = {
+    "vision_config": {
+        "image_size": 64,
+        "output_channels": 16,
+        "global_attn_indexes": [1],
+        "window_size": 2,
+        "mlp_dim": 40,
+        "post_conv_in_channels": 16,
+        "post_conv_mid_channels": 24,
+        "post_conv_out_channels": 32,
+        "decoder_hidden_size": 32,
+    }
+}
+
 PROMPT = {**text(10, runs=((0, 4, IMAGE_TOKEN),)), **image(), **ANSWER}
 
 ROWS = (
@@ -60,24 +74,7 @@ ROWS = (
             "vision_config": {"patch_embed_hidden_size": 12, "d_kv": 8, "seq_len": 16},
         },
     ),
-    Row(
-        "PPFormulaNetForConditionalGeneration",
-        "vision-text",
-        {**image(64), "decoder_input_ids": Ids((2, 5))},
-        {
-            "vision_config": {
-                "image_size": 64,
-                "output_channels": 16,
-                "global_attn_indexes": [1],
-                "window_size": 2,
-                "mlp_dim": 40,
-                "post_conv_in_channels": 16,
-                "post_conv_mid_channels": 24,
-                "post_conv_out_channels": 32,
-                "decoder_hidden_size": 32,
-            }
-        },
-    ),
+    *pair("PPFormulaNet", "vision-text", {**image(64), "decoder_input_ids": Ids((2, 5))}, FORMULA),
     Row("T5Gemma2ForConditionalGeneration", "vision-text", PROMPT, T5_GEMMA),
     Row("T5Gemma2ForSequenceClassification", "vision-text", PROMPT, T5_GEMMA),
     Row("T5Gemma2ForTokenClassification", "vision-text", PROMPT, T5_GEMMA),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from benchmarks.zoo.packed import placed_text
 from benchmarks.zoo.row import Ids, Noise, PaddingMask, Raw, Row, Values, pair, text
 from benchmarks.zoo.spoken import AUDIO, AUDIO_END, AUDIO_START, audio_run, frames_mask, spoken
+from benchmarks.zoo.table import audio_towers, omni
 from benchmarks.zoo.table.audio_text import MEL, MOSHI
-from benchmarks.zoo.table.speech import CONVOLUTIONS, DECODED, FAST, FRAMES, SPECIAL, WAVE
+from benchmarks.zoo.table.speech import BANDS, CONVOLUTIONS, DECODED, FAST, FRAMES, SPECIAL, SPEECH_T5, WAVE
 
 CODEBOOKS = 2
 
@@ -100,6 +102,12 @@ TRANSCRIBE: dict[str, Any] = {
 }
 """A decoder of Mamba, expert and attention blocks; an encoder of speech beside one of speakers."""
 
+
+def _alike(rows: tuple[Row, ...], like: str, name: str) -> list[Row]:
+    """A class that takes what another takes."""
+    return [dataclasses.replace(row, name=name) for row in rows if row.name == like]
+
+
 ROWS = (
     *pair("Canary", "audio-text", {**FRAMES, **DECODED}, {**SPECIAL, "encoder_config": FAST, "decoder_config": SPECIAL}),
     Row(
@@ -137,13 +145,15 @@ ROWS = (
         "audio-text",
         {**text(), "decoder_input_ids": DELAYED},
         MUSIC,
-        note="the audio is what it writes: words in, codes in and out",
+        modalities={"decoder_input_ids": "audio"},
+        note="the audio is what it writes: words in, codes of audio in and out",
     ),
     Row(
         "MusicgenMelodyForConditionalGeneration",
         "audio-text",
         {**text(), "decoder_input_ids": DELAYED, "input_features": Noise((2, 8, 12))},
         MELODY,
+        modalities={"decoder_input_ids": "audio"},
     ),
     Row(
         "Pop2PianoForConditionalGeneration",
@@ -169,5 +179,47 @@ ROWS = (
     *(
         Row(f"Nemotron3_5Transcribe{head}", "audio-text", spoken((4, 3), MEL, frames_last=False), TRANSCRIBE)
         for head in ("Model", "ForConditionalGeneration")
+    ),
+    Row(
+        "SpeechT5ForTextToSpeech",
+        "audio-text",
+        {**text(), "decoder_input_values": Noise((2, 6, BANDS)), "speaker_embeddings": Noise((2, 8))},
+        {**SPEECH_T5, "num_mel_bins": BANDS, "speaker_embedding_dim": 8, "speech_decoder_postnet_kernel": 3},
+        modalities={"speaker_embeddings": "audio"},
+        note="the audio is what it has spoken so far",
+    ),
+    *_alike(audio_towers.ROWS, "PeAudioModel", "PeAudioFrameLevelModel"),
+    *_alike(omni.ROWS, "Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2_5OmniThinkerModel"),
+    *_alike(omni.ROWS, "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3OmniMoeThinkerModel"),
+    Row(
+        "PeAudioVideoModel",
+        "all",
+        {
+            **text(),
+            "input_values": Noise((2, 1, 160)),
+            "padding_mask": frames_mask((160, 120), "bool"),
+            "pixel_values_videos": Noise((2, 2, 3, 16, 16)),
+            "padding_mask_videos": PaddingMask((2, 2), 1, "bool"),
+        },
+        {
+            "text_config": {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2},
+            "audio_video_config": {
+                "config_class": "PeAudioVideoEncoderConfig",
+                "audio_config": {
+                    "dac_config": {
+                        "encoder_hidden_size": 8,
+                        "downsampling_ratios": [2, 4],
+                        "hop_length": 8,
+                        "codebook_dim": 16,
+                        "n_codebooks": 2,
+                    },
+                },
+                "video_config": {
+                    "config_class": "PeVideoEncoderConfig",
+                    "vision_config": {"config_class": "ViTConfig", "num_labels": 16},
+                },
+            },
+        },
+        note="a ViT stands in for timm's",
     ),
 )

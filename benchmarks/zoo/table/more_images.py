@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.zoo.row import Fill, Ids, Noise, PaddingMask, Row, Values, image, pair, text
-from benchmarks.zoo.table.padded_patches import GEMMA, GEMMA4_INPUTS, GEMMA_VISION, MERGED
+from benchmarks.zoo.packed import packed
+from benchmarks.zoo.row import Fill, Ids, Noise, PaddingMask, Row, Values, image, images, pair, text
+from benchmarks.zoo.table.packed_grids import PADDLE
+from benchmarks.zoo.table.padded_patches import DIFFUSION, GEMMA, GEMMA4_INPUTS, GEMMA_VISION, MERGED
 
 IMAGE_TOKEN = 4
 
@@ -227,4 +229,18 @@ ROWS = (
             "text_config": {"dropout_rate": 0.0, "query_pre_attn_scalar": 8, "sliding_window": 16},
         },
     ),
+    Row(
+        "PI0Model",
+        "vision-text",
+        {
+            **text(12, runs=((0, 8, IMAGE_TOKEN),)),
+            **images(2),
+            "pixel_attention_mask": Values([[True, True]] * 2, "bool"),
+            "action_embeds": Noise((2, 5, 32)),
+        },
+        {"vlm_config": {"image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN}},
+        modalities={"action_embeds": "robot"},
+    ),
+    Row("DiffusionGemmaEncoderModel", "vision-text", GEMMA4_INPUTS, DIFFUSION),
+    Row("PaddleOCRVLModel", "vision-text", packed((3, 8, 8)), PADDLE),
 )
