@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from mfcompile.errors import InputError
 from mfcompile.frontends.onnx_operators import emit, free_names
+from mfcompile.frontends.onnx_rules import stand_in
 from mfcompile.frontends.onnx_scopes import Scopes, find_scopes
 from mfcompile.frontends.onnx_synthesis import synthesize
 from mfcompile.graph import CaptureAttempt, CapturedGraph, InputSpec, ModuleCall, TensorValue, tensor_values
@@ -168,6 +169,7 @@ class _GraphBuilder:
         self._file, self._examples, self._probe, self._scopes = file, inputs, probe, scopes
         self._nodes: dict[str, fx.Node] = {}
         self._stored: set[fx.Node] = set()
+        self._constant: set[fx.Node] = set()
         self._stack: tuple[ModuleCall, ...] = (ModuleCall("", 0),)
         self._constants = 0
         self._aliases: dict[str, list[str]] = {}
@@ -223,6 +225,9 @@ class _GraphBuilder:
     def is_stored(self, node: fx.Node) -> bool:
         return node in self._stored
 
+    def is_constant(self, node: fx.Node) -> bool:
+        return node in self._constant
+
     def is_matrix(self, node: fx.Node) -> bool:
         return node in self._stored and len(node.meta["val"].shape) == 2
 
@@ -231,6 +236,9 @@ class _GraphBuilder:
         source = next((item for item in node.all_input_nodes), None)
         if source in self._stored and len(node.all_input_nodes) == 1 and _is_view(target):
             self._stored.add(node)
+        sources = node.all_input_nodes
+        if target is stand_in("full") or (sources and self._constant.issuperset(sources)):
+            self._constant.add(node)
         known = self._probe.shapes.get(out) if out else None
         self._bind(node, out, known if known is not None else tuple(shape) if shape is not None else None)
         if target is torch.ops.aten.linear.default:
@@ -261,6 +269,7 @@ class _GraphBuilder:
             target = fqn
             _attach(self.root, fqn, self._file.value(fqn))
         node = self.graph.create_node("get_attr", target, (), {}, name=_identifier(name))
+        self._constant.add(node)
         self._bind(node, name, self._probe.shapes.get(name, ()))
         if fqn is not None:
             self.parameter_nodes[node.name] = fqn

@@ -238,12 +238,17 @@ def _branch(builder: Builder, node: onnx.NodeProto) -> None:
 
 
 def _where(builder: Builder, node: onnx.NodeProto) -> None:
-    condition, _, other = operands(builder, node)
+    condition, one, other = operands(builder, node)
     if condition.target is stand_in("isnan") and condition.args[0] is other:
         # A softmax over nothing but masked places is put to zero; it is the same softmax.
         builder.call(aten.nan_to_num.default, other, out=node.output[0])
         return
-    builder.call(aten.where.self, *operands(builder, node), out=node.output[0])
+    # Constants at masked places: what a module has as masked_fill (whichever way round the condition is).
+    if builder.is_constant(one) is not builder.is_constant(other):
+        content, filler = (other, one) if builder.is_constant(one) else (one, other)
+        builder.call(aten.masked_fill.Tensor, content, condition, filler, out=node.output[0])
+        return
+    builder.call(aten.where.self, condition, one, other, out=node.output[0])
 
 
 def _layer_norm(builder: Builder, node: onnx.NodeProto) -> None:

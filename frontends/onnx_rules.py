@@ -30,6 +30,9 @@ class Builder(Protocol):
     def is_stored(self, node: fx.Node) -> bool:
         """The node is a view of a stored tensor."""
 
+    def is_constant(self, node: fx.Node) -> bool:
+        """No input decides the values of the node; its sizes perhaps."""
+
     def call(self, target: Any, *args: Any, out: str = "", shape: Sequence[int] | None = None) -> fx.Node:
         """Add a node; it is the value ``out``, or a step of its own of this shape."""
 
