@@ -25,7 +25,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(FeedForward() for _ in range(2))
 
     def forward(self, image: Tensor, ids: Tensor) -> Tensor:
-        states = self.inner(self.patches(image)) + self.words(ids).mean(1, keepdim=True)
+        states: Tensor = self.inner(self.patches(image)) + self.words(ids).mean(1, keepdim=True)
         for layer in self.layers:
             states = states + layer(states)
         return states
@@ -61,7 +61,7 @@ def around(operator: str) -> CapturedGraph:
     (node,) = [
         copy
         for old, copy in copies.items()
-        if old.target is torch.ops.aten.linear.default and captured.parameter_nodes[old.args[1].name] == "inner.weight"  # type: ignore[union-attr]
+        if old.target is torch.ops.aten.linear.default and captured.parameter_nodes[str(old.args[1])] == "inner.weight"
     ]
     states, weight = node.args
     module.add_module("one", body(linear))
@@ -127,7 +127,7 @@ def test_a_control_flow_model_is_pruned_where_it_is_not_in_control() -> None:
 
     class Branching(Model):
         def forward(self, image: Tensor, ids: Tensor) -> Tensor:
-            states = self.patches(image) + self.words(ids).mean(1, keepdim=True)
+            states: Tensor = self.patches(image) + self.words(ids).mean(1, keepdim=True)
             states = torch.cond(states.sum() > -1e9, lambda x: self.inner(x), lambda x: x * 2, (states,))
             for layer in self.layers:
                 states = states + layer(states)
