@@ -67,7 +67,8 @@ def multimodal_classes() -> tuple[MultimodalClass, ...]:
         text = tuple(item for item in arguments if TEXT.search(item))
         media = tuple(item for item in arguments if MEDIA.search(item))
         if text and media:
-            found.append(MultimodalClass(name, exported.config_class.model_type, text, media))
+            configuration: Any = exported.config_class
+            found.append(MultimodalClass(name, configuration.model_type, text, media))
     return tuple(found)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.zoo.row import DROP, Fill, Ids, Noise, PaddingMask, Raw, Row, image, text
+from benchmarks.zoo.row import DROP, Fill, Ids, Noise, PaddingMask, Raw, Row, Spec, image, text
 
 BLIP: dict[str, Any] = {
     "image_text_hidden_size": 16,
     "text_config": {"encoder_hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0},
 }
 
-ANSWER = {"decoder_input_ids": Ids((2, 5)), "decoder_attention_mask": PaddingMask((2, 5), 1)}
+ANSWER: dict[str, Spec] = {"decoder_input_ids": Ids((2, 5)), "decoder_attention_mask": PaddingMask((2, 5), 1)}
 
 IMAGE_TOKEN = 4
 
@@ -25,12 +25,12 @@ QFORMER: dict[str, Any] = {
 
 T5: dict[str, Any] = {"model_type": "t5", "d_kv": 8, "decoder_start_token_id": 0}
 
-PROMPT = {**text(10, runs=((0, 4, IMAGE_TOKEN),)), **image()}
+PROMPT: dict[str, Spec] = {**text(10, runs=((0, 4, IMAGE_TOKEN),)), **image()}
 """Text with places for the four queries' outputs."""
 
-QUESTION = {"qformer_input_ids": Ids((2, 5)), "qformer_attention_mask": PaddingMask((2, 5), 1)}
+QUESTION: dict[str, Spec] = {"qformer_input_ids": Ids((2, 5)), "qformer_attention_mask": PaddingMask((2, 5), 1)}
 
-FRAMES = {**text(14, runs=((0, 8, IMAGE_TOKEN),)), "pixel_values": Noise((2, 2, 3, 16, 16))}
+FRAMES: dict[str, Spec] = {**text(14, runs=((0, 8, IMAGE_TOKEN),)), "pixel_values": Noise((2, 2, 3, 16, 16))}
 """Two frames: eight places."""
 
 VIDEO_QFORMER = {**QFORMER, "video_token_index": IMAGE_TOKEN}
@@ -45,7 +45,7 @@ BRIDGE: dict[str, Any] = {
 }
 """The vision tower has heads of 64."""
 
-BRIDGED = {**text(), **image(), "pixel_mask": Fill((2, 16, 16))}
+BRIDGED: dict[str, Spec] = {**text(), **image(), "pixel_mask": Fill((2, 16, 16))}
 
 LXMERT_SIZES = {
     "num_object_labels": 11,
@@ -58,7 +58,7 @@ LXMERT_SIZES = {
     "num_hidden_layers": DROP,
 }
 
-OBJECTS = {
+OBJECTS: dict[str, Spec] = {
     **text(),
     "token_type_ids": Fill((2, 7), 0),
     "visual_feats": Noise((2, 6, 20)),
@@ -85,7 +85,7 @@ MLLAMA: dict[str, Any] = {
     },
 }
 
-TILES = {
+TILES: dict[str, Spec] = {
     **text(place={0: IMAGE_TOKEN}),
     "pixel_values": Noise((2, 1, 2, 3, 16, 16)),
     "aspect_ratio_ids": Fill((2, 1)),
@@ -98,7 +98,12 @@ FLAVA: dict[str, Any] = {
     "image_codebook_config": {"hidden_size": 16, "vocab_size": 99},
 }
 
-MASKED_PATCHES = {**text(), "token_type_ids": Fill((2, 7), 0), **image(), "bool_masked_pos": Fill((2, 2, 2), 0)}
+MASKED_PATCHES: dict[str, Spec] = {
+    **text(),
+    "token_type_ids": Fill((2, 7), 0),
+    **image(),
+    "bool_masked_pos": Fill((2, 2, 2), 0),
+}
 
 IDEFICS: dict[str, Any] = {
     "additional_vocab_size": 0,
@@ -107,7 +112,7 @@ IDEFICS: dict[str, Any] = {
     "perceiver_config": {"resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 8},
 }
 
-INTERLEAVED = {**text(), "pixel_values": Noise((2, 1, 3, 16, 16)), "image_attention_mask": Fill((2, 7, 1))}
+INTERLEAVED: dict[str, Spec] = {**text(), "pixel_values": Noise((2, 1, 3, 16, 16)), "image_attention_mask": Fill((2, 7, 1))}
 
 ROWS = (
     Row("BlipForConditionalGeneration", "vision-text", {**text(), **image()}, BLIP),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.zoo.row import Ids, Joined, Noise, PaddingMask, Row, Values, image, pair, text
+from benchmarks.zoo.row import Ids, Joined, Noise, PaddingMask, Row, Spec, Values, image, pair, text
 
 IMAGE_TOKEN = 4
 
-ANSWER = {"decoder_input_ids": Ids((2, 5)), "decoder_attention_mask": PaddingMask((2, 5), 1)}
+ANSWER: dict[str, Spec] = {"decoder_input_ids": Ids((2, 5)), "decoder_attention_mask": PaddingMask((2, 5), 1)}
 
 FLORENCE: dict[str, Any] = {
     "image_token_id": IMAGE_TOKEN,
@@ -26,7 +26,7 @@ FLORENCE: dict[str, Any] = {
     },
 }
 
-ENCODED = {**text(11, runs=((0, 5, IMAGE_TOKEN),)), **image(), **ANSWER}
+ENCODED: dict[str, Spec] = {**text(11, runs=((0, 5, IMAGE_TOKEN),)), **image(), **ANSWER}
 
 T5_GEMMA: dict[str, Any] = {
     "image_token_index": IMAGE_TOKEN,
@@ -54,7 +54,7 @@ FORMULA: dict[str, Any] = {
     }
 }
 
-PROMPT = {**text(10, runs=((0, 4, IMAGE_TOKEN),)), **image(), **ANSWER}
+PROMPT: dict[str, Spec] = {**text(10, runs=((0, 4, IMAGE_TOKEN),)), **image(), **ANSWER}
 
 ROWS = (
     Row("Florence2ForConditionalGeneration", "vision-text", ENCODED, FLORENCE),

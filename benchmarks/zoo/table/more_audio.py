@@ -6,15 +6,13 @@ import dataclasses
 from typing import Any
 
 from benchmarks.zoo.packed import placed_text
-from benchmarks.zoo.row import Ids, Noise, PaddingMask, Raw, Row, Values, pair, text
+from benchmarks.zoo.row import Ids, Noise, PaddingMask, Raw, Row, Spec, Values, pair, text
 from benchmarks.zoo.spoken import AUDIO, AUDIO_END, AUDIO_START, audio_run, frames_mask, spoken
 from benchmarks.zoo.table import audio_towers, omni
 from benchmarks.zoo.table.audio_text import MEL, MOSHI
 from benchmarks.zoo.table.speech import BANDS, CONVOLUTIONS, DECODED, FAST, FRAMES, SPECIAL, SPEECH_T5, WAVE
 
 CODEBOOKS = 2
-
-SPECTROGRAMS = {"input_features": Noise((2, 24, 20)), "input_features_mask": frames_mask((24, 18), "int64")}
 
 DELAYED = Ids((2 * CODEBOOKS, 5), high=64)
 """Tokens of each codebook, one row per codebook and sample."""
@@ -69,7 +67,7 @@ VIBE: dict[str, Any] = {
     "semantic_model_config": TOKENIZER,
     "diffusion_head_config": {"latent_size": 16, "frequency_embedding_size": 16},
 }
-VIBE_INPUTS = {
+VIBE_INPUTS: dict[str, Spec] = {
     **placed_text([[audio_run(8)], [audio_run(6)]]),
     "input_values": Noise((2, 1, 32)),
     "padding_mask": frames_mask(),

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.zoo.packed import packed
-from benchmarks.zoo.row import Fill, Ids, Noise, PaddingMask, Row, Values, image, images, pair, text
+from benchmarks.zoo.row import Fill, Ids, Noise, PaddingMask, Row, Spec, Values, image, images, pair, text
 from benchmarks.zoo.table.packed_grids import PADDLE
 from benchmarks.zoo.table.padded_patches import DIFFUSION, GEMMA, GEMMA4_INPUTS, GEMMA_VISION, MERGED
 
 IMAGE_TOKEN = 4
 
-PROMPT = {**text(10, runs=((0, 4, IMAGE_TOKEN),)), **image()}
+PROMPT: dict[str, Spec] = {**text(10, runs=((0, 4, IMAGE_TOKEN),)), **image()}
 
-ANSWER = {"decoder_input_ids": Ids((2, 5)), "decoder_attention_mask": PaddingMask((2, 5), 1)}
+ANSWER: dict[str, Spec] = {"decoder_input_ids": Ids((2, 5)), "decoder_attention_mask": PaddingMask((2, 5), 1)}
 
 UDOP: dict[str, Any] = {"d_kv": 8, "max_2d_position_embeddings": 64}
 
-PAGE = {
+PAGE: dict[str, Spec] = {
     **text(),
     "bbox": Values([[[0.1 * word, 0.2, 0.1 * word + 0.08, 0.3] for word in range(7)]] * 2, "float32"),
     **image(),
@@ -26,7 +26,7 @@ PAGE = {
 
 VBERT: dict[str, Any] = {"image_token_id": IMAGE_TOKEN, "pixel_shuffle_factor": 2, "text_config": {"pad_token_id": 0}}
 
-VBERT_PROMPT = {**text(runs=((0, 1, IMAGE_TOKEN),)), "pixel_values": Noise((2, 1, 3, 16, 16))}
+VBERT_PROMPT: dict[str, Spec] = {**text(runs=((0, 1, IMAGE_TOKEN),)), "pixel_values": Noise((2, 1, 3, 16, 16))}
 
 NEO: dict[str, Any] = {
     "image_token_id": IMAGE_TOKEN,
@@ -35,7 +35,7 @@ NEO: dict[str, Any] = {
     "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}},
 }
 
-NEO_PROMPT = {**text(10, runs=((0, 4, IMAGE_TOKEN),)), "pixel_values": Noise((8, 3 * 8 * 8))}
+NEO_PROMPT: dict[str, Spec] = {**text(10, runs=((0, 4, IMAGE_TOKEN),)), "pixel_values": Noise((8, 3 * 8 * 8))}
 
 DOCLING: dict[str, Any] = {
     "image_token_id": IMAGE_TOKEN,
@@ -43,7 +43,7 @@ DOCLING: dict[str, Any] = {
     "text_config": {"pad_token_id": 0},
     "vision_config": {"image_size": 32, "out_hidden_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]},
 }
-TILES = {
+TILES: dict[str, Spec] = {
     **text(14, runs=((0, 8, IMAGE_TOKEN),)),
     "pixel_values": Noise((2, 2, 3, 32, 32)),
     "pixel_attention_mask": Fill((2, 2), 1, "bool"),
@@ -83,7 +83,7 @@ MINICPM: dict[str, Any] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
     },
 }
-STRIP = {
+STRIP: dict[str, Spec] = {
     **text(10, runs=((0, 1, IMAGE_TOKEN),)),
     "pixel_values": Noise((1, 3, 8, 256)),
     "target_sizes": Values([[4, 4]] * 2, "int32"),
@@ -95,7 +95,7 @@ MOLMO: dict[str, Any] = {
     "adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 32, "num_key_value_heads": 4},
     "text_config": {"additional_vocab_size": 8, "rope_scaling_layers": [0, 1]},
 }
-CROPS = {
+CROPS: dict[str, Spec] = {
     **text(9, runs=((0, 3, IMAGE_TOKEN),)),
     "pixel_values": Noise((4, 4, 8 * 8 * 3)),
     "image_token_pooling": Values(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.zoo.row import DROP, Ids, Noise, PaddingMask, Row
+from benchmarks.zoo.row import DROP, Ids, Noise, PaddingMask, Row, Spec
 from benchmarks.zoo.spoken import frames_mask
 
 BANDS = 16
 """Bands of a spectrogram."""
 
-DECODED = {"decoder_input_ids": Ids((2, 5)), "decoder_attention_mask": PaddingMask((2, 5))}
-WAVE = {"input_values": Noise((2, 2400)), "attention_mask": PaddingMask((2, 2400), 720)}
+DECODED: dict[str, Spec] = {"decoder_input_ids": Ids((2, 5)), "decoder_attention_mask": PaddingMask((2, 5))}
+WAVE: dict[str, Spec] = {"input_values": Noise((2, 2400)), "attention_mask": PaddingMask((2, 2400), 720)}
 SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 WHISPER: dict[str, Any] = {
@@ -64,7 +64,7 @@ NEMOTRON: dict[str, Any] = {
     "encoder_config": {**FAST, "sliding_window": 4, "default_num_lookahead_tokens": 1},
 }
 PROMPTED: dict[str, Any] = {**NEMOTRON, "num_prompts": 48, "prompt_intermediate_size": 40, "default_prompt_id": 1}
-FRAMES = {"input_features": Noise((2, 64, BANDS)), "attention_mask": frames_mask((64, 48))}
+FRAMES: dict[str, Spec] = {"input_features": Noise((2, 64, BANDS)), "attention_mask": frames_mask((64, 48))}
 TRANSDUCED = {**FRAMES, "decoder_input_ids": Ids((2, 1))}
 SEAMLESS: dict[str, Any] = {
     **SPECIAL,

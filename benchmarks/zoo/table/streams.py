@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.zoo.row import Fill, Ids, Noise, PaddingMask, Row, Values, image, text
+from benchmarks.zoo.row import Fill, Ids, Noise, PaddingMask, Row, Spec, Values, image, text
 
-TYPED = {**text(), "token_type_ids": Fill((2, 7), 0)}
+TYPED: dict[str, Spec] = {**text(), "token_type_ids": Fill((2, 7), 0)}
 """Words with their segment."""
 
-VILT = {**TYPED, **image()}
+VILT: dict[str, Spec] = {**TYPED, **image()}
 
-LAYOUT = {
+LAYOUT: dict[str, Spec] = {
     **text(),
     "bbox": Values([[[10 * word, 5, 10 * word + 8, 15] for word in range(7)]] * 2),
     **image(),
@@ -24,7 +24,7 @@ LAYOUT_SIZES = {
     "pad_token_id": 1,
 }
 
-BOXES = {
+BOXES: dict[str, Spec] = {
     **TYPED,
     "visual_embeds": Noise((2, 5, 20)),
     "visual_token_type_ids": Fill((2, 5), 1),
@@ -32,7 +32,7 @@ BOXES = {
 }
 """Words, and features of five detected objects."""
 
-CHOICES = {
+CHOICES: dict[str, Spec] = {
     "input_ids": Ids((2, 3, 7)),
     "attention_mask": Fill((2, 3, 7)),
     "token_type_ids": Fill((2, 3, 7), 0),
@@ -42,7 +42,7 @@ CHOICES = {
 }
 """Three answers to choose from."""
 
-PATCHES = {**text(9, runs=((0, 4, 4),)), "pixel_values": Noise((2, 4, 8 * 8 * 3))}
+PATCHES: dict[str, Spec] = {**text(9, runs=((0, 4, 4),)), "pixel_values": Noise((2, 4, 8 * 8 * 3))}
 """Patches cut beforehand, and places for them in the text."""
 
 ROWS = (
