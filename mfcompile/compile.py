@@ -91,6 +91,8 @@ def infer_regions(
         RegionError: the modality of an input cannot be decided.
         InputError: a pattern matches nothing (the nearest names are given).
     """
+    if captured.masks is not None:  # masks stand between a weight and what it multiplies: look at the graph without them
+        captured = capture(captured.module, captured.example_inputs)
     found = _infer_regions(captured, RegionOptions(modalities, regions, targets, ignore, cross_attention_kv))
     return with_weaker_rules(captured, found)
 
@@ -275,8 +277,10 @@ class CompiledModel:
         """A plain module with zeros baked in and no masks in force; ``module`` stays as it is."""
         return strip(mask_module(self.captured.module, self.masks))
 
-    def save(self, output_dir: Path | str, *, onnx: bool = True, overwrite: bool = False) -> Path:
+    def save(self, output_dir: Path | str, *, onnx: bool = True, split: str | None = None, overwrite: bool = False) -> Path:
         """Write weights, masks, report and the packed ONNX file into a new directory, complete or not at all.
+
+        With ``split="regions"`` the ONNX file is several; see ``mfcompile.export_onnx``.
 
         ``model.safetensors`` holds plain parameter names with zeros baked in; models that can (``save_pretrained``)
         write their configuration beside it, so that their own library reloads the directory.
@@ -291,7 +295,7 @@ class CompiledModel:
             self.masks.save(staging / "masks.safetensors")
             save_report(self.report, staging / "report.json")
             if onnx:
-                self.export_onnx(staging / "model.onnx")
+                self.export_onnx(staging if split else staging / "model.onnx", split=split)
         return Path(output_dir)
 
 

@@ -18,6 +18,7 @@ from mfcompile.cli.parser import (
     fraction,
     whole_number,
 )
+from mfcompile.errors import InputError
 from mfcompile.recipe import ROUNDINGS, Recipe
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     outputs.check_directory(directory, overwrite=args.overwrite)
     with terminal.progress() as progress:
         source = load_recipe(recipe, progress)
+        if source.kind == "onnx" and recipe.split:
+            raise InputError(f"{recipe.source} is pruned as it is, in one file: leave out --split, which is for PyTorch models")
         terminal.note(f"{recipe.source} -> {directory}")
         _announce(source, terminal)
         compiled = _compile(source, recipe, progress)

@@ -37,12 +37,18 @@ def bodies(draw: st.DrawFn) -> tuple[str, list[str], dict[str, str]]:
     """Nodes, outputs and regions of weights."""
     values = list(MODALITIES)
     lines = []
+    for name in ("image", "words"):  # so that most graphs have two towers to begin with
+        weight = draw(st.sampled_from(sorted(WEIGHTS)))
+        lines.append(STEPS["multiply"].format(o=f"{name}_in", a=name, w=weight))
+        values.append(f"{name}_in")
     for number in range(draw(st.integers(2, 14))):
         step = STEPS[draw(st.sampled_from(sorted(STEPS)))]
         first, second = draw(st.sampled_from(values)), draw(st.sampled_from(values))
         weight = draw(st.sampled_from(sorted(WEIGHTS)))
         lines.append(step.format(o=f"v{number}", a=first, b=second, w=weight))
         values.append(f"v{number}")
+    lines.append(f"met = Add(image_in, words_in) end = Add(met, {values[-1]})")
+    values.append("end")
     made = values[len(MODALITIES) :]
     outputs = draw(st.lists(st.sampled_from(made), min_size=1, max_size=3, unique=True))
     if made[-1] not in outputs:
