@@ -81,7 +81,7 @@ class OnnxRunner:
         marks = self._mark_padding(model, plan)
         self.diagnostics: tuple[Diagnostic, ...] = marks.diagnostics()
         self._observations = self._observe(model, regions, marks)
-        self._session = self._file.open(model)
+        self._session = self._file.open(model) if self._observations else None
 
     def normalize(self, batch: Any, index: int) -> ExampleInputs:
         """A batch as inputs of the file.
@@ -101,6 +101,10 @@ class OnnxRunner:
             CalibrationError: onnxruntime failed on the batch.
         """
         tensors = inputs.tensors()
+        if self._session is None:  # no weight wants statistics
+            self._collector.begin_batch(tensors)
+            self._collector.end_batch()
+            return
         extra = {PREFIX + item.tokens: item.padding(tensors[item.mask]).float() for item in self._masks}
         fed = ExampleInputs((), {**tensors, **extra}, (*tensors, *extra))
         try:
