@@ -14,6 +14,7 @@ from mfcompile.errors import CaptureError, InputError
 from mfcompile.frontends.exporting import export_program
 from mfcompile.frontends.program_module import ProgramModule, program_module
 from mfcompile.frontends.recorder import Recording, record, replay, tensor_aliases
+from mfcompile.frontends.remembering import read_again
 from mfcompile.frontends.repeating import find_differences
 from mfcompile.frontends.unwrapping import check_devices, unwrap
 from mfcompile.frontends.without_weights import has_no_values
@@ -62,6 +63,10 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
         second = _second_object(model)
         recording = record(second, inputs)
         torch.manual_seed(_SEED)
+        if not is_plan:
+            recording, third, notes = read_again(recording, inputs, lambda: _third_object(model, second), _agrees)
+            second, unwrapped = third or second, (*unwrapped, *notes)
+            torch.manual_seed(_SEED)
         if is_plan:
             detail = f"{len(recording.graph_module.graph.nodes)} nodes; nothing was computed with weights, nothing is compared"
         else:
@@ -115,6 +120,11 @@ def _second_object(model: nn.Module) -> nn.Module:
         return share_weights_copy(model)
     except Exception:  # deepcopy runs arbitrary code of the user's attributes
         return model
+
+
+def _third_object(model: nn.Module, second: nn.Module) -> nn.Module | None:
+    """One more object to run; None where the model could not be copied, and another run would leave traces in it."""
+    return None if second is model else _second_object(model)
 
 
 def _check_replay(model: nn.Module, recording: Recording, inputs: ExampleInputs) -> str:
