@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 
 .PHONY: demo test lint bench zoo train clean
 
-# timm and open_clip without what they depend on: torchvision's default wheel is built for CUDA (tests/zoo/without_torchvision.py).
+# timm and open_clip without torchvision, whose default wheel is built for CUDA: see tests/zoo/without_torchvision.py.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch" "numpy"

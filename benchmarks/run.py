@@ -1,6 +1,6 @@
 """Measure everything that the README and the docs state, print it, and keep it as JSON beside this file.
 
-python benchmarks/run.py [--only pruning]
+python benchmarks/run.py [--only pruning] [--only capture]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine, pruning_cost
+from benchmarks import capture_cost, machine, pruning_cost
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -26,7 +26,7 @@ def pruning() -> dict[str, Any]:
     return {"calibration": pruning_cost.calibration_cost(), "selection": pruning_cost.selection_cost()}
 
 
-BENCHMARKS = {"pruning": pruning}
+BENCHMARKS = {"pruning": pruning, "capture": capture_cost.capture_cost}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mfcompile.errors import CaptureError
@@ -28,7 +29,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         Where submodules are, it is a second object over the same weights that holds the modules inside in their places.
 
     Raises:
-        CaptureError: the weights are sharded over processes, or a model with wrapped submodules cannot be copied.
+        CaptureError: the model is a TorchScript module, its weights are sharded over processes, or a model with wrapped
+            submodules cannot be copied.
     """
     notes: list[str] = []
     inner = _inside(model)
@@ -36,6 +38,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         notes.append(f"the {type(inner).__name__} inside {_kind(model)}")
         model, inner = inner, _inside(inner)
     _refuse_shards(model)
+    notes += _compiled_code(model)
     wrapped: dict[nn.Module, nn.Module] = {}
     places: dict[str, list[str]] = {}
     for path, item in model.named_modules():
@@ -71,6 +74,28 @@ def check_devices(model: nn.Module) -> None:
             f"the model's tensors are spread over several devices ({spread}): observers and masks live on one. Bring the model "
             f"to one device (model.to('cpu') needs no accelerator), and the inputs too"
         )
+
+
+def _compiled_code(model: nn.Module) -> list[str]:
+    """A note about submodules whose code TorchScript holds.
+
+    Raises:
+        CaptureError: the whole model is one, so that no weight of it could be pruned.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "the model is a TorchScript module: its submodules cannot be told apart while it runs, and no mask can be put on "
+            "its weights. Give the Python module that it was made from, or a torch.export archive of it (.pt2)"
+        )
+    paths = [path for path, item in model.named_modules() if isinstance(item, torch.jit.ScriptModule)]
+    outermost = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+    if not outermost:
+        return []
+    more = f" and {len(outermost) - 3} more" if len(outermost) > 3 else ""
+    return [
+        f"the TorchScript code of {', '.join(outermost[:3])}{more}: weights in there stay dense; put the Python modules "
+        f"in their places to prune them"
+    ]
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

@@ -137,7 +137,7 @@ def mask_module(module: nn.Module, masks: MaskSet) -> nn.Module:
         ) from error
     named = dict(copy.named_parameters())
     places: dict[int, list[tuple[nn.Module, str]]] = {}
-    orders = {id(owner): tuple(owner._parameters) for owner in copy.modules()}
+    orders = {id(owner): tuple(name for name, _ in owner._parameters.items()) for owner in copy.modules()}
     for owner in copy.modules():
         for leaf, parameter in owner.named_parameters(recurse=False):
             places.setdefault(id(parameter), []).append((owner, leaf))

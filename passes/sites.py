@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
+import torch
 from torch import fx, nn
 
 from mfcompile.errors import InputError
@@ -55,7 +56,7 @@ def build_sites(
     refused = {item.subject: item.reason for item in refusals}
     disagreements = _disagreements(evidence)
     refused = {**disagreements, **refused}
-    other_users = _other_users(captured)
+    other_users = {**_other_users(captured), **_in_compiled_code(captured, names)}
     hopeless = {
         fqn: reason for fqn in names if (reason := _cannot(fqn, evidence.get(fqn, ()), other_users, refused)) is not None
     }
@@ -132,6 +133,18 @@ def _reason(
     if all(use.block is None for use in uses):
         return "outside any repeated block (a head or a projector)"
     return None
+
+
+def _in_compiled_code(captured: CapturedGraph, names: Iterable[str]) -> dict[str, str]:
+    """FQN -> why no mask can be put on it, for weights of TorchScript modules, whose code cannot be parametrized."""
+    paths = {path for path, item in captured.module.named_modules() if isinstance(item, torch.jit.ScriptModule)}
+    found: dict[str, str] = {}
+    for fqn in names:
+        parts = fqn.split(".")
+        inside = [path for end in range(1, len(parts)) if (path := ".".join(parts[:end])) in paths]
+        if inside:
+            found[fqn] = f"it belongs to the TorchScript module {inside[0]}; put the Python module in its place to prune it"
+    return found
 
 
 def _other_users(captured: CapturedGraph) -> dict[str, str]:

@@ -340,3 +340,40 @@ def test_weights_on_several_devices_are_refused() -> None:
         check_devices(Elsewhere())
     check_devices(tower())
     check_devices(tower().to("meta"))
+
+
+def scripted(layer: Layer) -> nn.Module:
+    return torch.jit.script(layer)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def traced(layer: Layer) -> nn.Module:
+    return torch.jit.trace(layer, image())  # type: ignore[no-any-return,no-untyped-call]
+
+
+def frozen(layer: Layer) -> nn.Module:
+    return torch.jit.freeze(torch.jit.script(layer))  # type: ignore[no-any-return,no-untyped-call]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compile_it", [scripted, traced, frozen])
+def test_weights_in_torchscript_are_seen_and_stay_dense(compile_it: Callable[[Layer], nn.Module], tmp_path: Path) -> None:
+    model: Any = tower()
+    model.layers.extend([Layer().eval(), Layer().eval()])
+    expected = model(image())
+    model.layers[1] = compile_it(model.layers[1])
+    captured = mfcompile.capture(model, image())
+    torch.testing.assert_close(replay(captured.graph_module, captured.example_inputs)[0], expected)
+    assert "the TorchScript code of layers.1: weights in there stay dense" in captured.specialised[-1]
+    regions = mfcompile.infer_regions(captured)
+    assert {site.fqn.split(".")[1] for site in regions.pruned_sites} == {"0", "2", "3"}
+    for site in regions.skipped_sites:
+        assert site.skipped == "it belongs to the TorchScript module layers.1; put the Python module in its place to prune it"
+    compiled = mfcompile.compile_pruned(model, image(), sparsity=0.5)
+    assert torch.isfinite(compiled.module(image())).all()
+    compiled.save(tmp_path / "out", onnx=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_whole_torchscript_model_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"the model is a TorchScript module.*Give the Python module"):
+        mfcompile.capture(torch.jit.script(tower()), image())  # type: ignore[no-untyped-call]
