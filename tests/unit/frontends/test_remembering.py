@@ -33,7 +33,8 @@ class Remembering(nn.Module):
         image = pixel_values
         for layer in self.see:
             image = layer(image).relu()
-        return torch.stack(found) @ image.T
+        result: Tensor = torch.stack(found) @ image.T
+        return result
 
 
 class Ignoring(nn.Module):
