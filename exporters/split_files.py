@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
 from mfcompile.artifact import ExportedArtifact
@@ -75,7 +74,7 @@ def write_split(
             tuple(_describe(part, item, modalities) for part, item in zip(divided.parts, staged, strict=True)),
             divided.input_names,
             divided.output_names,
-            _read_storage(staged[-1]),
+            {key.removeprefix("mfcompile."): value for key, value in divided.parts[-1].model.metadata_props.items()},
             divided.notes,
         )
         path = manifest.save(staging)
@@ -100,12 +99,6 @@ def write_split(
         notes=divided.notes,
         parts=parts,
     )
-
-
-def _read_storage(artifact: ExportedArtifact) -> dict[str, str]:
-    """How weights are stored, as the file itself says."""
-    model = onnx.load(artifact.path, load_external_data=False)
-    return {item.key.removeprefix("mfcompile."): item.value for item in model.metadata_props}
 
 
 @contextmanager

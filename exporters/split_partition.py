@@ -151,6 +151,7 @@ class _Division:
                     f"{node.name} holds {size:,} bytes of weights and no content: {self.part_name[owner]} computes it and "
                     f"hands it on"
                 )
+        self._find_owners()
         return notes
 
     def parts(self) -> tuple[tuple[PartPlan, ...], dict[ir.Value, str]]:
@@ -226,14 +227,16 @@ class _Division:
 
     def _owners(self, value: ir.Value) -> frozenset[str]:
         """The modalities that keep heavy nodes which a value without content depends on."""
-        producer = value.producer()
-        if producer is None or not self.kept or self.homes[producer] is not None:
-            return frozenset()
-        if producer in self.kept:
-            return frozenset({self.kept[producer]})
-        if value not in self.owned:
-            self.owned[value] = frozenset[str]().union(*(self._owners(source) for source in read_values(producer)))
-        return self.owned[value]
+        return self.owned.get(value, frozenset())
+
+    def _find_owners(self) -> None:
+        for node in self.graph:
+            if self.homes[node] is not None:
+                continue
+            owners = frozenset[str]().union(*(self._owners(source) for source in read_values(node)))
+            owners = frozenset({self.kept[node]}) if node in self.kept else owners
+            if owners:
+                self.owned.update(dict.fromkeys(node.outputs, owners))
 
     def _owner(self, value: ir.Value) -> str:
         producer = value.producer()
