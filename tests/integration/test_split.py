@@ -322,6 +322,7 @@ def test_a_model_whose_outputs_one_modality_makes_is_refused(tmp_path: Path) -> 
     from tests.zoo import families
 
     torch.manual_seed(0)
+    module, inputs = families.blip_vqa()
     with pytest.raises(ExportError, match="all of it is vision, although it has inputs of text and vision"):
-        build(*families.blip_vqa(), tmp_path)
+        build(module, inputs, tmp_path)
     assert not (tmp_path / "parts").exists()
