@@ -83,8 +83,18 @@ def _save(rows: dict[str, Row], kept: dict[str, dict[str, Any]], path: Path) -> 
 def _run(rows: list[Row], jobs: int, timeout: float) -> Any:
     """Records as they come, each from a process of its own: a crash or an endless loop is one row's failure."""
     context = multiprocessing.get_context("forkserver")
-    # What all rows import is imported once; each row runs in a fork of that process.
-    context.set_forkserver_preload(["benchmarks.zoo.check", "transformers", "onnxruntime"])
+    # What all rows import is imported once; each row runs in a fork of that process. The library of ONNX functions alone,
+    # which torch.onnx compiles from source when it is imported, takes seconds.
+    context.set_forkserver_preload(
+        [
+            "benchmarks.zoo.check",
+            "transformers",
+            "onnxruntime",
+            "networkx",
+            "torch._dynamo",
+            "onnxscript.function_libs.torch_lib.ops",
+        ]
+    )
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(_in_process, context, row, timeout) for row in rows]
         for future in concurrent.futures.as_completed(futures):
