@@ -22,7 +22,7 @@ from mfcompile.graph import ExportedModel
 logger = logging.getLogger(__name__)
 
 
-class RefusedProgram(ExportError):
+class RefusedProgramError(ExportError):
     """This program of the model cannot become a right ONNX file; another program of the same model may.
 
     Attributes:
@@ -42,7 +42,7 @@ def convert_program(exported: ExportedModel) -> ir.Model:
     """The program as a simplified onnx_ir model; its initializers share memory with the user's parameters.
 
     Raises:
-        RefusedProgram: an operator of the program has no translation (names it).
+        RefusedProgramError: an operator of the program has no translation (names it).
     """
     model = _convert(exported)
     try:
@@ -68,7 +68,7 @@ def _convert(exported: ExportedModel) -> ir.Model:
     except Exception as error:
         reason, operator = _explain(error)
         subject = f"operator {operator}" if operator else "the model"
-        raise RefusedProgram(
+        raise RefusedProgramError(
             f"{subject} cannot be converted to ONNX: {reason} (exported by {exported.route}). "
             f"Replace the operator in the model's forward, or capture a part of the model that does without it",
             f"{subject} cannot be converted to ONNX: {reason}",

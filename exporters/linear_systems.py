@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnxscript import opset18 as op
+from onnxscript import opset18
+
+op: Any = opset18  # its operators return unions of every type that they may have; here they are values of a graph
 
 
 def _ints(*numbers: int) -> Any:
@@ -15,7 +17,7 @@ LARGEST_SYSTEM = 64
 """Equations; each takes about 15 operators."""
 
 
-def linalg_solve(A: Any, B: Any, *, left: bool = True) -> Any:
+def linalg_solve(A: Any, B: Any, *, left: bool = True) -> Any:  # noqa: N803  # torch's names
     """A^-1 B, for A (..., n, n) and B (..., n, k) or (..., n)."""
     if not left:
         raise ValueError("solving from the right is not translated")
@@ -24,14 +26,21 @@ def linalg_solve(A: Any, B: Any, *, left: bool = True) -> Any:
     return op.Squeeze(solution, _ints(-1)) if is_vector else solution
 
 
-def linalg_inv(A: Any) -> Any:
+def linalg_inv(A: Any) -> Any:  # noqa: N803
     """A^-1 for A (..., n, n)."""
     size = _size(A)
     unit = op.CastLike(op.EyeLike(op.ConstantOfShape(_ints(size, size))), A)
     return _solve(A, size, op.Expand(unit, op.Shape(A)))
 
 
-def linalg_solve_triangular(self: Any, B: Any, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Any:
+def linalg_solve_triangular(
+    self: Any,
+    B: Any,  # noqa: N803
+    *,
+    upper: bool,
+    left: bool = True,
+    unitriangular: bool = False,
+) -> Any:
     """A^-1 B for a triangular A; the other triangle, and with ``unitriangular`` the diagonal, are not looked at."""
     if not left:
         raise ValueError("solving from the right is not translated")

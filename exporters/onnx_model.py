@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mfcompile._version import __version__
 from mfcompile.artifact import ExportedArtifact, TensorEncoding
 from mfcompile.errors import ExportError, InputError
-from mfcompile.exporters.conversion import RefusedProgram, convert_program
+from mfcompile.exporters.conversion import RefusedProgramError, convert_program
 from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight
 from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, write_files
@@ -108,7 +108,7 @@ def export_onnx(
         split: write one file per modality and one for their fusion, with a manifest; None writes one file.
 
     Raises:
-        RefusedProgram: the program cannot be converted or gives a file that does not pass onnx.checker; another program
+        RefusedProgramError: the program cannot be converted or gives a file that does not pass onnx.checker; another program
             of the model may (an ExportError).
         InputError: an argument is not usable, or a mask does not fit its parameter.
         ExportError: the model has no exported program, or a value does not fit fp16.
@@ -227,11 +227,13 @@ def _find_weights(model: ir.Model, exported: ExportedModel, captured: CapturedGr
         return [], []
     unread: list[str] = []
     aliases = tensor_aliases(exported.program)
+    # A program of a recorded graph lacks the parameters that no output needs.
+    owned = {name for name, _ in captured.module.named_parameters(remove_duplicate=False)}
     found: dict[ir.Value, MaskedWeight] = {}
     for fqn, packed in masks.packed.items():
         names = dict.fromkeys((fqn, *aliases.get(fqn, ()), *captured.aliases.get(fqn, ())))
         value = next((model.graph.initializers[name] for name in names if name in model.graph.initializers), None)
-        if value is None and not any(name in exported.program.state_dict for name in names):
+        if value is None and not any(name in exported.program.state_dict or name in owned for name in names):
             raise InputError(f"the masks name {fqn}, but the model has no such parameter. Use the masks of this model")
         if value is None:
             unread.append(fqn)
@@ -351,7 +353,7 @@ def _check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
-        raise RefusedProgram(
+        raise RefusedProgramError(
             f"the written file does not pass onnx.checker: {first_line(error)}. Nothing was kept; this is a bug",
             f"the written file does not pass onnx.checker: {first_line(error)}",
         ) from error

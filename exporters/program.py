@@ -38,8 +38,8 @@ _NO_TENSOR = (ConstantArgument, SymIntArgument, SymFloatArgument, SymBoolArgumen
 def prepare_program(program: ExportedProgram) -> ExportedProgram:
     """A program with the same tensor outputs that the ONNX converter accepts more often.
 
-    Assertions go, together with what only they use; a few operators are rewritten (``program_rewrites``); outputs that are None, numbers or updated buffers go. Parameters
-    and buffers are shared with the given program, which is not changed.
+    Assertions go, together with what only they use; a few operators are rewritten (``program_rewrites``); outputs that
+    are None, numbers or updated buffers go. Parameters and buffers are shared with the given program, which is not changed.
 
     Args:
         program: as torch.export gives it.

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
 
 import mfcompile.operators  # noqa: F401  # registers our own operators
 from mfcompile.exporters.linear_systems import linalg_inv, linalg_solve, linalg_solve_triangular
@@ -20,6 +20,7 @@ from mfcompile.exporters.linear_systems import linalg_inv, linalg_solve, linalg_
 __all__ = ["TRANSLATIONS"]
 
 aten = torch.ops.aten
+op: Any = opset18  # its operators return unions of every type that they may have; here they are values of a graph
 INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT16, ir.DataType.INT8, ir.DataType.UINT8)
 
@@ -46,10 +47,8 @@ def grouped_mm(rows: Any, weights: Any, ends: Any, bias: Any = None, out_dtype: 
     ends = op.Cast(ends, to=INT64)
     begin, parts = _ints(0), []
     for group in range(groups):
-        end = (
-            op.Shape(rows, start=0, end=1) if group == groups - 1 else op.Slice(ends, _ints(group), _ints(group + 1), _ints(0))
-        )
-        matrix = op.Squeeze(op.Slice(weights, _ints(group), _ints(group + 1), _ints(0)), _ints(0))
+        end = op.Shape(rows, start=0, end=1) if group == groups - 1 else op.Gather(ends, _ints(group), axis=0)
+        matrix = op.Gather(weights, op.Constant(value_int=group), axis=0)
         parts.append(op.MatMul(op.Slice(rows, begin, end, _ints(0)), matrix))
         begin = end
     return parts[0] if groups == 1 else op.Concat(*parts, axis=0)

@@ -150,7 +150,7 @@ def _values(graph_module: fx.GraphModule, constant: set[fx.Node]) -> dict[fx.Nod
                 values[node] = value.clone() if value.is_inference() or writes else value
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
     read = {node for node in constant if node.op != "get_attr" and any(user not in constant for user in node.users)}
     return {
         node: value.contiguous().clone()

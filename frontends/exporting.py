@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,7 +152,7 @@ def _try(way: _Way, captured: CapturedGraph) -> Candidate:
         fixed = fixed_axes(program, inputs, wanted, way.why)
         kept = symbolic_axes(program, inputs, way.axes)
     except Exception as error:  # torch.export raises many kinds; each is a reason to try the next way
-        return attempt(False, _first_lines(error)), None
+        return attempt(False, _reason(error, captured.module)), None
     prefill = (PREFILL,) if not way.cache and _has_cache(captured.module) else ()
     notes = (*prefill, *fixed, *traced.notes)
     metadata = {} if admits_rows else {ROWS_KEY: ROWS_FIXED}
@@ -272,6 +275,20 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_complex() else tensor.double()
 
 
-def _first_lines(error: BaseException) -> str:
+def _reason(error: BaseException, module: nn.Module) -> str:
+    """The first lines of an error, and the line of the model's own code that it came from."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:3])[:400]}"
+    where = _model_line(error, module)
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:400]}{f' (at {where})' if where else ''}"
+
+
+def _model_line(error: BaseException, module: nn.Module) -> str:
+    """The innermost frame in a file that defines one of the model's modules, torch's own aside."""
+    names = {type(item).__module__ for item in module.modules()}
+    sources = [sys.modules[name] for name in names if name.partition(".")[0] != "torch" and name in sys.modules]
+    files = {getattr(source, "__file__", None) for source in sources}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f"{Path(last.filename).name}:{last.lineno}, in {last.name}: {last.line}"

@@ -45,9 +45,10 @@ def prepared_model(module: nn.Module, inputs: ExampleInputs) -> Iterator[Traceab
     except ImportError as error:
         raise CaptureError(f"this transformers has no exporters: {error}") from error
     given = _keywords(module, inputs)
-    wanted = dict(given)
+    wanted: Any = dict(given)
     if wanted.get("position_ids") is None:
         wanted.update(_position_ids(module, wanted))
+    prepared: Any
     prepared, wanted, flags = utils.prepare_for_export(module, wanted)
     baked = {name: value for name, value in wanted.items() if not _is_same(given.get(name), value)}
     del exporter_onnx  # importing it registers its patches
@@ -114,6 +115,6 @@ def _notes(baked: dict[str, Any]) -> tuple[str, ...]:
     if not baked:
         return ()
     return (
-        f"{', '.join(baked)}: computed beforehand from the example and fixed in the file, which is right for inputs that give the "
-        f"same (images of the same sizes, placeholders and padding in the same places)",
+        f"{', '.join(baked)}: computed beforehand from the example and fixed in the file, which is right for inputs that "
+        f"give the same (images of the same sizes, placeholders and padding in the same places)",
     )

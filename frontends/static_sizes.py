@@ -16,10 +16,10 @@ from torch import Tensor
 from mfcompile.graph import TensorValue
 from mfcompile.operators import grouped_mm
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 
-def _index(recorded: TensorValue, values: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+def _index(recorded: TensorValue, values: Tensor, indices: Sequence[Tensor | None]) -> Any:
     """x[mask]: a mask is as many columns of positions as it has dimensions."""
     if not any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
         return aten.index.Tensor(values, indices)
@@ -41,7 +41,7 @@ def _indexed_dimension(indices: Sequence[Tensor | None]) -> int:
 
 def _index_put(
     _: TensorValue, values: Tensor, indices: Sequence[Tensor | None], source: Tensor, accumulate: bool = False
-) -> Tensor:
+) -> Any:
     """x[:, mask] = y or x[:, places] = y: a choice per element where y is one row for all, else rows at places.
 
     The indexed dimensions come first, as ONNX needs them.
@@ -62,7 +62,7 @@ def _index_put(
         return aten.index_put.default(values, indices, source, accumulate)
     order = [*range(position, position + ndim), *range(position), *range(position + ndim, values.ndim)]
     back = [order.index(dim) for dim in range(values.ndim)]
-    places = torch.broadcast_shapes(*(column.shape for column in columns))
+    places = torch.broadcast_shapes(*(column.shape for column in columns))  # type: ignore[no-untyped-call]
     wide = source.expand(*values.shape[:position], *places, *values.shape[position + ndim :])
     front = [*range(position, position + len(places)), *range(position), *range(position + len(places), wide.ndim)]
     return aten.index_put.default(values.permute(order), columns, wide.permute(front), accumulate).permute(back)
@@ -100,7 +100,7 @@ def _nonzero_numpy(recorded: Sequence[TensorValue], values: Tensor) -> list[Tens
 
 
 def _masked_select(recorded: TensorValue, values: Tensor, mask: Tensor) -> Tensor:
-    values, mask = torch.broadcast_tensors(values, mask)
+    values, mask = torch.broadcast_tensors(values, mask)  # type: ignore[no-untyped-call]
     places = aten.nonzero_static.default(mask.reshape(-1), size=recorded.shape[0]).squeeze(1)
     return values.reshape(-1).index_select(0, places)
 
@@ -138,7 +138,7 @@ def _grouped_mm(
     offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Any:
     if rows.ndim != 2 or weights.ndim != 3 or offs is None or bias is not None:
         return aten._grouped_mm.default(rows, weights, offs, bias, out_dtype)
     return grouped_mm(rows, weights, offs).to(recorded.dtype)

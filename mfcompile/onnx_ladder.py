@@ -23,8 +23,8 @@ from mfcompile.split import SplitRequest
 HALF = (torch.bfloat16, torch.float16)
 
 FLOAT32 = (
-    "computed in float32: the model's half precision was cast (exactly), because onnxruntime on CPU lacks kernels for it; compare "
-    "the file with model.float()"
+    "computed in float32: the model's half precision was cast (exactly), because onnxruntime on CPU lacks kernels for it; "
+    "compare the file with model.float()"
 )
 FLOAT32_KEY, FLOAT32_VALUE = "mfcompile.computes", "float32"
 
@@ -89,8 +89,10 @@ def float32_module(module: nn.Module) -> nn.Module:
         for name, tensor in (*item.named_parameters(recurse=False), *item.named_buffers(recurse=False)):
             if tensor.dtype in HALF:
                 cast = tensor.detach().float()
-                table = item._parameters if name in item._parameters else item._buffers
-                table[name] = nn.Parameter(cast, tensor.requires_grad) if name in item._parameters else cast
+                if name in item._parameters:
+                    item._parameters[name] = nn.Parameter(cast, tensor.requires_grad)
+                else:
+                    item._buffers[name] = cast
     return wide
 
 
@@ -112,7 +114,7 @@ def _export(
     *,
     is_cast: bool = False,
 ) -> tuple[ExportedArtifact, CapturedGraph]:
-    from mfcompile.exporters.conversion import RefusedProgram
+    from mfcompile.exporters.conversion import RefusedProgramError
     from mfcompile.exporters.onnx_model import export_onnx
 
     module = pruned.module if pruned.masks is None else mask_module(pruned.module, pruned.masks)
@@ -121,7 +123,7 @@ def _export(
     def accept(file: Path) -> None:
         problem = _disagreement(file, module, pruned.example_inputs, stored)
         if problem:
-            raise RefusedProgram(problem)
+            raise RefusedProgramError(problem)
 
     tried = list(pruned.attempts)
     for attempt, exported in _programs(pruned):
@@ -132,7 +134,7 @@ def _export(
         ready = replace(pruned, exported=_say_cast(exported) if is_cast else exported, attempts=tuple(tried))
         try:
             return export_onnx(ready, path, format=format, values=values, accept=accept, split=split), ready
-        except RefusedProgram as error:
+        except RefusedProgramError as error:
             tried.append(CaptureAttempt(f"ONNX of {exported.route}", False, error.reason, time.perf_counter() - started))
     raise ExportError(_refusal(pruned, tried))
 
