@@ -55,6 +55,13 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
     model, unwrapped = unwrap(model)
     check_devices(model)
     is_plan = has_no_values(model)
+    if isinstance(model, ProgramModule) and example_inputs is None:
+        example_inputs = model.own_inputs()
+        if example_inputs is None:
+            raise InputError(
+                "the program of torch.export holds no example inputs, and none were given: it cannot be run. Give some "
+                "(--calibration batches.npz, or a model.py with model = torch.export.load(...) and example_inputs = {...})"
+            )
     inputs = normalize_inputs(model, example_inputs)
     _refuse_inputs_without_values(inputs)
     started = time.perf_counter()
@@ -88,7 +95,7 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
         versions=_versions(),
     )
     if isinstance(model, ProgramModule):
-        captured = replace(captured, exported=model.exported())
+        captured = replace(captured, exported=model.exported(inputs))
     return with_export(captured) if export else captured
 
 

@@ -8,7 +8,7 @@ was exported.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,29 @@ class ProgramModule(ReportsCalls):
         results = _Runner(self).run(*flat, enable_io_processing=False)
         return pytree.tree_unflatten(results, held.out_spec)
 
-    def named_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of an exported call by the names of forward's parameters."""
+    def own_inputs(self) -> dict[str, Any] | None:
+        """The example inputs that the program was exported with, by the names of forward's parameters; None without any."""
+        example = self.held.program.example_inputs
+        if example is None:
+            return None
+        args, kwargs = example
         return dict(zip(self.held.names, [*args, *kwargs.values()], strict=True))
 
-    def exported(self) -> ExportedModel:
-        """The program as what ONNX files are made from."""
-        program = self.held.program
-        names, axes = _tensor_inputs(program, self.held.names)
-        args, kwargs = program.example_inputs or ((), {})
-        inputs = ExampleInputs(tuple(args), dict(kwargs), names)
+    def exported(self, inputs: ExampleInputs) -> ExportedModel:
+        """The program as what ONNX files are made from.
+
+        Args:
+            inputs: what the model was captured with; stands in for the example inputs of a program that has none.
+        """
+        held = self.held
+        values = self.own_inputs() or dict(held.signature.bind(*inputs.args, **inputs.kwargs).arguments)
+        count = len(held.names) - len(held.keywords)
+        names, axes = _tensor_inputs(held.program, {name: values[name] for name in held.names})
+        args = tuple(values[name] for name in held.names[:count])
+        example = ExampleInputs(args, {name: values[name] for name in held.keywords}, names)
         with torch.no_grad():
-            outputs = output_tensors(inputs.call(self))
-        return ExportedModel(program, "the .pt2 archive", names, tuple(outputs), axes, inputs)
+            outputs = output_tensors(example.call(self))
+        return ExportedModel(held.program, "the .pt2 archive", names, tuple(outputs), axes, example)
 
     def save_archive(self, path: Path) -> None:
         """Write the program with the module's weights as they are now."""
@@ -219,14 +229,13 @@ def _argument_names(program: ExportedProgram, positional: int, keywords: tuple[s
     return (*names, *keywords)
 
 
-def _tensor_inputs(program: ExportedProgram, names: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, dict[int, str]]]:
+def _tensor_inputs(program: ExportedProgram, values: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, dict[int, str]]]:
     """Names of the tensor inputs in the program's order, and the dimensions that it leaves free, by name."""
-    args, kwargs = program.example_inputs or ((), {})
-    flat, _ = pytree.tree_flatten_with_path(dict(zip(names, [*args, *kwargs.values()], strict=True)))
+    flat, _ = pytree.tree_flatten_with_path(dict(values))
     tensors = [(".".join(_key(key) for key in path), leaf) for path, leaf in flat if isinstance(leaf, Tensor)]
     users = set(program.graph_signature.user_inputs)
-    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
-    shapes = [value.shape for value in values if isinstance(value, Tensor)]
+    given = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
+    shapes = [value.shape for value in given if isinstance(value, Tensor)]
     symbols: dict[str, str] = {}
     axes: dict[str, dict[int, str]] = {}
     for (name, tensor), shape in zip(tensors, shapes, strict=True):

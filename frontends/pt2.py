@@ -23,26 +23,20 @@ _KNOWN_TYPES = "transformers."
 
 
 def load_pt2(path: Path) -> ModelSource:
-    """The model in an archive that ``torch.export.save`` wrote, with the example inputs that it holds.
+    """The model in an archive that ``torch.export.save`` wrote, with the example inputs that it holds, if any.
 
     The masks, regions and ONNX file are those of the program itself: names are the FQNs of the exported module, blocks come
     from its recorded module paths, and the dimensions that it left free stay free.
 
     Raises:
-        InputError: the file is no such archive, holds pickled objects, or holds no example inputs.
+        InputError: the file is no such archive, or holds pickled objects.
     """
     _refuse_pickled(path)
     program = _load(path)
-    if program.example_inputs is None:
-        raise InputError(
-            f"{path} holds no example inputs, so the model cannot be run and captured. Name a model.py instead, with "
-            f"model = torch.export.load({str(path)!r}) and example_inputs = {{...}}"
-        )
     model = program_module(program)
-    args, kwargs = program.example_inputs
     return ModelSource(
         model=model,
-        example_inputs=model.named_inputs(args, kwargs),
+        example_inputs=model.own_inputs(),
         path=path,
         kind="pt2",
         notes=("an archive of torch.export holds no calibration data",),
@@ -85,8 +79,8 @@ def _refuse_pickled(path: Path) -> None:
         raise InputError(f"{path} is no archive of torch.export ({error}). Write one with torch.export.save") from error
     if pickled is not None:
         raise InputError(
-            f"{path} holds a pickled object ({pickled.partition('/')[2] or pickled}): loading it can run any code, so mfcompile "
-            f"does not. Load it where you trust it, and save the program again with plain tensors"
+            f"{path} holds a pickled object ({pickled.partition('/')[2] or pickled}): loading it can run any code, so "
+            f"mfcompile does not. Load it where you trust it, and save the program again with plain tensors"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from mfcompile.errors import InputError
@@ -58,7 +59,7 @@ def load_source(path: str | Path, *, weights: bool = True) -> ModelSource:
 
     A ``model.py`` is executed with its folder importable. It defines
 
-    * ``model`` or ``build_model()``: an nn.Module;
+    * ``model`` or ``build_model()``: an nn.Module, or a program of torch.export;
     * ``example_inputs``: a dict, tuple or tensor for ``model.forward``, or a function that returns one;
     * optionally ``calibration_batches``: a list, Dataset or DataLoader, or a function that returns or yields batches
       and is called again for every pass. An iterator (a generator object, ``zip``, ``map``) can be read only once, so
@@ -171,6 +172,10 @@ def _find_model(user: UserModule, notes: list[str]) -> nn.Module:
         where, model = "build_model()", user.run("calling build_model()", names["build_model"])
     else:
         raise InputError(_describe_no_model(user))
+    if isinstance(model, torch.export.ExportedProgram):
+        from mfcompile.frontends.program_module import program_module
+
+        return program_module(model)
     if isinstance(model, nn.Module):
         return model
     problem = f"{where} in {user.path} is {_describe_value(model)}, not an nn.Module. "

@@ -32,7 +32,7 @@ a model.py defines:
 exit status:
   0 done    1 a check failed (parity, a recipe that was not reproduced)    2 a mistake in the request, or Ctrl-C"""
 
-SOURCE_HELP = "a model.py, an .onnx file, or a Hugging Face model directory (config.json and safetensors)"
+SOURCE_HELP = "a model.py, a .pt2 archive, an .onnx file, or a Hugging Face model directory (config.json and safetensors)"
 
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"

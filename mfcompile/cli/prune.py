@@ -45,7 +45,9 @@ examples:
 calibration data comes from calibration_batches in model.py: an iterable, or a function that returns one; --calibration
 takes it from a file instead, which an .onnx file needs."""
 
-SOURCE_HELP = "a model.py, a Hugging Face model directory, an .onnx file, or a recipe.yaml that an earlier run wrote"
+SOURCE_HELP = (
+    "a model.py, a Hugging Face model directory, a .pt2 archive, an .onnx file, or a recipe.yaml that an earlier run wrote"
+)
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -173,7 +175,8 @@ def _announce(source: ModelSource, terminal: Terminal) -> None:
                 "weights matter on noise says little of real data: pass --calibration batches.npz, with a few hundred samples"
             )
             return
-        where = "in model.py" if source.kind == "python" else "in a model.py that loads this directory"
+        loads = "file" if source.kind == "pt2" else "directory"
+        where = "in model.py" if source.kind == "python" else f"in a model.py that loads this {loads}"
         terminal.warn(
             f"there is no calibration data, so the example inputs stand in for it. Masks are only as good as the data: "
             f"define calibration_batches {where}, with a few hundred real samples"

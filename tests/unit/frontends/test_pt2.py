@@ -132,8 +132,21 @@ def test_an_archive_without_example_inputs_is_refused_with_advice(tmp_path: Path
     bare = torch.export.export(tiny_vlm().eval(), (), vlm_batch(), strict=False)
     bare._example_inputs = None
     torch.export.save(bare, tmp_path / "bare.pt2")
-    with pytest.raises(InputError, match=r"holds no example inputs.*model = torch\.export\.load\("):
-        load_source(tmp_path / "bare.pt2")
+    model = load_source(tmp_path / "bare.pt2").model
+    with pytest.raises(InputError, match=r"holds no example inputs, and none were given.*model = torch\.export\.load"):
+        mfcompile.capture(model, None)
+    compiled = mfcompile.compile_pruned(model, vlm_batch(), sparsity=0.5)
+    assert compiled.masks == mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), sparsity=0.5).masks
+    assert compiled.captured.exported is not None
+    assert compiled.captured.exported.input_names == tuple(vlm_batch())
+
+
+def test_a_model_py_may_define_a_program(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        f"import torch\nmodel = torch.export.load({str(archive)!r})\nexample_inputs = {{}}\n", encoding="utf-8"
+    )
+    found = load_source(tmp_path / "model.py").model
+    assert [name for name, _ in found.named_parameters()] == [name for name, _ in tiny_vlm().named_parameters()]
 
 
 def rewritten(archive: Path, change: Any) -> Path:
