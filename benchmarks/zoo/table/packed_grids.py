@@ -31,7 +31,7 @@ GLM_IMAGE: dict[str, Any] = {
     **TOKENS,
     **IMAGE_STARTS,
     "text_config": {**MROPE, "vision_vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1},
-    "vq_config": {"num_embeddings": 32, "latent_channels": 32},
+    "vq_config": {"num_embeddings": 4, "latent_channels": 32},
 }
 HUNYUAN: dict[str, Any] = {
     "image_token_id": IMAGE,
