@@ -91,7 +91,8 @@ def measure(name: str, step: str) -> dict[str, Any]:
         if step == "plan":
             with torch.device("meta"):
                 model = MODELS[name]()[0]
-            inputs = _inputs(model.config.vision_config.image_size, 90)
+            config: Any = model.config
+            inputs = _inputs(config.vision_config.image_size, 90)
         else:
             model, inputs = MODELS[name]()
         model.eval()

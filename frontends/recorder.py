@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfcompile.control_flow import eager_code, run_eagerly, user_line
+from mfcompile.control_flow import eager_code, operator_name, run_eagerly, user_line
 from mfcompile.errors import CaptureError
 from mfcompile.frontends.module_calls import ModuleTracker, eval_mode, module_names, track_modules
 from mfcompile.frontends.without_weights import PartialRun, has_no_values
@@ -208,7 +208,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         kwargs = dict(kwargs or {})
         if isinstance(func, HigherOrderOperator):
             where = self.modules.describe()
-            self.control_flow.append(f"{func.name()} in {where} ({user_line()})")
+            self.control_flow.append(f"{operator_name(func)} in {where} ({user_line()})")
             return run_eagerly(func, args, kwargs, self, where)
         node_args, node_kwargs = pytree.tree_map(
             lambda leaf: self._node_of(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs)

@@ -75,7 +75,7 @@ class PartialRun:
             self._overwritten.update(storage_address(item) for item in written)
             return written[0]
         if name in _SIZED:
-            args, kwargs = _SIZED[name](args, kwargs)
+            args, kwargs = _SIZED[name](args, dict(kwargs))
         args, kwargs = pytree.tree_map(lambda leaf: leaf.to(_META) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -54,7 +54,7 @@ def run_eagerly(
     Raises:
         CaptureError: nothing is known of running this operator eagerly; names it, the submodule and the user's line.
     """
-    plain = _PLAIN.get(operator.name()) or operator.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
+    plain = _PLAIN.get(operator_name(operator)) or operator.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
     if plain is None:
         raise CaptureError(_refusal(operator, where, "it has no eager implementation"))
     with mode:
@@ -66,9 +66,14 @@ def run_eagerly(
 
 def _refusal(operator: HigherOrderOperator, where: str, why: str) -> str:
     return (
-        f"the operator {operator.name()} in {where} ({user_line()}) takes functions, and what they do cannot be recorded: "
-        f"{why}. Write that part of forward as plain Python: the recording follows the branch that the example takes"
+        f"the operator {operator_name(operator)} in {where} ({user_line()}) takes functions, and what they do cannot be "
+        f"recorded: {why}. Write that part of forward as plain Python: the recording follows the branch that the example takes"
     )
+
+
+def operator_name(operator: HigherOrderOperator) -> str:
+    """What torch calls the operator ("cond")."""
+    return str(operator.name())  # type: ignore[no-untyped-call]  # torch types it not
 
 
 def user_line() -> str:

@@ -268,7 +268,7 @@ def _count(number: int) -> str:
 def _draw_legend(axes: Axes, colours: Mapping[str, str], x: float, y: float) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    entries = [(region, colour, colour, "-") for region, colour in colours.items()]
+    entries: list[tuple[str, str, str, Any]] = [(region, colour, colour, "-") for region, colour in colours.items()]
     entries += [("head, projector, input", "white", INK, "-"), ("output", "white", FAINT, (0, (3, 2)))]
     for text, face, edge, style in entries:
         sample = FancyBboxPatch(

@@ -19,15 +19,9 @@ from tests.zoo.without_torchvision import stand_ins
 with stand_ins("torchvision", "ftfy"):
     timm: Any = pytest.importorskip("timm")
     open_clip: Any = pytest.importorskip("open_clip")
-    from open_clip.coca_model import CoCa
-    from open_clip.model import CLIP, CustomTextCLIP
-    from timm.models.convnext import ConvNeXt
-    from timm.models.eva import Eva
-    from timm.models.swin_transformer import SwinTransformer
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
-CONV = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "num_classes": 5}
 
 
 def image() -> Tensor:
@@ -51,7 +45,7 @@ def coca() -> nn.Module:
     decoder = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
     text = {**TEXT, "embed_cls": True, "pad_id": 0, "output_tokens": True}
     vision = {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
-    return CoCa(32, decoder, text, vision)  # type: ignore[no-any-return]
+    return open_clip.CoCa(32, decoder, text, vision)  # type: ignore[no-any-return]
 
 
 def siglip() -> nn.Module:
@@ -61,17 +55,17 @@ def siglip() -> nn.Module:
         "image_size": 224,
     }  # fmt: skip
     text = {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True}
-    return CustomTextCLIP(16, tower, text, init_logit_bias=-10)  # type: ignore[no-any-return]
+    return open_clip.CustomTextCLIP(16, tower, text, init_logit_bias=-10)  # type: ignore[no-any-return]
 
 
 def swin() -> nn.Module:
-    return SwinTransformer(  # type: ignore[no-any-return]
+    return timm.models.swin_transformer.SwinTransformer(  # type: ignore[no-any-return]
         img_size=32, patch_size=2, window_size=4, depths=(2, 2), num_heads=(2, 4), embed_dim=16, num_classes=5
     )
 
 
 def eva() -> nn.Module:
-    return Eva(  # type: ignore[no-any-return]
+    return timm.models.eva.Eva(  # type: ignore[no-any-return]
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, swiglu_mlp=True, use_rot_pos_emb=True
     )
 
@@ -104,21 +98,29 @@ def vit() -> Any:
     return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
 
 
+def convnext(**changes: Any) -> Any:
+    return timm.models.convnext.ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=5, **changes)
+
+
 def naflex() -> Any:
     return timm.create_model("naflexvit_base_patch16_gap", depth=2, embed_dim=32, num_heads=2, num_classes=5)
 
 
 MODELS = {
     "vit": Model(vit, image, {"vision": 8}, VISION_ONLY),
-    "convnext": Model(lambda: ConvNeXt(**CONV), image, {"vision": 10}, VISION_ONLY),
+    "convnext": Model(convnext, image, {"vision": 10}, VISION_ONLY),
     "convnext of 1x1 convolutions": Model(
-        lambda: ConvNeXt(**CONV, conv_mlp=True), image, {"vision": 10}, VISION_ONLY, {"targets": [r"re:.*\.mlp\."]}
+        lambda: convnext(conv_mlp=True),
+        image,
+        {"vision": 10},
+        VISION_ONLY,
+        {"targets": [r"re:.*\.mlp\."]},
     ),
     "swin": Model(swin, image, {"vision": 17}, VISION_ONLY),
     "eva": Model(eva, image, {"vision": 8}, VISION_ONLY),
     "naflex, image": Model(naflex, image, {"vision": 8}, VISION_ONLY),
     "naflex, patches": Model(naflex, patches, {"vision": 8}, NAFLEX),
-    "clip": Model(lambda: CLIP(16, VISION, TEXT), pair, {"vision": 8, "text": 8}, BOTH),
+    "clip": Model(lambda: open_clip.CLIP(16, VISION, TEXT), pair, {"vision": 8, "text": 8}, BOTH),
     "siglip": Model(siglip, lambda: {**pair(), "image": torch.randn(2, 3, 224, 224)}, {"vision": 48, "text": 8}, BOTH),
     # The decoder's first self-attention sees no image yet; its cross-attentions read queries, keys and values apart.
     "coca": Model(coca, pair, {"vision": 8, "text": 12, "fusion": 16}, BOTH),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,7 +29,8 @@ class Layer(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         mixed = nn.functional.scaled_dot_product_attention(self.q(states), self.k(states), self.v(states))
         states = states + self.o(mixed)
-        return states + self.down(nn.functional.gelu(self.up(states)))
+        result: Tensor = states + self.down(nn.functional.gelu(self.up(states)))
+        return result
 
 
 class Tower(nn.Module):
@@ -63,7 +64,8 @@ def compile_layer(model: Any) -> nn.Module:
 
 
 def compile_layer_in_data_parallel(model: Any) -> nn.Module:
-    model.layers[1] = nn.DataParallel(torch.compile(model.layers[1]))  # type: ignore[arg-type]
+    compiled: Any = torch.compile(model.layers[1])
+    model.layers[1] = nn.DataParallel(compiled)
     return model  # type: ignore[no-any-return]
 
 
@@ -72,7 +74,7 @@ def compile_layer_in_data_parallel(model: Any) -> nn.Module:
     [
         (torch.compile, "the Tower inside torch.compile"),
         (nn.DataParallel, "the Tower inside DataParallel"),
-        (lambda model: nn.DataParallel(torch.compile(model)), "the Tower inside torch.compile"),
+        (lambda model: nn.DataParallel(cast(nn.Module, torch.compile(model))), "the Tower inside torch.compile"),
         (compile_layer, "the eager code of layers.0, without torch.compile"),
         (compile_layer_in_data_parallel, "the eager code of layers.1, without DataParallel"),
     ],
@@ -227,13 +229,15 @@ def cond(m: Any, x: Tensor) -> Any:
 def while_loop(m: Any, x: Tensor) -> Any:
     from torch._higher_order_ops.while_loop import while_loop
 
-    return while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, m.a(x)), (torch.tensor(0), x))
+    loop: Any = while_loop
+    return loop(lambda i, x: i < 3, lambda i, x: (i + 1, m.a(x)), (torch.tensor(0), x))
 
 
 def mapped(m: Any, x: Tensor) -> Any:
     from torch._higher_order_ops.map import map
 
-    return map(lambda x: m.a(x), x)
+    over: Any = map
+    return over(lambda x: m.a(x), x)
 
 
 def scan(m: Any, x: Tensor) -> Any:
@@ -288,10 +292,10 @@ def test_checkpointed_layers_are_recorded() -> None:
 def test_an_operator_that_cannot_be_run_eagerly_is_refused_by_name_and_line() -> None:
     class Unknown(torch._ops.HigherOrderOperator):
         def __init__(self) -> None:
-            super().__init__("unknown_to_mfcompile")
+            super().__init__("unknown_to_mfcompile")  # type: ignore[no-untyped-call]
 
         def __call__(self, *args: Any) -> Any:
-            return super().__call__(*args)
+            return super().__call__(*args)  # type: ignore[no-untyped-call]
 
     operator = Unknown()
     said = r"the operator unknown_to_mfcompile in the model itself \(test_odd_modules\.py:\d+\) takes functions.*plain Python"
@@ -322,7 +326,7 @@ def test_what_the_model_writes_is_said_and_put_back() -> None:
     model.register_buffer("count", torch.zeros(1))
     captured = mfcompile.capture(model.eval(), torch.rand(6, 4))
     assert "what count hold before the run: the model writes into them, the graph into copies" in captured.specialised
-    assert float(model.count) == 0
+    assert not any(buffer.any() for buffer in model.buffers())
 
 
 def test_weights_on_several_devices_are_refused() -> None:
@@ -343,7 +347,7 @@ def test_weights_on_several_devices_are_refused() -> None:
 
 
 def scripted(layer: Layer) -> nn.Module:
-    return torch.jit.script(layer)  # type: ignore[no-any-return,no-untyped-call]
+    return torch.jit.script(layer)
 
 
 def traced(layer: Layer) -> nn.Module:
@@ -351,7 +355,7 @@ def traced(layer: Layer) -> nn.Module:
 
 
 def frozen(layer: Layer) -> nn.Module:
-    return torch.jit.freeze(torch.jit.script(layer))  # type: ignore[no-any-return,no-untyped-call]
+    return torch.jit.freeze(torch.jit.script(layer))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -376,4 +380,4 @@ def test_weights_in_torchscript_are_seen_and_stay_dense(compile_it: Callable[[La
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_whole_torchscript_model_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"the model is a TorchScript module.*Give the Python module"):
-        mfcompile.capture(torch.jit.script(tower()), image())  # type: ignore[no-untyped-call]
+        mfcompile.capture(torch.jit.script(tower()), image())
