@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfcompile.control_flow import run_eagerly
 from mfcompile.errors import PostconditionError, PreconditionError
 from mfcompile.graph import CapturedGraph
-from mfcompile.module_copy import KeptState, storage_address
+from mfcompile.module_copy import KeptState
 from mfcompile.passes.base import PassResult
 from mfcompile.passes.operands import pairings
 from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, written_arguments
@@ -29,15 +28,9 @@ from mfcompile.passes.padding_flow import PaddingTracker
 from mfcompile.passes.placement import match
 from mfcompile.passes.reduction import Reduction, distinct, read, reduce_activation
 from mfcompile.passes.routing import RoutedReduction, reduce_routed
-from mfcompile.passes.weights import gathered
+from mfcompile.passes.weight_places import WeightPlaces
 from mfcompile.region import PruneSite, Reading, RegionMap, WeightUse
 from mfcompile.statistics import SiteStatistics
-
-_COPIES = frozenset({"clone", "contiguous", "to", "_to_copy"})
-"""Operators that may give a weight in memory of its own, in its layout."""
-
-_LOOK_UPS = frozenset({"index", "_unsafe_index", "index_select"})
-"""Operators that may copy some matrices of a stack."""
 
 
 @dataclass
@@ -150,58 +143,6 @@ class StatisticsCollector:
         }
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """(Part of) a parameter in memory of its own.
-
-    Attributes:
-        fqn, parameter: the parameter.
-        source: meta tensor, where the copied part lies in the parameter.
-        result: meta tensor, how the copy lies in its memory.
-        storage: that memory.
-        gathered_by: the indices that picked the matrices of the copy; ``source`` has step 0 along their dimensions.
-    """
-
-    fqn: str
-    parameter: Tensor
-    source: Tensor
-    result: Tensor
-    storage: StorageWeakRef
-    gathered_by: Tensor | None = None
-
-    def place_of(self, view: Tensor) -> Tensor | None:
-        """Where in the parameter a view of the copy lies; None when the layouts differ and it is not the whole copy."""
-        if (view.shape, view.stride()) == (self.result.shape, self.result.stride()):
-            return self.source
-        if self.gathered_by is not None:
-            return self._place_of_gathered(view)
-        if self.source.stride() != self.result.stride():
-            return None
-        return _place(view, int(self.source.storage_offset()) - int(self.result.storage_offset()))
-
-    def _place_of_gathered(self, view: Tensor) -> Tensor | None:
-        """The same of copied matrices, one behind the other: steps from matrix to matrix count as step 0."""
-        assert self.gathered_by is not None
-        first = self.source[(0,) * self.gathered_by.ndim]
-        size = first.numel()
-        if first.stride() != self.result.stride()[self.gathered_by.ndim :] or not size:
-            return None
-        inside = sum((length - 1) * step for length, step in zip(view.shape, view.stride(), strict=True) if step < size)
-        offset = (int(view.storage_offset()) - int(self.result.storage_offset())) % size
-        if inside + offset >= size:
-            return None
-        steps = [step if step < size else 0 for step in view.stride()]
-        start = int(self.source.storage_offset()) + offset
-        return torch.empty(start + inside + 1, device="meta").as_strided(view.shape, steps, start)
-
-
-def _place(tensor: Tensor, shift: int = 0) -> Tensor:
-    """A tensor's sizes, strides and offset on the meta device."""
-    offset = int(tensor.storage_offset()) + shift
-    extent = 1 + offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size)
-    return torch.empty(extent, device="meta").as_strided(tensor.shape, tensor.stride(), offset)
-
-
 class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
     """Watches every contraction that a module runs and reduces the activations that meet a site's weight.
 
@@ -213,6 +154,7 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         collector: where the reductions go.
 
     Attributes:
+        places: where the weights of the sites are, and their copies.
         state: what the forward passes wrote into parameters and buffers; ``state.restore()`` puts it back.
     """
 
@@ -222,11 +164,7 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         super().__init__()  # type: ignore[no-untyped-call]
         self.collector = collector
         self.state = KeptState(module)
-        self._parameters: dict[int, list[tuple[str, Tensor]]] = {}
-        self._copies: dict[int, _Copy] = {}
-        for fqn, parameter in module.named_parameters():
-            if fqn in collector.by_fqn:
-                self._parameters.setdefault(storage_address(parameter), []).append((fqn, parameter))
+        self.places = WeightPlaces((fqn, item) for fqn, item in module.named_parameters() if fqn in collector.by_fqn)
         self._recent: list[tuple[weakref.ref[Tensor], object, Reduction | RoutedReduction]] = []
 
     def __torch_dispatch__(
@@ -242,56 +180,20 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         result = func(*args, **kwargs)
         if func._schema.is_mutable:
             self._recent.clear()
-        if name in _COPIES:
-            self._follow_copy(args[0], result)
-        elif name in _LOOK_UPS:
-            self._follow_look_up(name, args, result)
+        self.places.follow(name, args, result)
         self.collector.tracker.follow(func, args, kwargs, result)
         return result
-
-    def _follow_copy(self, source: Tensor, result: Tensor) -> None:
-        """A weight that is cast or copied is the same weight in other memory."""
-        if storage_address(result) != storage_address(source):
-            for fqn, parameter, place, gathered_by in self._places(source):
-                self._remember_copy(fqn, parameter, _place(place), result, gathered_by)
-
-    def _follow_look_up(self, name: str, args: tuple[Any, ...], result: Tensor) -> None:
-        """Matrices that were looked up by number (the expert of every token) are copies as well."""
-        listed = [args[2]] if name == "index_select" and args[1] == 0 else args[1]
-        if not isinstance(listed, (list, tuple)) or len(listed) != 1 or args[0].ndim < 3:
-            return
-        (indices,) = listed
-        if isinstance(indices, Tensor) and not indices.dtype.is_floating_point and indices.dtype != torch.bool:
-            for fqn, parameter, place, gathered_by in self._places(args[0]):
-                if gathered_by is None and place.shape[0]:
-                    self._remember_copy(fqn, parameter, _place(gathered(_place(place), tuple(indices.shape))), result, indices)
-
-    def _remember_copy(self, fqn: str, parameter: Tensor, source: Tensor, result: Tensor, gathered_by: Tensor | None) -> None:
-        storage = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
-        self._copies[storage_address(result)] = _Copy(fqn, parameter, source, _place(result), storage, gathered_by)
-
-    def _places(self, weight: Tensor) -> list[tuple[str, Tensor, Tensor, Tensor | None]]:
-        """(FQN, parameter, where in the parameter the tensor lies, by which indices) for every weight that it may be of."""
-        address = storage_address(weight)
-        copy = self._copies.get(address)
-        if copy is None:
-            return [(fqn, parameter, weight, None) for fqn, parameter in self._parameters.get(address, ())]
-        if copy.storage.expired():  # type: ignore[no-untyped-call]
-            del self._copies[address]
-            return []
-        place = copy.place_of(weight)
-        return [] if place is None else [(copy.fqn, copy.parameter, place, copy.gathered_by)]
 
     def _observe(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for pairing in pairings(name, args, kwargs):
             weight, activation = pairing.weight, pairing.activation
             if not isinstance(weight, Tensor) or not isinstance(activation, Tensor):
                 continue
-            for fqn, parameter, place, gathered_by in self._places(weight):
-                found = match(pairing, place, parameter, gathered_by)
+            for place in self.places.of(weight):
+                found = match(pairing, place.tensor, place.parameter, place.gathered_by)
                 if found is not None:
-                    reduction = self._reduce(fqn, activation, found.reading, found.experts, found.routed_by)
-                    self.collector.add(fqn, found.rows, found.experts, reduction)
+                    reduction = self._reduce(place.fqn, activation, found.reading, found.experts, found.routed_by)
+                    self.collector.add(place.fqn, found.rows, found.experts, reduction)
                     return
 
     def _reduce(

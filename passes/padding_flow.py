@@ -391,6 +391,7 @@ _RULES: dict[str, _Rule] = {
     "addmm": lambda tracker, named: _product(tracker, named["mat1"], named["mat2"]),
     "baddbmm": lambda tracker, named: _product(tracker, named["batch1"], named["batch2"]),
     "_grouped_mm": lambda tracker, named: tracker.rows(named["self"]),
+    "topk": lambda tracker, named: tracker.rows(named["self"], named.get("dim", -1)),
     "one_hot": lambda tracker, named: tracker._require(named["self"]).unsqueeze(-1),
     "einsum": _einsum,
     "embedding": _embedding,

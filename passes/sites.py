@@ -19,14 +19,27 @@ RegionFor = Callable[[str, Sequence[WeightUse]], str]
 
 
 def linear_weights(captured: CapturedGraph, used: Iterable[str]) -> tuple[str, ...]:
-    """FQNs of all weights of layers in ``named_parameters`` order: those of ``used``, and of every nn.Linear."""
+    """FQNs of all weights of layers in ``named_parameters`` order: those of ``used``, and unused ones like them."""
     wanted = set(used)
     owned = {
         id(module.weight)
         for module in captured.module.modules()
         if isinstance(module, nn.Linear) and isinstance(getattr(module, "weight", None), nn.Parameter)
     }
-    return tuple(fqn for fqn, parameter in captured.module.named_parameters() if fqn in wanted or id(parameter) in owned)
+    # Parameters in the place of used weights in modules of their class: experts that were not called, say.
+    places = {_place_of(captured, fqn) for fqn in wanted}
+    read = set(captured.parameter_nodes.values())
+    return tuple(
+        fqn
+        for fqn, parameter in captured.module.named_parameters()
+        if fqn in wanted or id(parameter) in owned or (fqn not in read and _place_of(captured, fqn) in places)
+    )
+
+
+def _place_of(captured: CapturedGraph, fqn: str) -> tuple[type, str]:
+    """Class of the module that owns a parameter, and the parameter's name in it."""
+    owner, _, leaf = fqn.rpartition(".")
+    return type(captured.module.get_submodule(owner)), leaf
 
 
 def build_sites(

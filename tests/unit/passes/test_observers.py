@@ -310,10 +310,10 @@ def test_a_copied_weight_is_forgotten_with_its_memory() -> None:
     observer = ModuleObserver(model, StatisticsCollector(vlm_regions().pruned_sites, PaddingPlan()))
     with torch.inference_mode(), observer:
         copy = model.get_parameter("text.0.up.weight").double()
-    (entry,) = observer._copies.values()
+    (entry,) = observer.places.copies.values()
     later = torch.empty_like(copy)
-    observer._copies[storage_address(later)] = entry
-    assert [fqn for fqn, *_ in observer._places(later)] == ["text.0.up.weight"]
+    observer.places.copies[storage_address(later)] = entry
+    assert [place.fqn for place in observer.places.of(later)] == ["text.0.up.weight"]
     del copy
-    assert observer._places(later) == []
-    assert storage_address(later) not in observer._copies
+    assert observer.places.of(later) == []
+    assert storage_address(later) not in observer.places.copies
