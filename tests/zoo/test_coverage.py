@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow  # every modeling file of transformers is imported
 
 from benchmarks.zoo.coverage import EXEMPT, missing_architectures, multimodal_classes
 from benchmarks.zoo.table import all_rows
