@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow  # every modeling file of transformers is imported
 
 from benchmarks.zoo.coverage import EXEMPT, missing_architectures, multimodal_classes
 from benchmarks.zoo.table import all_rows
+
+pytestmark = pytest.mark.slow  # every modeling file of transformers is imported
 
 
 def test_the_classes_are_told_by_what_they_take() -> None:
