@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -160,29 +160,57 @@ class DataFile:
             tensors = [
                 item for item in self.record.tensors.values() if item.external is not None and item.external.path == source
             ]
+            tensors.sort(key=lambda item: item.external.offset if item.external else 0)
             with source.open("rb") as original, (folder / location).open("wb") as target:
-                if not self.is_moved:
-                    while block := original.read(_COPY_BYTES):
-                        target.write(block)
-                for item in tensors:
-                    assert item.external is not None  # selected above
-                    values = self.values(item) if item.name in self.places or not self.is_moved else None
-                    if self.is_moved and item.name in self.places and values is None:
-                        original.seek(item.external.offset)
-                        values = original.read(external_length(item))
-                    if values is not None:
-                        target.seek(self.places.get(item.name, item.external.offset))
-                        target.write(values)
-                for where, offset, data in self.added:
-                    if where == location:
-                        target.seek(offset)
-                        target.write(_made(data))
+                if self.is_moved:
+                    self._write_moved(tensors, location, original, target)
+                else:
+                    self._write_in_place(tensors, original, target)
+
+    def _write_in_place(self, tensors: Sequence[TensorRecord], original: BinaryIO, target: BinaryIO) -> None:
+        """The bytes of the original, with those of masked tensors exchanged on the way."""
+        for item in tensors:
+            values = self.values(item)
+            if values is not None:
+                assert item.external is not None  # external tensors only
+                _copy(original, target, item.external.offset - target.tell())
+                target.write(values)
+                original.seek(target.tell())
+        _copy(original, target, None)
+
+    def _write_moved(self, tensors: Sequence[TensorRecord], location: str, original: BinaryIO, target: BinaryIO) -> None:
+        """The tensors that are left at their new places, and the new ones."""
+        for item in tensors:
+            if item.name in self.places:
+                assert item.external is not None  # external tensors only
+                values = self.values(item)
+                original.seek(item.external.offset)
+                target.seek(self.places[item.name])
+                if values is None:
+                    _copy(original, target, external_length(item))
+                else:
+                    target.write(values)
+        for where, offset, data in self.added:
+            if where == location:
+                target.seek(offset)
+                target.write(_made(data))
 
     def _reserve(self, location: str, length: int) -> int:
         alignment = _PAGE if length >= _PAGED_BYTES else _ALIGNMENT
         offset = -(-self.ends[location] // alignment) * alignment
         self.ends[location] = offset + length
         return offset
+
+
+def _copy(original: BinaryIO, target: BinaryIO, length: int | None) -> None:
+    """Copy so many bytes from where the original is, all that are left where None is given."""
+    left = length
+    while left is None or left > 0:
+        block = original.read(_COPY_BYTES if left is None else min(left, _COPY_BYTES))
+        if not block:
+            return
+        target.write(block)
+        left = None if left is None else left - len(block)
 
 
 def external_length(tensor: TensorRecord) -> int:
