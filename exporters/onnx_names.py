@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from mfcompile.errors import ExportError
+from mfcompile.exporters.conversion import RefusedProgramError
 
 SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
@@ -48,12 +48,12 @@ def name_interface(
         dynamic_axes: input name -> dimension -> axis name.
 
     Raises:
-        ExportError: the graph has another number of outputs than there are names.
+        RefusedProgramError: the graph has another number of outputs than there are names.
     """
     graph = model.graph
     notes: list[str] = []
     if len(graph.outputs) != len(output_names):
-        raise ExportError(
+        raise RefusedProgramError(
             f"the converted graph has {len(graph.outputs)} outputs, but the captured model names {len(output_names)} "
             f"({', '.join(output_names)}). Return tensors only, in a tuple or a dict"
         )

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import mfcompile
 from mfcompile import compile as compiling
-from mfcompile.errors import CalibrationError, ExportError, InputError, RegionError
-from mfcompile.frontends.capture import with_export
+from mfcompile.errors import CalibrationError, InputError, RegionError
 from mfcompile.passes.masking import masked_parameters
 from tests.models import Batch, TinyVlm, TwoLayers, tiny_vlm, vlm_batch, vlm_captured, vlm_regions, vlm_statistics
 
@@ -294,26 +293,3 @@ def test_a_half_precision_model_is_held_to_half_precision(tmp_path: Path) -> Non
     report = found.verify(found.export_onnx(tmp_path / "model.onnx"))
     assert report.passed
     assert (report.rtol, report.atol) == (2e-2, 1e-2)
-
-
-def test_onnx_of_bfloat16_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    model = TwoLayers(8).eval().bfloat16()
-    found = mfcompile.compile_pruned(model, {"image": torch.randn(4, 8).bfloat16()}, modalities={"image": "vision"})
-    with pytest.raises(ExportError, match=r"blocks\.0\.up\.weight is bfloat16, .*model\.float\(\)"):
-        found.export_onnx(tmp_path / "model.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-class ReadsItsInput(TwoLayers):
-    def forward(self, image: Tensor) -> Tensor:
-        return super().forward(image * (2 if float(image.sum()) > 0 else 1))
-
-
-def test_a_refused_export_is_tried_once_and_quietly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    found = mfcompile.compile_pruned(ReadsItsInput().eval(), {"image": torch.randn(3, 4)}, modalities={"image": "vision"})
-    tried = with_export(found.captured)
-    assert with_export(tried) is tried
-    with pytest.raises(ExportError, match=r"(?s)Tried torch\.export.*--no-onnx") as caught:
-        mfcompile.export_onnx(tried, tmp_path / "model.onnx")
-    assert len(str(caught.value)) < 2000
-    assert "def forward" not in "".join(capfd.readouterr())
