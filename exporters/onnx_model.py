@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,10 +127,30 @@ def export_onnx(
     if split is None:
         artifact = _write_model(model, weights, path, storage, accept)
         return replace(artifact, notes=notes, route=exported.route)
-    dense_size = _dense_size(model, path, storage)
+    names = _all_names(split.regions, exported, captured)
+    request = complete_request(split, model, names, exported.example_inputs.tensors())
+    artifact = _write_parts(model, weights, path, storage, request, accept)
+    return replace(artifact, notes=(*notes, *artifact.notes), route=exported.route)
+
+
+def _all_names(fqns: Iterable[str], exported: ExportedModel, captured: CapturedGraph) -> dict[str, tuple[str, ...]]:
+    """Parameter -> every name that it may have in the program; its own comes last."""
     aliases = tensor_aliases(exported.program)
-    names = {fqn: (*aliases.get(fqn, ()), *captured.aliases.get(fqn, ()), fqn) for fqn in split.regions}
-    divided = split_model(model, complete_request(split, model, names, exported.example_inputs.tensors()))
+    return {fqn: (*aliases.get(fqn, ()), *captured.aliases.get(fqn, ()), fqn) for fqn in fqns}
+
+
+def _write_parts(
+    model: ir.Model,
+    weights: list[MaskedWeight],
+    path: Path,
+    storage: Storage,
+    split: SplitRequest,
+    accept: Callable[[Path], None] | None,
+) -> ExportedArtifact:
+    """Write a model in parts, each with the masked weights that it reads."""
+    dense_size = _dense_size(model, path, storage)
+    dynamic_axes = describe_interface(model).dynamic_axes
+    divided = split_model(model, split)
 
     def write_part(part: ModelPart, file: Path) -> ExportedArtifact:
         stored = part.model.graph.initializers
@@ -138,13 +158,8 @@ def export_onnx(
         return _write_model(part.model, own, file, storage)
 
     artifact = write_split(divided, path, split.modalities, write_part, accept)
-    return replace(
-        artifact,
-        dense_size_bytes=dense_size,
-        dynamic_axes={name: axes for name, axes in interface.dynamic_axes.items() if name in divided.input_names},
-        notes=(*notes, *artifact.notes),
-        route=exported.route,
-    )
+    kept = {name: axes for name, axes in dynamic_axes.items() if name in divided.input_names}
+    return replace(artifact, dense_size_bytes=dense_size, dynamic_axes=kept)
 
 
 def _write_model(
