@@ -6,6 +6,9 @@ A whole layer that is the only item of a list is a block as well, and so is one 
 So is, where nothing repeated lies around it, a whole layer that is there once (a single fusion layer, a pooling head with
 attention and MLP).
 
+A submodule that computes a linear map and nothing else (a linear layer with a low-rank addition) is no layer of its own:
+it is a part of the layer around it.
+
 Where such levels nest, the innermost that is a whole layer is taken, one that holds an attention and more than the
 attention's own projections: in a layer that holds its attentions in a list of its own, or as attributes that look
 alike, the layer is the block, not the attention. Where no level is a whole layer (attentions and feed-forwards in one
@@ -23,7 +26,7 @@ from torch import fx, nn
 from mfcompile.graph import CapturedGraph, ModuleCall, module_stack
 from mfcompile.passes.attention import is_attention_projection
 from mfcompile.passes.labels import LabelFlow
-from mfcompile.passes.operators import written_arguments
+from mfcompile.passes.operators import is_linear_map, written_arguments
 from mfcompile.region import NO_LABELS, Labels, WeightUse
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -105,7 +108,7 @@ class BlockFinder:
         """Path of every repeated submodule -> whether it repeats one of equal structure, or itself."""
         found: dict[str, bool] = {}
         for path in sorted(self._weights, key=len, reverse=True):
-            if not path or len(self._weights[path]) < 2:
+            if not path or len(self._weights[path]) < 2 or path not in self._nonlinear:
                 continue
             others = self._siblings(path)
             chained = [other for other in others if self._is_chained(path, other)]
@@ -160,7 +163,16 @@ class BlockFinder:
     @cached_property
     def _whole_layers(self) -> set[str]:
         """Paths that use projections of an attention and other weights too."""
-        return {path for path, found in self._roles.items() if len(found) == 2}
+        return {path for path, found in self._roles.items() if len(found) == 2 and path in self._nonlinear}
+
+    @cached_property
+    def _nonlinear(self) -> set[str]:
+        """Paths that compute more than a linear map of one activation."""
+        found: set[str] = set()
+        for node in self.captured.graph.nodes:
+            if node.op == "call_function" and not is_linear_map(node):
+                found.update(call.path for call in self.stacks.around(node))
+        return found
 
     @cached_property
     def _roles(self) -> dict[str, set[bool]]:

@@ -112,3 +112,34 @@ CONTENT_FREE = frozenset(
     }
 )  # fmt: skip
 """Operators whose result says something about shapes or truth, but carries no content of a modality."""
+
+
+_LINEAR_MAPS = frozenset(
+    {"linear", "addmm", "matmul", "mm", "add", "sub", "mul", "div", "dropout", "to", "_to_copy", "clone", "alias", "detach"}
+)
+"""Operators that map an activation linearly, where nothing but one activation and stored values take part."""
+
+
+def is_linear_map(node: fx.Node) -> bool:
+    """The operator only re-arranges an activation, adds activations, or multiplies one by stored values.
+
+    A product of two activations, an attention, a normalisation or an activation function is not linear.
+    """
+    name = operator_name(node).rstrip("_") or operator_name(node)
+    if is_view(node):
+        return True
+    if name not in _LINEAR_MAPS:
+        return False
+    operands = [source for source in node.all_input_nodes if not is_stored(source)]
+    return len(operands) <= 1 or name in {"add", "sub"}
+
+
+def is_stored(node: fx.Node) -> bool:
+    """A parameter, a buffer or a constant, perhaps re-arranged or cast."""
+    while (
+        node.op == "call_function"
+        and len(node.all_input_nodes) == 1
+        and (is_view(node) or operator_name(node) in {"to", "_to_copy", "clone", "alias", "detach"})
+    ):
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
