@@ -36,10 +36,11 @@ def linear_weights(captured: CapturedGraph, used: Iterable[str]) -> tuple[str, .
     )
 
 
-def _place_of(captured: CapturedGraph, fqn: str) -> tuple[type, str]:
-    """Class of the module that owns a parameter, and the parameter's name in it."""
-    owner, _, leaf = fqn.rpartition(".")
-    return type(captured.module.get_submodule(owner)), leaf
+def _place_of(captured: CapturedGraph, fqn: str) -> tuple[type, int]:
+    """Class of the module that owns a parameter, and the parameter's number in it."""
+    path, _, leaf = fqn.rpartition(".")
+    owner = captured.module.get_submodule(path)
+    return type(owner), list(owner._parameters).index(leaf)
 
 
 def build_sites(
