@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from torch import fx, nn
 
@@ -94,7 +93,8 @@ class _LayerFinder:
         counts: dict[object, int] = {}
         for layer in found:
             counts[self.signature(layer)] = counts.get(self.signature(layer), 0) + 1
-        return [layer for layer in found if counts[self.signature(layer)] > 1 or self._stands_alone(layer, found, counts)]
+        # A whole layer, attention and what follows it, is one also where no other is like it.
+        return [layer for layer in found if counts[self.signature(layer)] > 1 or (layer.projections and layer.others)]
 
     def signature(self, layer: _Layer) -> tuple[object, ...]:
         """What makes two layers equal in structure."""
@@ -125,31 +125,6 @@ class _LayerFinder:
             if node in start or any(source in reached for source in node.all_input_nodes):
                 reached.add(node)
         return bool(reached & goal)
-
-    def _stands_alone(self, layer: _Layer, found: Sequence[_Layer], counts: dict[object, int]) -> bool:
-        """A whole layer of a kind of its own is a layer, unless it reads nothing but what a repeated stack read: a head."""
-        if not (layer.projections and layer.others):
-            return False
-        stacks = [other for other in found if counts[self.signature(other)] > 1]
-        return not any(self._inputs(layer) == self._inputs(stack) and self.feeds(stack, layer) for stack in stacks)
-
-    def _inputs(self, layer: _Layer) -> int:
-        """A bit for every input of the model that reaches a layer."""
-        bits = 0
-        for use in layer.uses:
-            bits |= self._reached[self._by_name[use.activation]]
-        return bits
-
-    @cached_property
-    def _reached(self) -> dict[fx.Node, int]:
-        """Node -> a bit for every input of the model that reaches it."""
-        found: dict[fx.Node, int] = {}
-        for node, index in self._order.items():
-            bits = 1 << index if node.op == "placeholder" else 0
-            for source in node.all_input_nodes:
-                bits |= found[source]
-            found[node] = bits
-        return found
 
     def _around_attentions(self, closing: dict[int, bool]) -> list[_Layer]:
         anchors = self._anchors()
