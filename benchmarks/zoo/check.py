@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,6 @@ from benchmarks.zoo.row import Row
 from mfcompile.compile import assemble
 from mfcompile.errors import MfcompileError
 from mfcompile.inputs import output_tensors
-from mfcompile.masks import MaskSet
 
 SPARSITY = 0.5
 
@@ -71,6 +70,7 @@ def _stages(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
     with torch.no_grad():
         module(**inputs)
     yield done("run")
+    before = {name: item.detach().clone() for name, item in module.named_parameters(remove_duplicate=False)}
     captured, seconds = _timed(lambda: mfcompile.capture(module, inputs))
     yield done("capture", capture_seconds=seconds, nodes=len(captured.graph.nodes))
     regions, seconds = _timed(lambda: mfcompile.infer_regions(captured, modalities=dict(row.modalities) or None))
@@ -89,7 +89,7 @@ def _stages(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
     compiled = assemble(captured, regions, statistics, masks, sparsity=SPARSITY)
     _check_sparsity(masks)
     yield done("prune", sparsity=_achieved(masks))
-    _check_masks(module, compiled.strip(), masks)
+    _check_masks(module, before, compiled.strip(), masks)
     yield done("masks")
     _check_module(module, compiled.module, masks, inputs)
     yield done("module")
@@ -115,13 +115,13 @@ def _timed(action: Callable[[], T]) -> tuple[T, float]:
     return action(), round(time.perf_counter() - started, 2)
 
 
-def _achieved(masks: MaskSet) -> float:
+def _achieved(masks: Mapping[str, Tensor]) -> float:
     kept = sum(int(masks[fqn].sum()) for fqn in masks)
     total = sum(masks[fqn].numel() for fqn in masks)
     return round(1 - kept / total, 4)
 
 
-def _check_sparsity(masks: MaskSet) -> None:
+def _check_sparsity(masks: Mapping[str, Tensor]) -> None:
     """The masks remove the share that was asked for, to one weight of each group.
 
     Raises:
@@ -133,8 +133,14 @@ def _check_sparsity(masks: MaskSet) -> None:
         raise CheckError(f"{removed} of {total} weights are removed, not the share {SPARSITY} that was asked for")
 
 
-def _check_masks(dense: nn.Module, stripped: nn.Module, masks: MaskSet) -> None:
+def _check_masks(dense: nn.Module, before: Mapping[str, Tensor], stripped: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Every weight is the dense one where its mask keeps it, and zero elsewhere; other parameters are untouched.
+
+    Args:
+        dense: the row's model; it tells which names are one weight.
+        before: values of its parameters before the capture; what is left unpruned is shared with the stripped model.
+        stripped: what is looked at.
+        masks: FQN -> mask.
 
     Raises:
         CheckError: names the parameter.
@@ -146,7 +152,7 @@ def _check_masks(dense: nn.Module, stripped: nn.Module, masks: MaskSet) -> None:
         raise CheckError(f"parameters came or went: {', '.join(sorted(found.keys() ^ own.keys()))}")
     for name, parameter in found.items():
         mask = masked.get(id(own[name]))
-        if not _same(parameter, own[name] if mask is None else own[name] * mask):
+        if not _same(parameter, before[name] if mask is None else before[name] * mask):
             raise CheckError(f"{name} is not its dense value" + ("" if mask is None else " times its mask"))
 
 
@@ -155,7 +161,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _check_module(dense: nn.Module, pruned: nn.Module, masks: MaskSet, inputs: dict[str, Any]) -> None:
+def _check_module(dense: nn.Module, pruned: nn.Module, masks: Mapping[str, Tensor], inputs: dict[str, Any]) -> None:
     """The pruned module computes what a copy of the dense one with zeroed weights computes, and it computes something.
 
     Raises:

@@ -49,7 +49,8 @@ class Ignoring(nn.Module):
         found = self.layers[0](pixel_values)
         if int(input_ids[0, 0]) > self.limit:
             found = found + input_ids.float().mean()
-        return self.layers[1](found)
+        result: Tensor = self.layers[1](found)
+        return result
 
 
 INPUTS = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]]), "pixel_values": torch.randn(2, 8)}
