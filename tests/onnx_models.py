@@ -135,7 +135,8 @@ def save(model: onnx.ModelProto, path: Path, *, external: bool = False) -> Path:
     """Write a model; with ``external`` all but small tensors lie in a file beside it."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)  # saving externally changes the model that is saved
-    onnx.save(copy, path, save_as_external_data=external, location=f"{path.name}.data" if external else None, size_threshold=200)
+    location = f"{path.name}.data" if external else None
+    onnx.save(copy, path, save_as_external_data=external, location=location, size_threshold=200)
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,8 @@ FILES = {"masks.safetensors", "model.onnx", "recipe.yaml", "report.json", "spars
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx")
     save(two_towers(), folder / "model.onnx")
-    np.savez(folder / "batches.npz", **{name: tensor.numpy() for name, tensor in two_towers_inputs(batch=12).items()})
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in two_towers_inputs(batch=12).items()}
+    np.savez(folder / "batches.npz", **arrays)
     return folder
 
 

@@ -30,6 +30,7 @@ def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
         regions={"text.*": "text"},
         modalities={"x": "vision"},
         padding_mask="mask",
+        calibration=tmp_path / "data" / "batches.npz",
         num_calibration_samples=8,
         onnx=False,
         format="dense",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mfcompile.errors import InputError
 from mfcompile.frontends.calibration_files import load_calibration
 
 
-def arrays(samples: int) -> dict[str, np.ndarray]:
+def arrays(samples: int) -> dict[str, Any]:
     return {"image": np.arange(samples * 3, dtype=np.float32).reshape(samples, 3), "ids": np.arange(samples)}
 
 

@@ -38,7 +38,7 @@ def test_positions_count_and_types_are_zero(tmp_path: Path) -> None:
         )
     writer.op("Sum", "a.rows", "b.rows", "c.rows", out="y")
     found = synthesize(OnnxFile(save(writer.model("y", rank=3), tmp_path / "m.onnx"))).tensors()
-    assert len(found["a"].unique()) > 4
+    assert len(set(found["a"].flatten().tolist())) > 4
     assert found["b"].tolist() == [list(range(8))] * 2
     assert not found["c"].any()
 
