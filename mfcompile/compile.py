@@ -18,6 +18,7 @@ from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet
 from mfcompile.onnx_entry import capture_file, export_file, first_batch, is_onnx, opened, with_weaker_rules
 from mfcompile.onnx_ladder import FLOAT32_KEY, FLOAT32_VALUE, export_accepted, float32_inputs, float32_module
+from mfcompile.parameter_checks import refuse_broken_parameters, require_values
 from mfcompile.passes.base import run_transform
 from mfcompile.passes.calibration import calibrate as _calibrate
 from mfcompile.passes.mask_selection import SelectionOptions
@@ -51,20 +52,6 @@ def capture(model: nn.Module | Path | str, example_inputs: Any = None) -> Captur
     """
     module = opened(model)
     return capture_file(module, example_inputs) if is_onnx(module) else _capture(module, example_inputs)
-
-
-def _require_values(module: nn.Module) -> None:
-    """Refuse to prune, run or write a model whose weights are only a plan.
-
-    Raises:
-        InputError: names the first weight without values.
-    """
-    missing = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
-    if missing:
-        raise InputError(
-            f"the model has {len(missing)} parameters without values (on the meta device; first: {missing[0]}): its regions "
-            f"can be inspected, but it cannot be pruned or written. Load the weights first"
-        )
 
 
 def infer_regions(
@@ -121,7 +108,7 @@ def calibrate(
     Raises:
         CalibrationError: no batch, a region without a token, NaN or infinity in an activation, or a refused batch.
     """
-    _require_values(captured.module)
+    require_values(captured.module)
     found = regions if regions is not None else infer_regions(captured)
     return _calibrate(
         captured, found, batches, padding_mask=padding_mask, num_samples=num_samples, observe=observe, progress=progress
@@ -155,7 +142,7 @@ def select_masks(
         InputError: an option is not valid, nothing is left to prune, or a weight holds NaN or infinity.
         CalibrationError: statistics are needed and missing.
     """
-    _require_values(captured.module)
+    require_values(captured.module)
     options = SelectionOptions(sparsity, criterion, allocation, rounding)
     return _select_masks(captured, regions, statistics, options, progress)
 
@@ -197,7 +184,7 @@ def export_onnx(
         ExportError: no way of exporting gives a file that computes what the model computes; names every way that was
             tried, with the operator or the line of the model that stopped it.
     """
-    _require_values(pruned.module)
+    require_values(pruned.module)
     request = split_request(split, infer_regions(pruned) if regions is None and split is not None else regions)
     if is_onnx(pruned.module):
         if request is not None:
@@ -352,7 +339,7 @@ def compile_pruned(
             "then prune it further"
         )
 
-    _require_values(model)
+    require_values(model)
 
     def step(stage: str) -> Callable[[int, int | None], None]:
         return lambda done, total: None if progress is None else progress(stage, done, total)
@@ -361,7 +348,7 @@ def compile_pruned(
     captured = capture(model, example_inputs)
     model = captured.module
     found = infer_regions(captured, modalities=modalities, regions=regions, targets=targets, ignore=ignore)
-    _refuse_broken_parameters(model, found)
+    refuse_broken_parameters(model, found)
     step("capture")(1, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -375,20 +362,6 @@ def compile_pruned(
         )
     masks = select_masks(captured, found, statistics, sparsity=sparsity, rounding=rounding, progress=step("select"))
     return assemble(captured, found, statistics, masks, sparsity=sparsity, rounding=rounding, seed=seed)
-
-
-def _refuse_broken_parameters(model: nn.Module, regions: RegionMap) -> None:
-    """Name a damaged weight before calibration, which would only see what it does to the activations behind it.
-
-    Raises:
-        InputError: a parameter holds NaN, or a linear weight an infinity (elsewhere it may be meant, as in a mask).
-    """
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or not parameter.numel() or parameter.itemsize < 2:
-            continue
-        lowest, highest = torch.aminmax(parameter.detach())  # a NaN anywhere makes both NaN, and nothing is allocated
-        if lowest.isnan() or (name in regions.weights and (lowest.isinf() or highest.isinf())):
-            raise InputError(f"the parameter {name} holds NaN or infinity: the model cannot be pruned. Check the checkpoint")
 
 
 def assemble(
