@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import re
 import zipfile
 from pathlib import Path
@@ -44,17 +45,35 @@ def load_pt2(path: Path) -> ModelSource:
 
 
 def _load(path: Path) -> ExportedProgram:
+    for module in _modules_of_outputs(path):
+        _imported(module)
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # torch logs the traceback of what it raises
     try:
         return torch.export.load(path)
     except Exception as error:  # torch raises many kinds for a file that it cannot read
-        module = re.search(rf"\b({re.escape(_KNOWN_TYPES)}[\w.]+)\.\w+", str(error))
-        if module and _imported(module[1]):
-            return torch.export.load(path)
+        reason = _first_line(error.__cause__ or error.__context__ or error)
         raise InputError(
-            f"{path} cannot be loaded by torch.export.load ({type(error).__name__}: {_first_line(error)}). An archive of "
-            f"another version of torch must be exported again; one of AOTInductor holds compiled code and no graph; an output "
-            f"class that torch does not know needs its library: load it in a model.py after importing that"
+            f"{path} cannot be loaded by torch.export.load ({reason}). An archive of another version of torch must be exported "
+            f"again; one of AOTInductor holds compiled code and no graph; an output class that torch does not know needs its "
+            f"library: load it in a model.py after importing that"
         ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _modules_of_outputs(path: Path) -> list[str]:
+    """Modules of installed libraries that define the classes of the program's inputs and outputs."""
+    with zipfile.ZipFile(path) as archive:
+        graphs = [json.loads(archive.read(name)) for name in archive.namelist() if re.search(r"/models/[^/]+\.json$", name)]
+    specs = []
+    for graph in graphs:
+        for entry in graph.get("graph_module", {}).get("module_call_graph", ()):
+            signature = entry.get("signature") or {}
+            specs += [signature.get("in_spec") or "", signature.get("out_spec") or ""]
+    found = re.findall(rf"\b({re.escape(_KNOWN_TYPES)}[\w.]+)\.\w+", " ".join(specs))
+    return list(dict.fromkeys(found))
 
 
 def _imported(module: str) -> bool:
@@ -101,6 +120,6 @@ def _is_pickled(archive: zipfile.ZipFile, name: str) -> bool:
     return any(item["use_pickle"] or (is_constants and not item["path_name"].startswith(_TENSOR_CONSTANT)) for item in entries)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text: Any = str(error).strip() or repr(error)
     return str(text).splitlines()[0].rstrip(".")[:300]

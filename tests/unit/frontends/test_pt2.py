@@ -193,3 +193,23 @@ def test_copies_share_the_program() -> None:
 
     model = program_module(program())
     assert copy.deepcopy(model).held is model.held
+
+
+def test_output_classes_of_transformers_are_known_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """In this process the class is known already: whoever loads the archive has not built the model."""
+    import subprocess
+    import sys
+
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
+    model = transformers.ViTModel(config).eval()
+    exported = torch.export.export(model, (), {"pixel_values": torch.rand(2, 3, 16, 16)}, strict=False)
+    torch.export.save(exported, tmp_path / "vit.pt2")
+    code = (
+        "import mfcompile\nfrom mfcompile.frontends.sources import load_source\n"
+        f"source = load_source({str(tmp_path / 'vit.pt2')!r})\n"
+        "print(*mfcompile.capture(source.model, source.example_inputs).output_names)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["last_hidden_state", "pooler_output"], ran.stderr
