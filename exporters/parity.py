@@ -138,6 +138,7 @@ def verify(
         cases=tuple(describe(case) for case in cases),
         runtime=f"onnxruntime {onnxruntime.__version__}",
         notes=tuple(notes),
+        reference=getattr(module, "parity_reference", "PyTorch"),
     )
 
 

@@ -101,6 +101,8 @@ class ParityReport:
         batch_sizes: batch sizes that were compared; empty where the model has no batch dimension.
         cases: what was compared, in words.
         runtime: name and version of the runtime.
+        notes: what could not be compared, and why.
+        reference: what the file was compared with, in words.
     """
 
     outputs: tuple[OutputParity, ...]
@@ -110,6 +112,7 @@ class ParityReport:
     cases: tuple[str, ...]
     runtime: str
     notes: tuple[str, ...] = field(default=())
+    reference: str = "PyTorch"
 
     @property
     def passed(self) -> bool:

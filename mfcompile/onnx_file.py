@@ -63,6 +63,8 @@ class OnnxFile(nn.Module):
         InputError: the file is missing, damaged, incomplete, or not valid ONNX.
     """
 
+    parity_reference = "the original file, its pruned weights put to zero"
+
     def __init__(self, path: Path | str) -> None:
         super().__init__()
         self.path = Path(path)

@@ -311,6 +311,7 @@ def parity_rows(parity: ParityReport) -> dict[str, Any]:
         "batch_sizes": list(parity.batch_sizes),
         "cases": list(parity.cases),
         "runtime": parity.runtime,
+        "reference": parity.reference,
         "notes": list(parity.notes),
         "outputs": [
             {

@@ -35,7 +35,7 @@ STAGES = {
     "apply": "applying the masks",
     "evaluate": "evaluating",
     "onnx": "writing the ONNX file",
-    "verify": "comparing onnxruntime with PyTorch",
+    "verify": "comparing the file with the model",
     "latency": "measuring latency",
     "write": "writing the artefacts",
 }

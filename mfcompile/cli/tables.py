@@ -145,7 +145,7 @@ def skipped_table(report: Mapping[str, Any]) -> RenderableType | None:
 
 
 def parity_table(parity: Mapping[str, Any]) -> RenderableType:
-    """Agreement of onnxruntime and PyTorch, output by output."""
+    """Agreement of onnxruntime and the reference, output by output."""
     rows = [
         (
             item["name"],
@@ -155,7 +155,8 @@ def parity_table(parity: Mapping[str, Any]) -> RenderableType:
         )
         for item in parity["outputs"]
     ]
-    title = f"Parity of {parity['runtime']} with PyTorch (atol {parity['atol']:g}, rtol {parity['rtol']:g})"
+    reference = parity.get("reference", "PyTorch")
+    title = f"Parity of {parity['runtime']} with {reference} (atol {parity['atol']:g}, rtol {parity['rtol']:g})"
     return table(title, ("output", ">largest difference", ">largest value", "tolerance"), rows)
 
 

@@ -44,6 +44,8 @@ def test_prune_writes_what_makes_sense(folder: Path, pruned: Outcome) -> None:
     assert report["calibration"]["batches"] == 2
     assert report["parity"]["passed"] is True
     assert report["parity"]["max_abs_diff"] == 0.0
+    assert "the original file" in report["parity"]["reference"]
+    assert "with PyTorch" not in pruned.out
     assert report["latency"]["ratio"] > 0
     assert {row["region"] for row in report["regions"]} == {"vision", "fusion"}
     assert all(row["kept"] == row["weights"] - int(0.63 * row["weights"]) for row in report["regions"])
