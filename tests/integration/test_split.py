@@ -306,7 +306,8 @@ def test_families_in_parts(family: str, tmp_path: Path) -> None:
     from tests.zoo import families
 
     torch.manual_seed(0)
-    split = build(*getattr(families, family)(), tmp_path)
+    module, inputs = getattr(families, family)()
+    split = build(module, inputs, tmp_path)
     names, crossings = FAMILIES[family]
     assert [part.name for part in split.manifest.parts] == names
     assert {item.name for part in split.manifest.parts for item in part.inputs if item.part} == crossings
