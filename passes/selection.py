@@ -103,7 +103,7 @@ class _Counts:
 
     @classmethod
     def of(cls, histogram: NDArray[np.int64]) -> _Counts:
-        filled = np.flatnonzero(histogram)
+        filled = np.flatnonzero(histogram != 0)  # many times faster than on the counts themselves
         return cls(filled.astype(np.uint16), histogram[filled])
 
     def below(self, place: int) -> int:
