@@ -7,7 +7,7 @@ Each function takes what the aten operator takes: tensors are values of the ONNX
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -189,6 +189,18 @@ def where(condition: Any, self: Any, other: Any) -> Any:
     return op.Where(condition, self, other)
 
 
+def squeeze_dim(self: Any, dim: int) -> Any:
+    """Without this dimension where its size is 1; else as it is, as torch has it, where ONNX's Squeeze fails."""
+    return squeeze_dims(self, [dim])
+
+
+def squeeze_dims(self: Any, dim: Sequence[int]) -> Any:
+    """Without those of the dimensions whose size is 1 (or not known, which torch's own export takes for 1)."""
+    sizes = list(self.shape)
+    dropped = [axis for axis in dim if sizes and not (isinstance(sizes[axis], int) and sizes[axis] != 1)]
+    return op.Squeeze(self, _ints(*dropped)) if dropped else op.Identity(self)
+
+
 def cdist_forward(x1: Any, x2: Any, p: float, compute_mode: Any = None) -> Any:
     """Distances between all rows: x1 (..., n, d), x2 (..., m, d) -> (..., n, m)."""
     difference = op.Abs(op.Sub(op.Unsqueeze(x1, _ints(-2)), op.Unsqueeze(x2, _ints(-3))))
@@ -216,6 +228,8 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     aten._cdist_forward.default: cdist_forward,
     aten.cumprod.default: cumprod,
     aten.where.self: where,
+    aten.squeeze.dim: squeeze_dim,
+    aten.squeeze.dims: squeeze_dims,
     aten.masked_fill.Scalar: masked_fill,
     aten.masked_fill.Tensor: masked_fill,
 }

@@ -22,7 +22,7 @@ def fold_constants(graph_module: fx.GraphModule) -> fx.GraphModule:
 
     Parameters stay, with all that is computed from them, because masks find them by name. Assertions go, and so does
     what nothing reads. A tensor that is written in place is folded only when nothing but constants is written into it,
-    and only with its last values.
+    and only with its last values. An output that is a constant stays computed.
 
     Args:
         graph_module: as recorded; it is not changed.
@@ -45,7 +45,7 @@ def fold_constants(graph_module: fx.GraphModule) -> fx.GraphModule:
         with graph.inserting_before(copy):
             folded = graph.get_attr(name)
         folded.meta.update(copy.meta)
-        for reader in [copies[user] for user in node.users if user not in constant]:
+        for reader in [copies[user] for user in node.users if user not in constant and user.op != "output"]:
             reader.replace_input_with(copy, folded)
     _drop_unread(graph)
     return fx.GraphModule(root, graph)
@@ -151,7 +151,11 @@ def _values(graph_module: fx.GraphModule, constant: set[fx.Node]) -> dict[fx.Nod
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
                 values[node] = node.target(*args, **kwargs)
-    read = {node for node in constant if node.op != "get_attr" and any(user not in constant for user in node.users)}
+    read = {
+        node
+        for node in constant
+        if node.op != "get_attr" and any(user not in constant and user.op != "output" for user in node.users)
+    }
     return {
         node: value.contiguous().clone()
         for node, value in values.items()

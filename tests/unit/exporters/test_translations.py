@@ -89,6 +89,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "rsub": (lambda x: torch.rsub(x, 2.0, alpha=3), (CUBE,)),
     "nonzero_static": (lambda x: torch.nonzero_static(x, size=COUNT), (MASK,)),
     "nonzero_static, padded": (lambda x: torch.nonzero_static(x, size=COUNT + 2, fill_value=7), (MASK,)),
+    "squeeze of what is not 1": (lambda x: x.squeeze(1) + 1, (CUBE,)),
+    "squeeze of some": (lambda x: x.unsqueeze(0).squeeze((0, 2)) + 1, (CUBE,)),
     "cdist": (torch.cdist, (CUBE, CUBE[:, :4] + 1)),
     "multinomial takes each once": (lambda x: x.multinomial(5).sort(-1)[0], (torch.ones(3, 5),)),
     "grouped product": (

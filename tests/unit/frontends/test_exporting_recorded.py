@@ -91,7 +91,13 @@ def written(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
     return mask @ buffer + early + m.positions.cos().unsqueeze(1)
 
 
-BODIES = [branch, interpolate, walk, scatter, repeats, experts, written]
+def constant_output(m: Any, image: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """An output that no input reaches, read by another as well."""
+    grid = torch.arange(4.0).cos()
+    return m.linear(image) + grid, grid
+
+
+BODIES = [constant_output, branch, interpolate, walk, scatter, repeats, experts, written]
 
 
 def inputs(seed: int = 0) -> dict[str, Tensor]:
