@@ -130,8 +130,9 @@ class OnnxFile(nn.Module):
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         given: dict[str, Any] = {}
+        read = _read_names(model.graph)  # onnxruntime drops what nobody reads, and then refuses values for it
         for item in model.graph.initializer:
-            if item.data_location == onnx.TensorProto.EXTERNAL:
+            if item.data_location == onnx.TensorProto.EXTERNAL and item.name in read:
                 given[item.name] = ort_value(self.value(self._fqns[item.name]).cpu())
         if given:
             options.add_external_initializers(list(given), list(given.values()))
@@ -334,6 +335,17 @@ def _constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
         return None
     value = onnx.helper.get_attribute_value(attribute)
     return onnx.numpy_helper.from_array(np.array(value, numbers[attribute.name]))
+
+
+def _read_names(graph: onnx.GraphProto) -> set[str]:
+    """Every name that a node reads, in bodies too, and the outputs."""
+    found = {item.name for item in graph.output}
+    for node in graph.node:
+        found.update(node.input)
+        for item in node.attribute:
+            for body in (item.g, *item.graphs):
+                found |= _read_names(body)
+    return found
 
 
 def _empty(proto: onnx.TensorProto) -> None:

@@ -113,3 +113,19 @@ def test_sums_of_a_convolution_and_of_experts(tmp_path: Path) -> None:
         assert len(sites) == len(wanted)
         for site, sums in zip(sites, wanted, strict=True):
             assert torch.allclose(site.sum_of_squares, sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize("also", ["unread", "w"], ids=["a tensor that nobody reads", "the weight is an output as well"])
+def test_stored_tensors_that_are_no_operands(also: str, tmp_path: Path) -> None:
+    writer = GraphWriter()
+    writer.input("x", TensorProto.FLOAT, "batch", 32)
+    writer.weight("unread", 16, 16)
+    writer.op("MatMul", "x", writer.weight("w", 32, 32), out="y")
+    outputs = ("y", "w") if also == "w" else ("y",)
+    inputs = {"x": torch.randn(3, 32)}
+    path = save(writer.model(*outputs), tmp_path / "model.onnx")
+    model = mfcompile.compile_pruned(str(path), inputs, modalities={"x": "vision"}, targets=["w"])
+    for format in ("packed", "dense"):
+        assert model.verify(model.export_onnx(tmp_path / format / "model.onnx", format=format)).passed
+    saved = model.save(tmp_path / "saved")
+    assert {file.name for file in saved.iterdir()} == {"masks.safetensors", "model.onnx", "report.json"}
