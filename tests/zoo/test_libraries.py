@@ -121,7 +121,8 @@ MODELS = {
     "naflex, image": Model(naflex, image, {"vision": 8}, VISION_ONLY),
     "naflex, patches": Model(naflex, patches, {"vision": 8}, NAFLEX),
     "clip": Model(lambda: open_clip.CLIP(16, VISION, TEXT), pair, {"vision": 8, "text": 8}, BOTH),
-    "siglip": Model(siglip, lambda: {**pair(), "image": torch.randn(2, 3, 224, 224)}, {"vision": 48, "text": 8}, BOTH),
+    # Twelve blocks of four, and the layer that pools: q, kv, projection and two of its MLP.
+    "siglip": Model(siglip, lambda: {**pair(), "image": torch.randn(2, 3, 224, 224)}, {"vision": 53, "text": 8}, BOTH),
     # The decoder's first self-attention sees no image yet; its cross-attentions read queries, keys and values apart.
     "coca": Model(coca, pair, {"vision": 8, "text": 12, "fusion": 16}, BOTH),
 }

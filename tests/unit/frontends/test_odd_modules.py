@@ -355,7 +355,7 @@ def traced(layer: Layer) -> nn.Module:
 
 
 def frozen(layer: Layer) -> nn.Module:
-    return torch.jit.freeze(torch.jit.script(layer))
+    return cast(nn.Module, torch.jit.freeze(torch.jit.script(layer)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
