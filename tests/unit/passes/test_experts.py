@@ -15,6 +15,7 @@ import mfcompile
 from mfcompile.masks import MaskSet
 from mfcompile.passes.scores import score_weights
 from mfcompile.statistics import CalibrationStatistics
+from tests.zoo.renaming import rename
 
 WIDTH, INNER, EXPERTS, CHOSEN = 8, 16, 4, 2  # _grouped_mm wants rows of 16 bytes
 WAYS = ("loop", "grouped", "looked up", "batched")
@@ -287,3 +288,32 @@ def test_implementations_of_transformers_give_the_same(implementation: str) -> N
     assert sum(found[1].sites[f"model.layers.0.mlp.experts.down_proj[{expert}]"].padding_count for expert in range(4)) == 8
     assert found[2] == expected[2]
     assert found[1].diagnostics == expected[1].diagnostics == ()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_names_decide_nothing(way: str) -> None:
+    model = Mixture(way)
+    names = rename(model)
+    found = mfcompile.compile_pruned(model, image(), sparsity=0.5, modalities={"image": "vision"})
+    expected = compiled(way)
+    assert [names[site.fqn] for site in found.regions.pruned_sites] == [site.fqn for site in expected.regions.pruned_sites]
+    assert {names[fqn] for fqn in found.masks} == set(expected.masks)
+    assert all(torch.equal(found.masks[fqn], expected.masks[names[fqn]]) for fqn in found.masks)
+
+
+def test_experts_that_the_run_did_not_call_are_listed() -> None:
+    """A second stack of experts, for inputs that the example does not hold."""
+
+    class Two(Mixture):
+        def __init__(self) -> None:
+            super().__init__("grouped")
+            self.others = nn.ModuleList(Layer("grouped", is_turned=False) for _ in range(2))
+
+    captured = mfcompile.capture(Two(), image())
+    regions = mfcompile.infer_regions(captured, modalities={"image": "vision"})
+    reasons = {site.fqn: site.skipped for site in regions.sites if site.fqn.startswith("others")}
+    assert reasons == {
+        f"others.{layer}.{name}": "no call of the captured run uses it"
+        for layer in (0, 1)
+        for name in ("router.weight", "experts.up", "experts.down")
+    }
