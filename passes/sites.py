@@ -40,7 +40,7 @@ def _place_of(captured: CapturedGraph, fqn: str) -> tuple[type, int]:
     """Class of the module that owns a parameter, and the parameter's number in it."""
     path, _, leaf = fqn.rpartition(".")
     owner = captured.module.get_submodule(path)
-    return type(owner), list(owner._parameters).index(leaf)
+    return type(owner), [name for name, _ in owner._parameters.items()].index(leaf)  # a scripted one cannot be iterated
 
 
 def build_sites(
