@@ -97,12 +97,13 @@ def export_program(captured: CapturedGraph) -> tuple[ExportedModel | None, tuple
     return None, tuple(attempts)
 
 
-def candidates(captured: CapturedGraph, after: str = "") -> Iterator[Candidate]:
+def candidates(captured: CapturedGraph, after: str = "", first: str = "") -> Iterator[Candidate]:
     """Every way of exporting, in order, made when it is asked for.
 
     Args:
         captured: the captured model; its module is not changed.
         after: route of a way that was tried already, with all before it: start behind it.
+        first: route of the way to start with.
 
     Yields:
         (the attempt, its program or None where it failed).
@@ -111,7 +112,8 @@ def candidates(captured: CapturedGraph, after: str = "") -> Iterator[Candidate]:
     cached = _has_cache(captured.module)
     routes = [way.route for way in ways]
     tried: list[tuple[Any, ...]] = []
-    for way in ways[routes.index(after) + 1 if after in routes else 0 :]:
+    start = routes.index(first) if first in routes else routes.index(after) + 1 if after in routes else 0
+    for way in ways[start:]:
         kind = (way.make, way.cache or not cached, way.axes)
         if kind not in tried:  # a model without a cache is the same without it
             tried.append(kind)

@@ -42,6 +42,7 @@ def export_accepted(
     format: str = "packed",
     values: str = "fp32",
     split: SplitRequest | None = None,
+    first: str = "",
 ) -> tuple[ExportedArtifact, CapturedGraph]:
     """Write an ONNX file from the first program of the model that onnxruntime agrees with.
 
@@ -54,6 +55,7 @@ def export_accepted(
         format: see ``mfcompile.export_onnx``.
         values: see ``mfcompile.export_onnx``.
         split: how to divide the model into files; None writes one.
+        first: route to start with, where another file of the same model came about by it.
 
     Returns:
         (the artefact, the captured graph with the program that it was made from and everything that was tried).
@@ -63,13 +65,13 @@ def export_accepted(
         ExportError: no program gives a file that holds; says what was tried and why each was refused.
     """
     if _has_dtype(pruned.module, torch.bfloat16):
-        return _export(in_float32(pruned), path, format, values, split, is_cast=True)
+        return _export(in_float32(pruned), path, format, values, split, first, is_cast=True)
     try:
-        return _export(pruned, path, format, values, split)
+        return _export(pruned, path, format, values, split, first)
     except ExportError:
         if not _has_dtype(pruned.module, torch.float16):
             raise
-        return _export(in_float32(pruned), path, format, values, split, is_cast=True)
+        return _export(in_float32(pruned), path, format, values, split, first, is_cast=True)
 
 
 def in_float32(captured: CapturedGraph) -> CapturedGraph:
@@ -111,6 +113,7 @@ def _export(
     format: str,
     values: str,
     split: SplitRequest | None,
+    first: str,
     *,
     is_cast: bool = False,
 ) -> tuple[ExportedArtifact, CapturedGraph]:
@@ -126,7 +129,7 @@ def _export(
             raise RefusedProgramError(problem)
 
     tried = list(pruned.attempts)
-    for attempt, exported in _programs(pruned):
+    for attempt, exported in _programs(pruned, first):
         tried += [] if attempt is None else [attempt]
         if exported is None:
             continue
@@ -139,12 +142,13 @@ def _export(
     raise ExportError(_refusal(pruned, tried))
 
 
-def _programs(captured: CapturedGraph) -> Iterator[tuple[CaptureAttempt | None, ExportedModel | None]]:
+def _programs(captured: CapturedGraph, first: str) -> Iterator[tuple[CaptureAttempt | None, ExportedModel | None]]:
     """The program that the graph has already, then what is left of the ladder, each made when it is asked for."""
-    if captured.exported is not None:
+    if captured.exported is not None and first in ("", captured.exported.route):
         yield None, captured.exported
+        first = ""
     last = captured.attempts[-1].frontend if captured.attempts else ""
-    yield from candidates(captured, after=last if captured.exported is None else captured.exported.route)
+    yield from candidates(captured, after=last if captured.exported is None else captured.exported.route, first=first)
 
 
 def _disagreement(file: Path, module: nn.Module, example: ExampleInputs, values: str) -> str:

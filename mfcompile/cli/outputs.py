@@ -163,13 +163,14 @@ def _export(
 
 def measure_latency(artifact: ExportedArtifact, pruned: CapturedGraph, scratch: Path) -> dict[str, Any]:
     """Time the artefact against the unpruned model in dense format, in onnxruntime, on the example inputs."""
-    from mfcompile.compile import export_onnx
     from mfcompile.onnx_file import OnnxFile
+    from mfcompile.onnx_ladder import export_accepted
 
     if isinstance(pruned.module, OnnxFile):
         return compare({"dense": pruned.module.path, "pruned": artifact.path}, pruned.example_inputs)
     with tempfile.TemporaryDirectory(prefix=".latency-", dir=scratch) as folder:
-        dense = export_onnx(replace(pruned, masks=None), Path(folder) / "dense.onnx", format="dense")
+        plain = replace(pruned, masks=None)
+        dense, _ = export_accepted(plain, Path(folder) / "dense.onnx", format="dense", first=artifact.route)
         latency = compare({"dense": dense.path, "pruned": artifact.path}, pruned.example_inputs)
     return {**latency, "parts_ms": time_parts(artifact, pruned.example_inputs)} if artifact.parts else latency
 

@@ -106,6 +106,15 @@ def test_the_recording_is_the_last_resort_and_serves_masks(
     assert report.batch_sizes == (3,)
 
 
+def test_a_second_file_starts_where_the_first_came_about(tried: list[str], tmp_path: Path) -> None:
+    graph = with_export(captured())
+    artifact, ready = export_accepted(graph, tmp_path / "model.onnx", first="recorded graph")
+    assert tried == ["recorded graph"]
+    assert artifact.route == "recorded graph"
+    export_accepted(ready, tmp_path / "again.onnx", first="recorded graph")
+    assert tried == ["recorded graph"] * 2
+
+
 def test_a_refusal_lists_every_way_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     spoil(monkeypatch, *ROUTES)
     with pytest.raises(ExportError) as caught:
