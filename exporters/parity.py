@@ -295,13 +295,15 @@ def _compare(item: _Comparison, value: Tensor, reference: Tensor, rtol: float, a
 
 
 def _redraw(example: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """``rows`` with float content drawn anew; masks and integers as they are."""
+    """``rows`` with float content drawn anew; masks, integers and columns of whole numbers (coordinates) as they are."""
     if not example.is_floating_point() or not bool(torch.isfinite(example).all()) or _is_mask(example):
         return rows
     wide = example.double()
     drawn = torch.randn(rows.shape, generator=generator, dtype=torch.float64) * wide.std().cpu() + wide.mean().cpu()
     drawn = drawn.clamp(float(wide.min()), float(wide.max()))
-    return drawn.to(dtype=rows.dtype, device=rows.device)
+    drawn = drawn.to(dtype=rows.dtype, device=rows.device)
+    whole = (example == example.round()).reshape(-1, example.shape[-1]).all(0) if example.ndim > 1 else None
+    return drawn if whole is None or whole.all() else torch.where(whole, rows, drawn)
 
 
 def _is_mask(example: Tensor) -> bool:

@@ -297,3 +297,14 @@ def test_an_output_of_small_values_is_held_to_its_own_scale() -> None:
         item = _Comparison("small")
         _compare(item, reference * factor, reference, rtol=1e-3, atol=1e-4)
         assert item.within is within
+
+
+def test_coordinates_beside_content_are_not_drawn_anew() -> None:
+    places = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]]).expand(2, 3, 2)
+    content, pixels = torch.randn(2, 3, 4), torch.arange(24.0).reshape(2, 3, 4)
+    inputs = ExampleInputs((torch.cat([places, content], dim=-1), pixels), {}, ("patches", "pixels"))
+    for case in make_cases(inputs, seed=0, count=2, rows=False):
+        patches = case.tensors()["patches"]
+        assert torch.equal(patches[..., :2], places)
+        assert not torch.isclose(patches[..., 2:], content).any()
+        assert not torch.equal(case.tensors()["pixels"], pixels)  # whole numbers alone are content
