@@ -37,11 +37,12 @@ def failures(graph: CapturedGraph) -> list[tuple[str, str]]:
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Routes whose programs were converted."""
     routes: list[str] = []
-    convert = onnx_model.convert_program
+    convert: Any = vars(onnx_model)["convert_program"]
 
     def watched(exported: ExportedModel) -> ir.Model:
         routes.append(exported.route)
-        return convert(exported)
+        model: ir.Model = convert(exported)
+        return model
 
     monkeypatch.setattr(onnx_model, "convert_program", watched)
     return routes
@@ -49,10 +50,10 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *routes: str) -> None:
     """Conversions of these routes run, and give 1.01 times what they should."""
-    convert = onnx_model.convert_program
+    convert: Any = vars(onnx_model)["convert_program"]
 
     def wrong(exported: ExportedModel) -> ir.Model:
-        model = convert(exported)
+        model: ir.Model = convert(exported)
         if exported.route in routes:
             (output,) = model.graph.outputs
             factor = ir.node("Constant", [], {"value_float": 1.01})

@@ -37,25 +37,25 @@ class Body(nn.Module):
         return self.body(self, image, sizes)
 
 
-def branch(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
+def branch(m: Any, image: Tensor, sizes: Tensor) -> Any:
     """A branch that follows from data."""
     return m.linear(image) if sizes.sum() > 2 else image
 
 
-def interpolate(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
+def interpolate(m: Any, image: Tensor, sizes: Tensor) -> Any:
     """Positions resized to a size that is read from a mask."""
     height, width = int(sizes[0, 0]), int(sizes[0, 1])
     table = nn.functional.interpolate(m.table, (height, width), mode="bilinear", align_corners=True)
     return m.linear(image) + table.flatten(2).transpose(1, 2)
 
 
-def walk(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
+def walk(m: Any, image: Any, sizes: Tensor) -> Any:
     """A loop on the host over sizes, whose pieces are as long as these say."""
     pieces = image[0].split([height * width // 2 for height, width in sizes.tolist()])
     return torch.cat([m.linear(piece) * (index + 1) for index, piece in enumerate(pieces)])
 
 
-def scatter(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
+def scatter(m: Any, image: Tensor, sizes: Tensor) -> Any:
     """Features written into places of a mask, some of them in place and behind another dimension."""
     mask = torch.tensor([True, False, True, True, False, True])
     result = torch.zeros_like(image)
@@ -67,7 +67,7 @@ def scatter(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
     return result + positions.sum(0) + image.masked_select(mask.unsqueeze(1)).sum()
 
 
-def repeats(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
+def repeats(m: Any, image: Tensor, sizes: Tensor) -> Any:
     """Rows repeated as often as sizes say, counted, and found again."""
     rows = m.linear(image)[0, :2].repeat_interleave(sizes[:, 0], dim=0)
     where = (sizes > 2).nonzero()
@@ -75,14 +75,14 @@ def repeats(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
     return rows.sum(0) + where.sum() + counts.sum() + torch.repeat_interleave(sizes[:, 1]).sum()
 
 
-def experts(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
+def experts(m: Any, image: Tensor, sizes: Tensor) -> Any:
     """A grouped product, whose shape function refuses float32."""
     rows = image.flatten(0, 1).sort(0)[0]
     ends = torch.bincount(rows[:, 0].abs().mul(3).long().clamp(max=2), minlength=3).cumsum(0).to(torch.int32)
     return torch._grouped_mm(rows, m.experts, offs=ends)
 
 
-def written(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
+def written(m: Any, image: Tensor, sizes: Tensor) -> Any:
     """In-place writes into what begins as a constant, read before and after."""
     buffer = torch.zeros(6, 4)
     early = buffer + 1
@@ -152,7 +152,7 @@ def test_folding_changes_no_value(body: Callable[..., Tensor]) -> None:
 
 
 def test_what_no_input_reaches_is_folded_and_weights_are_not() -> None:
-    def body(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
+    def body(m: Any, image: Tensor, sizes: Tensor) -> Any:
         causal = torch.ones(6, 6).triu_(1).bool()
         return (image + m.table[0, :, 0, :1].T.cos() + m.positions.cos().sum()).masked_fill(causal[0, :, None], 0.0)
 
@@ -162,7 +162,7 @@ def test_what_no_input_reaches_is_folded_and_weights_are_not() -> None:
 
 
 def test_random_numbers_are_not_folded() -> None:
-    def body(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
+    def body(m: Any, image: Tensor, sizes: Tensor) -> Any:
         return image + torch.randn(4) * torch.full((4,), 2.0)
 
     _, after = folded(body)
@@ -172,7 +172,7 @@ def test_random_numbers_are_not_folded() -> None:
 
 
 def test_what_nothing_reads_is_dropped_with_assertions() -> None:
-    def body(m: Any, image: Tensor, sizes: Tensor) -> Tensor:
+    def body(m: Any, image: Tensor, sizes: Tensor) -> Any:
         torch._assert_async((sizes > 0).all())
         m.linear(image).add_(1)
         result: Tensor = image * 2

@@ -23,7 +23,7 @@ from mfcompile.inputs import normalize_inputs
 BEFORE = "torch.export, shapes fixed"
 
 
-class Config(transformers.PretrainedConfig):  # type: ignore[misc, name-defined]
+class Config(transformers.PretrainedConfig):  # type: ignore[no-untyped-call]
     model_type = "test-positions"
 
 
@@ -33,7 +33,7 @@ class Positions(nn.Module):
         return torch.tensor(rows), torch.zeros(1)
 
 
-class HostPositions(transformers.PreTrainedModel):  # type: ignore[misc, name-defined]
+class HostPositions(transformers.PreTrainedModel):  # type: ignore[no-untyped-call]
     """Reads its tokens on the host where it is given no positions."""
 
     config_class = Config
@@ -50,6 +50,11 @@ class HostPositions(transformers.PreTrainedModel):  # type: ignore[misc, name-de
         return torch.where(hidden > 0, hidden, 0.0) + image
 
 
+def host_model() -> Any:
+    model: Any = HostPositions(Config())
+    return model.eval()
+
+
 def inputs() -> dict[str, Tensor]:
     ids = torch.tensor([[3, 4, 1, 5], [6, 7, 1, 8]])
     return {"input_ids": ids, "image": torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0))}
@@ -62,7 +67,7 @@ def rung(model: nn.Module) -> tuple[CaptureAttempt, ExportedModel | None]:
 
 
 def test_positions_are_computed_beforehand_and_are_no_inputs() -> None:
-    model = HostPositions(Config()).eval()
+    model = host_model()
     attempts = {attempt.frontend: attempt for attempt, _ in candidates(capture(model, inputs()))}
     assert not attempts["torch.export"].succeeded
     assert "get_rope_index: rows = " in attempts["torch.export"].detail or "tolist" in attempts["torch.export"].detail
@@ -80,7 +85,7 @@ def test_positions_are_computed_beforehand_and_are_no_inputs() -> None:
 def test_patches_are_gone_afterwards() -> None:
     from torch.utils import _pytree as pytree
 
-    model = HostPositions(Config()).eval()
+    model = host_model()
     given = normalize_inputs(model, inputs())
     functions = [torch.where, torch.Tensor.view, nn.functional.scaled_dot_product_attention, model.forward.__func__]
     registered = set(pytree.SUPPORTED_NODES)
@@ -99,7 +104,7 @@ def test_patches_are_gone_afterwards() -> None:
 
 def test_a_library_without_exporters_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.exporters", None)
-    attempt, found = rung(HostPositions(Config()).eval())
+    attempt, found = rung(host_model())
     assert found is None
     assert "this transformers has no exporters" in attempt.detail
 
