@@ -6,8 +6,8 @@ A whole layer that is the only item of a list is a block as well, and so is one 
 So is, where nothing repeated lies around it, a whole layer that is there once (a single fusion layer, a pooling head with
 attention and MLP).
 
-A submodule that computes a linear map and nothing else (a linear layer with a low-rank addition) is no layer of its own:
-it is a part of the layer around it.
+A submodule that computes a linear map and nothing else (a linear layer with a low-rank addition) is no whole layer: it
+is a part of the layer around it.
 
 Where such levels nest, the innermost that is a whole layer is taken, one that holds an attention and more than the
 attention's own projections: in a layer that holds its attentions in a list of its own, or as attributes that look
@@ -108,7 +108,7 @@ class BlockFinder:
         """Path of every repeated submodule -> whether it repeats one of equal structure, or itself."""
         found: dict[str, bool] = {}
         for path in sorted(self._weights, key=len, reverse=True):
-            if not path or len(self._weights[path]) < 2 or path not in self._nonlinear:
+            if not path or len(self._weights[path]) < 2:
                 continue
             others = self._siblings(path)
             chained = [other for other in others if self._is_chained(path, other)]

@@ -66,6 +66,9 @@ CONVOLUTIONS = TRANSPOSED_CONVOLUTIONS | {"conv1d", "conv2d", "conv3d", "convolu
 BILINEAR = frozenset({"bilinear", "_trilinear"})
 """Operators that multiply a weight by two activations at once."""
 
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
+"""Operators that are whole recurrent layers, or one step of one."""
+
 SOFTMAX_ATTENTION = frozenset(
     {
         "scaled_dot_product_attention",

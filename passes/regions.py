@@ -73,8 +73,9 @@ def infer_regions(captured: CapturedGraph, options: RegionOptions | None = None)
         if fqn in overrides:
             return overrides[fqn]
         labels = NO_LABELS.union(*(decided[use] for use in found))
-        if not found and fqn in findings.layers:  # it is not pruned, but its region is known
-            labels = flow.computed[findings.layers[fqn]]
+        place = findings.layers.get(fqn) or findings.readers.get(fqn)
+        if not found and place is not None:  # it is not pruned, but its region is known
+            labels = flow.computed[place]
         return name_region(labels, content)
 
     weights = {fqn: region_for(fqn, found) for fqn, found in evidence.items()}

@@ -17,7 +17,15 @@ from torch import Tensor, fx
 
 from mfcompile.graph import CapturedGraph, Diagnostic, module_stack
 from mfcompile.passes.operands import convolution_refusal, pairings
-from mfcompile.passes.operators import BILINEAR, CONTRACTIONS, CONVOLUTIONS, argument, is_view, operator_name
+from mfcompile.passes.operators import (
+    BILINEAR,
+    CONTRACTIONS,
+    CONVOLUTIONS,
+    RECURRENT,
+    argument,
+    is_view,
+    operator_name,
+)
 from mfcompile.passes.placement import Match, match
 from mfcompile.passes.subgraphs import subgraph_weights
 from mfcompile.region import WeightUse
@@ -51,11 +59,13 @@ class WeightFindings:
         refusals: why a parameter that is multiplied is no linear weight that could be pruned.
         layers: FQN -> node that multiplies it, of the refused that are weights of layers all the same (convolutions,
             bilinear forms, layers inside of control flow).
+        readers: FQN -> node that multiplies it, or what is computed of it, of the other refused ones.
     """
 
     uses: tuple[WeightUse, ...]
     refusals: tuple[Diagnostic, ...]
     layers: Mapping[str, fx.Node]
+    readers: Mapping[str, fx.Node]
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ def find_weight_uses(captured: CapturedGraph) -> WeightFindings:
     found: dict[str, list[_Candidate]] = {}
     refused: list[Diagnostic] = []
     layers: dict[str, fx.Node] = {}
+    readers: dict[str, fx.Node] = {}
     for node in captured.graph.nodes:
         for fqn, reason in (*_refused_layers(node, views, changed), *subgraph_weights(node, captured, _fqns(views))):
             refused.append(Diagnostic(fqn, reason))
@@ -84,9 +95,11 @@ def find_weight_uses(captured: CapturedGraph) -> WeightFindings:
         if candidates:
             found[node.name] = sure[:1] or candidates
         elif operator_name(node) in CONTRACTIONS:
-            refused += _refusals(node, views, changed, captured)
+            for item in _refusals(node, views, changed, captured):
+                refused.append(item)
+                readers.setdefault(item.subject, node)
     uses, unclear = _settle(found)
-    return WeightFindings(tuple(uses), (*refused, *unclear), layers)
+    return WeightFindings(tuple(uses), (*refused, *unclear), layers, readers)
 
 
 def _settle(found: Mapping[str, list[_Candidate]]) -> tuple[list[WeightUse], list[Diagnostic]]:
@@ -146,9 +159,16 @@ def _refused_layers(
         weight = argument(node, "weight", 1)
         reason = convolution_refusal(name, node.args, node.kwargs)
         if weight in changed:
-            yield changed[weight][0], f"its values are changed by {changed[weight][1]} before {node.name} multiplies them"
+            yield (
+                changed[weight][0],
+                f"its values are changed by {changed[weight][1]} before {operator_name(node)} multiplies them",
+            )
         elif weight in views and reason is not None:
             yield views[weight].fqn, reason
+    elif name in RECURRENT:
+        for source in node.all_input_nodes:
+            if source in views and views[source].tensor.ndim == 2:
+                yield views[source].fqn, f"not a linear weight: a recurrent operator ({name}) multiplies it at every step"
     elif name in BILINEAR:
         for source in node.all_input_nodes:
             if source in views and views[source].tensor.ndim == 3:
@@ -170,7 +190,7 @@ def _refusals(
             yield Diagnostic(fqn, reason)
         elif source in changed:
             fqn, name = changed[source]
-            yield Diagnostic(fqn, f"its values are changed by {name} before {node.name} multiplies them")
+            yield Diagnostic(fqn, f"its values are changed by {name} before {operator_name(node)} multiplies them")
 
 
 def _changed_parameters(captured: CapturedGraph, views: Mapping[fx.Node, ParameterView]) -> dict[fx.Node, tuple[str, str]]:
