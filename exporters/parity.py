@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfcompile.artifact import ExportedArtifact, OutputParity, ParityReport
+from mfcompile.control_flow import eager_code
 from mfcompile.errors import InputError, ParityError
 from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.session import make_feeds, open_session, run_session
@@ -312,11 +313,11 @@ def _is_mask(example: Tensor) -> bool:
 
 @contextmanager
 def _inference(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; every submodule gets its own mode back."""
+    """Eval mode, no gradients, no fused layers; every submodule gets its own mode back."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eager_code():
             yield
     finally:
         for part, mode in modes:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from mfcompile.control_flow import eager_code
 from mfcompile.errors import CaptureError
 from mfcompile.frontends.exporting_inputs import (
     Axes,
@@ -257,7 +258,7 @@ def _check(
 
 
 def _outputs(module: nn.Module, inputs: ExampleInputs) -> dict[str, Tensor]:
-    with torch.no_grad():
+    with torch.no_grad(), eager_code():
         return output_tensors(inputs.call(module))
 
 

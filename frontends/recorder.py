@@ -8,7 +8,6 @@ temperatures) is put back, and the graph works on a copy of it. Run in inference
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +70,7 @@ def record(module: nn.Module, inputs: ExampleInputs) -> Recording:
         CaptureError: the model raised, or gave no tensor.
     """
     inputs = _told_apart(inputs)
-    with eval_mode(module), _whole_operators(), eager_code():
+    with eval_mode(module), eager_code():
         recorder = _Recorder(module)
         recorder.add_inputs(inputs)
         try:
@@ -102,17 +101,6 @@ def _told_apart(inputs: ExampleInputs) -> ExampleInputs:
         return tensor
 
     return inputs.map_tensors(own)
-
-
-@contextlib.contextmanager
-def _whole_operators() -> Iterator[None]:
-    """Keep torch from replacing a whole attention layer by one fused operator that hides its weights."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__

@@ -31,13 +31,20 @@ _LIBRARIES = (
 
 @contextlib.contextmanager
 def eager_code() -> Iterator[None]:
-    """Run what ``torch.compile`` was put around as plain Python: compiled code hides its operators from a mode."""
+    """Run a model operator by operator: neither as compiled code nor by torch's fused attention layers.
+
+    Both hide their operators and weights from a mode. The fused layers compute something else, too: nn.TransformerEncoder
+    gives zeros for padded tokens by its fast path, and the layers' own results without it, as every exported program does.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     # Nothing can be compiled before this module is loaded, and loading it takes seconds.
-    if "torch._dynamo" not in sys.modules and "torch.nn.attention.flex_attention" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    is_loaded = "torch._dynamo" in sys.modules or "torch.nn.attention.flex_attention" in sys.modules
+    try:
+        with torch.compiler.set_stance("force_eager") if is_loaded else contextlib.nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def run_eagerly(

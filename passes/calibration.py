@@ -291,12 +291,9 @@ def _inference(module: nn.Module) -> Iterator[None]:
     training = [item for item in module.modules() if item.training]
     for item in training:
         item.training = False
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.inference_mode(), eager_code():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         for item in training:
             item.training = True
