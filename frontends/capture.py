@@ -65,14 +65,15 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
     inputs = normalize_inputs(model, example_inputs)
     _refuse_inputs_without_values(inputs)
     started = time.perf_counter()
+    remembered: tuple[str, ...] = ()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         second = _second_object(model)
         recording = record(second, inputs)
         torch.manual_seed(_SEED)
         if not is_plan:
-            recording, third, notes = read_again(recording, inputs, lambda: _third_object(model, second), _agrees)
-            second, unwrapped = third or second, (*unwrapped, *notes)
+            recording, third, remembered = read_again(recording, inputs, lambda: _third_object(model, second), _agrees)
+            second = third or second
             torch.manual_seed(_SEED)
         if is_plan:
             detail = f"{len(recording.graph_module.graph.nodes)} nodes; nothing was computed with weights, nothing is compared"
@@ -89,9 +90,10 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
         parameter_nodes=recording.parameter_nodes,
         aliases=tensor_aliases(model),
         frontend="record",
-        specialised=(*_specialised(recording), *unwrapped),
+        specialised=(*_specialised(recording), *unwrapped, *_describe_remembered(remembered)),
         baked_scalars=recording.baked_scalars,
         attempts=(attempt,),
+        remembered=remembered,
         versions=_versions(),
     )
     if isinstance(model, ProgramModule):
@@ -110,6 +112,14 @@ def with_export(captured: CapturedGraph) -> CapturedGraph:
         return captured  # what failed once fails again
     exported, attempts = export_program(captured)
     return replace(captured, exported=exported, attempts=(*captured.attempts, *attempts))
+
+
+def _describe_remembered(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (
+        f"a call that reads {', '.join(names)}: the model remembers what an earlier call made of it, the graph computes it",
+    )
 
 
 def _refuse_inputs_without_values(inputs: ExampleInputs) -> None:

@@ -41,8 +41,8 @@ def read_again(
         agrees: whether two outputs are the same.
 
     Returns:
-        The second recording with the object that it was made with, and notes for the user, if that recording reads what
-        the first did not and gives the same outputs on the example; else the first recording, None and no notes.
+        The second recording with the object that it was made with, and the names of the inputs that only it reads, if it
+        gives the same outputs on the example; else the first recording, None and no names.
     """
     unread = unread_inputs(recording)
     changed = {name: _other_values(tensor) for name, tensor in inputs.tensors().items() if name in unread}
@@ -57,8 +57,7 @@ def read_again(
     read = [name for name in unread if name not in unread_inputs(found)]
     if not read or not _gives(found, inputs, list(recording.outputs.values()), agrees):
         return unchanged
-    note = f"a call that reads {', '.join(read)}: the model remembers what an earlier call made of it, the graph computes it"
-    return replace(found, outputs=recording.outputs), module, (note,)
+    return replace(found, outputs=recording.outputs), module, tuple(read)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -127,6 +127,7 @@ class CapturedGraph:
         baked_scalars: numbers that the model read from tensors while it was recorded.
         attempts: every front end that was tried, in order.
         exported: the model as a torch.export program, once it has been asked for and succeeded.
+        remembered: inputs that the graph reads, and the module may not: it remembers what an earlier call made of them.
         masks: the masks that the graph applies, once a pass has rewritten it.
         versions: versions of the packages that took part.
     """
@@ -143,6 +144,7 @@ class CapturedGraph:
     baked_scalars: tuple[BakedScalar, ...] = ()
     attempts: tuple[CaptureAttempt, ...] = ()
     exported: ExportedModel | None = None
+    remembered: tuple[str, ...] = ()
     masks: MaskSet | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 

@@ -203,7 +203,8 @@ class _Runner:
         self._module = _runnable(captured)
         self._observer = ModuleObserver(self._module, collector)
         self._graph: fx.GraphModule | None = None
-        if observe != "module" and fits_any_values(captured):
+        self._fits_any_values = fits_any_values(captured)
+        if observe != "module" and (self._fits_any_values or captured.remembered):
             self._graph = run_transform(InsertObservers(regions, collector), captured).graph.graph_module
 
     @property
@@ -222,7 +223,7 @@ class _Runner:
             CalibrationError: the model raised, or the batch does not fit a graph that was insisted on.
         """
         tensors = inputs.tensors()
-        graph = self._graph if fits_shapes(self._captured, inputs) else None
+        graph = self._graph if fits_shapes(self._captured, inputs) and self._fits_values(tensors) else None
         if graph is None and self._observe == "graph":
             raise CalibrationError(
                 f"calibration batch {index} does not fit the graph, which is fixed to the shapes of the example inputs and "
@@ -242,6 +243,11 @@ class _Runner:
             ) from error
         self._collector.end_batch()
         self.observed_by.add("module" if graph is None else "graph")
+
+    def _fits_values(self, tensors: Mapping[str, Tensor]) -> bool:
+        """The graph is right for these values: for any, or for the example, which the module may remember and not read."""
+        example = self._captured.example_inputs.tensors()
+        return self._fits_any_values or all(torch.equal(tensor, example[name]) for name, tensor in tensors.items())
 
     def _run_module(self, inputs: ExampleInputs, tensors: Mapping[str, Tensor]) -> None:
         """Watch the module run; what the run writes into parameters, buffers and the batch is put back."""

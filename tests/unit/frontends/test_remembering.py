@@ -88,3 +88,15 @@ def test_an_input_that_only_chooses_keeps_the_choice_of_the_example() -> None:
     assert not any("remembers" in note for note in captured.specialised)
     found = captured.graph_module(*captured.example_inputs.tensors().values())[0]
     torch.testing.assert_close(found, model(**INPUTS))
+
+
+def test_the_example_calibrates_a_model_that_remembers_it() -> None:
+    torch.manual_seed(0)
+    model = Remembering().eval()
+    fresh = mfcompile.compile_pruned(model, INPUTS, sparsity=0.5)
+    with torch.no_grad():
+        model(**INPUTS)
+    again = mfcompile.compile_pruned(model, INPUTS, sparsity=0.5)
+    text = [site.name for site in again.regions.by_region()["text"]]
+    assert {name: again.statistics.sites[name].token_count for name in text} == dict.fromkeys(text, 2)
+    assert again.masks.digest() == fresh.masks.digest()
