@@ -339,7 +339,7 @@ def _occupied(folder: Path) -> tuple[str, ...]:
 def test_mistakes_are_found_before_the_model_is_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Path], tuple[str, ...]], message: str
 ) -> None:
-    monkeypatch.setattr("mfcompile.cli.prune.load", lambda path, progress: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("mfcompile.cli.prune.load_recipe", lambda recipe, progress: pytest.fail("the model was loaded"))
     result = run("prune", "model.py", *prepare(folder))
     assert (result.status, result.out) == (2, "")
     assert message in result.err

@@ -246,7 +246,7 @@ CASES: dict[str, Case] = {
     "reparametrized": Case(
         odd_styles.Reparametrized,
         lambda n: {"image": picture(), "ids": ids(n)},
-        {"layers.*": "fusion", "layers.*.mixing.*": "untagged"},
+        {"layers.*": "fusion"},
         {"layers.*.mixing.*": "changed by mul before"},
     ),
 }

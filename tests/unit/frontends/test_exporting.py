@@ -163,7 +163,8 @@ def test_every_form_of_inputs_keeps_its_free_batch(model: nn.Module, given: Any,
 def cached(m: Any, image: Tensor, ids: Tensor) -> Tensor:
     if m.config.use_cache or m.config.text_config.use_cache:
         if torch.compiler.is_compiling():
-            raise RuntimeError("a cache is no tensor\nand more\nand more\nnever shown")
+            fourth_line = "never shown"
+            raise RuntimeError(f"a cache is no tensor\nand more\nand more\n{fourth_line}")
         return image + 0
     return image
 
