@@ -29,7 +29,7 @@ def share_weights_copy(module: nn.Module, wrapped: Mapping[nn.Module, nn.Module]
     memo: dict[Any, Any] = {id(tensor): tensor for tensor in tensors}
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
     memo["torch"] = {storage._cdata: storage for storage in storages}  # where torch keeps the storages it has copied
-    for wrapper, inner in reversed((wrapped or {}).items()):  # inner wrappers before those around them
+    for wrapper, inner in reversed(list((wrapped or {}).items())):  # inner wrappers before those around them
         memo[id(wrapper)] = copy.deepcopy(inner, memo)
     return copy.deepcopy(module, memo)
 

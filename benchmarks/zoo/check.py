@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mfcompile
 from benchmarks.zoo.build import build
-from benchmarks.zoo.row import Row
+from benchmarks.zoo.row import STAGES, Row
 from mfcompile.compile import assemble
 from mfcompile.errors import MfcompileError
 from mfcompile.inputs import output_tensors
@@ -23,20 +23,18 @@ SPARSITY = 0.5
 
 T = TypeVar("T")
 
-STAGES = ("build", "run", "capture", "regions", "prune", "masks", "module", "onnx", "parity")
-"""What is done with a row, in order; a row that fails has the failing stage and the reason."""
-
 
 class CheckError(Exception):
     """A stage ran, and its result is wrong."""
 
 
-def check(row: Row, until: str = STAGES[-1]) -> dict[str, Any]:
+def check(row: Row, until: str = STAGES[-1], passed: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Run every stage of a row; the first that fails ends it.
 
     Args:
         row: of the table.
         until: the last stage to run.
+        passed: called with a copy of the record after every stage that passes.
 
     Returns:
         A JSON record: "key", "kind", "family"; "failed" (a stage, or None), "reason", "limit" (whose limit the failure is);
@@ -49,11 +47,13 @@ def check(row: Row, until: str = STAGES[-1]) -> dict[str, Any]:
         for stage, found in _stages(row):
             record["passed"].append(stage)
             record.update(found)
+            if passed is not None:
+                passed({**record, "passed": list(record["passed"])})
             if stage == until:
                 break
     except Exception as error:  # transformers' code raises anything; every kind is a row of the table
         record["failed"] = STAGES[len(record["passed"])]
-        record["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        record["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"
         record["limit"] = _whose(record["failed"], error)
     record["seconds"] = round(time.perf_counter() - started, 1)
     return record

@@ -85,4 +85,4 @@ def _failures(records: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")[:400]
+    return text.replace("|", "\\|").replace("\n", " ")[:700]

@@ -147,6 +147,9 @@ class Raw:
 
 Spec = Noise | Ids | Fill | PaddingMask | Values | Joined | Raw
 
+STAGES = ("build", "run", "capture", "regions", "prune", "masks", "module", "onnx", "parity")
+"""What is done with a row, in order; a row that fails has the failing stage and the reason."""
+
 DROP: Any = "<drop>"
 """In a row's configuration: leave the key out, so that the configuration class derives it."""
 

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from benchmarks import machine
 from benchmarks.zoo import page
-from benchmarks.zoo.row import Row
+from benchmarks.zoo.row import STAGES, Row
 from benchmarks.zoo.table import all_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,24 +111,26 @@ def _in_process(context: Any, row: Row, timeout: float) -> dict[str, Any]:
         process = context.Process(target=_child, args=(row, sender), daemon=True)
         process.start()
     sender.close()
-    failure: dict[str, Any] = {
-        "key": row.key,
-        "kind": row.kind,
-        "family": None,
-        "passed": ["build", "run"],
-        "failed": "capture",
-        "seconds": timeout,
-    }
+    started = time.monotonic()
+    record: dict[str, Any] = {"key": row.key, "kind": row.kind, "family": None, "passed": []}
     try:
-        if receiver.poll(timeout):
-            record: dict[str, Any] = receiver.recv()
-            return record
-        return {**failure, "reason": f"took more than {timeout:.0f} seconds", "limit": "mfcompile"}
+        while "seconds" not in record:  # the last record has them
+            if not receiver.poll(max(0.0, started + timeout - time.monotonic())):
+                return _cut_short(record, f"took more than {timeout:.0f} seconds", started)
+            record = receiver.recv()
+        return record
     except EOFError:
         process.join()
-        return {**failure, "reason": f"the process died with exit code {process.exitcode}", "limit": "mfcompile", "seconds": 0}
+        return _cut_short(record, f"the process ended with exit code {process.exitcode}", started)
     finally:
         process.kill()
+
+
+def _cut_short(record: dict[str, Any], reason: str, started: float) -> dict[str, Any]:
+    """The record of a row whose process did not come to its end: the stage that was running is the one that failed."""
+    failed = STAGES[len(record["passed"])]
+    limit = "transformers" if failed in ("build", "run") else "mfcompile"
+    return {**record, "failed": failed, "reason": reason, "limit": limit, "seconds": round(time.monotonic() - started, 1)}
 
 
 def _child(row: Row, sender: Any) -> None:
@@ -137,7 +140,7 @@ def _child(row: Row, sender: Any) -> None:
     from benchmarks.zoo.check import check
 
     torch.set_num_threads(1)
-    sender.send(check(row))
+    sender.send(check(row, passed=sender.send))
 
 
 if __name__ == "__main__":
