@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mfcompile.artifact import ExportedArtifact
-from mfcompile.errors import ExportError, InputError, ParityError
+from mfcompile.errors import CaptureError, ExportError, InputError, ParityError
 from mfcompile.frontends.capture import capture
 from mfcompile.frontends.exporting import candidates
 from mfcompile.graph import CaptureAttempt, CapturedGraph, ExportedModel
@@ -79,8 +79,18 @@ def in_float32(captured: CapturedGraph) -> CapturedGraph:
 
     Args:
         captured: of a model with parameters in half precision.
+
+    Raises:
+        ExportError: the model does not run in float32.
     """
-    wide = capture(float32_module(captured.module), float32_inputs(captured.example_inputs))
+    try:
+        wide = capture(float32_module(captured.module), float32_inputs(captured.example_inputs))
+    except CaptureError as error:
+        raise ExportError(
+            f"{type(captured.module).__name__} has half-precision weights, for which onnxruntime on CPU lacks kernels, and it "
+            f"does not run with them in float32: {error}. Where forward names a dtype (x.to(torch.bfloat16)), let it take that of a "
+            f"parameter. The pruned PyTorch module works all the same: do without ONNX (--no-onnx, or save(onnx=False))"
+        ) from error
     return replace(wide, masks=captured.masks)
 
 

@@ -193,3 +193,24 @@ def test_the_program_that_is_given_comes_first(tried: list[str], tmp_path: Path)
     renamed = replace(graph, exported=replace(graph.exported, route="torch.export, shapes fixed"))
     export_accepted(renamed, tmp_path / "model.onnx")
     assert tried == ["torch.export, shapes fixed"]
+
+
+class NamesItsDtype(nn.Module):
+    """Casts its input to bfloat16, whatever its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, image: Tensor) -> Tensor:
+        states = image.to(torch.bfloat16)
+        for layer in self.layers:
+            states = layer(states)
+        return states
+
+
+def test_a_model_that_insists_on_bfloat16_is_refused_with_what_to_change(tmp_path: Path) -> None:
+    compiled = mfcompile.compile_pruned(NamesItsDtype().bfloat16().eval(), {"image": torch.randn(4, 8)}, sparsity=0.5)
+    with pytest.raises(ExportError, match=r"(?s)does not run with them in float32.*let it take that of a parameter"):
+        compiled.export_onnx(tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
