@@ -88,8 +88,8 @@ def in_float32(captured: CapturedGraph) -> CapturedGraph:
     except CaptureError as error:
         raise ExportError(
             f"{type(captured.module).__name__} has half-precision weights, for which onnxruntime on CPU lacks kernels, and it "
-            f"does not run with them in float32: {error}. Where forward names a dtype (x.to(torch.bfloat16)), let it take that of "
-            f"a parameter. The pruned PyTorch module works all the same: do without ONNX (--no-onnx, or save(onnx=False))"
+            f"does not run with them in float32: {error}. Where forward names a dtype (x.to(torch.bfloat16)), let it take that "
+            f"of a parameter. The pruned PyTorch module works all the same: do without ONNX (--no-onnx, or save(onnx=False))"
         ) from error
     return replace(wide, masks=captured.masks)
 
