@@ -10,10 +10,12 @@ from torch import fx, nn
 
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph, Diagnostic
-from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, operator_name
+from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, SOFTMAX_ATTENTION, operator_name
 from mfcompile.passes.weights import parameter_views
 from mfcompile.patterns import WeightNames, matches, select
 from mfcompile.region import ROWS, PruneSite, WeightLayout, WeightUse
+
+_MULTIPLYING = CONTRACTIONS | CONVOLUTIONS | SOFTMAX_ATTENTION
 
 RegionFor = Callable[[str, Sequence[WeightUse]], str]
 
@@ -75,13 +77,19 @@ def build_sites(
         fqn: reason for fqn in names if (reason := _cannot(fqn, evidence.get(fqn, ()), other_users, refused)) is not None
     }
     _check_targets(targets, names, refused)
+    # Code without any layer that structure shows (weights in dictionaries, loops over names): all but its heads.
+    is_flat = targeted is None and not any(use.block for uses in evidence.values() for use in uses)
+    inner = _inner_weights(captured, evidence) if is_flat else frozenset()
     sites: list[PruneSite] = []
     for fqn in names:
         uses = evidence.get(fqn, ())
-        reason = hopeless.get(fqn) or _reason(fqn, uses, targeted, ignored)
+        reason = hopeless.get(fqn) or _reason(fqn, uses, targeted, ignored, inner)
         sites += _matrices_as_sites(captured, fqn, () if fqn in disagreements else uses, region_for, reason)
     listed = {site.fqn for site in sites}
     diagnostics = [Diagnostic(fqn, reason) for fqn, reason in refused.items() if fqn not in listed]
+    if inner and any(site.skipped is None for site in sites):
+        reason = "no layers were found in it, so every linear weight but those that compute an output is pruned; see ignore"
+        diagnostics.append(Diagnostic("the model", reason))
     diagnostics += [
         Diagnostic(
             site.name if site.expert is None else site.fqn, f"called with different modalities; it is pruned with {site.region}"
@@ -133,8 +141,22 @@ def _check_targets(targets: Sequence[str] | None, names: Mapping[str, WeightName
             )
 
 
+def _inner_weights(captured: CapturedGraph, evidence: Mapping[str, tuple[WeightUse, ...]]) -> frozenset[str]:
+    """FQNs of weights whose results are multiplied again before they leave the model."""
+    multiplied: set[fx.Node] = set()
+    for node in reversed(list(captured.graph.nodes)):
+        if any(user in multiplied or operator_name(user) in _MULTIPLYING for user in node.users):
+            multiplied.add(node)
+    names = {node.name for node in multiplied}
+    return frozenset(fqn for fqn, uses in evidence.items() if any(use.node in names for use in uses))
+
+
 def _reason(
-    fqn: str, uses: tuple[WeightUse, ...], targeted: Mapping[str, str] | None, ignored: Mapping[str, str]
+    fqn: str,
+    uses: tuple[WeightUse, ...],
+    targeted: Mapping[str, str] | None,
+    ignored: Mapping[str, str],
+    inner: frozenset[str],
 ) -> str | None:
     """Why a weight that could be pruned stays dense; None when it is pruned."""
     if fqn in ignored:
@@ -144,7 +166,7 @@ def _reason(
         return "a convolution of patches or single places (pruned only where targets names it)"
     if targeted is not None:
         return None if fqn in targeted else "no pattern of targets matches it"
-    if all(use.block is None for use in uses):
+    if fqn not in inner and all(use.block is None for use in uses):
         return "outside any repeated block (a head or a projector)"
     return None
 

@@ -104,7 +104,9 @@ def test_the_model_itself_is_no_layer() -> None:
             result: Tensor = self.head(self.ff(text))
             return result
 
-    assert not regions_of(Flat()).pruned_sites
+    regions = regions_of(Flat())
+    assert {use.block for uses in regions.evidence.values() for use in uses} == {None}
+    assert "head.weight" not in {site.fqn for site in regions.pruned_sites}  # the others are: no layer shows anywhere
 
 
 class Items(nn.Module):
@@ -262,3 +264,46 @@ def test_two_parameters_that_meet_nothing_else_cannot_be_told_apart() -> None:
     reasons = {item.subject: item.reason for item in regions.diagnostics}
     assert "multiplies it with another parameter, other: which of the two is the weight" in reasons["one"]
     assert not regions.sites
+
+
+class Unrolled(nn.Module):
+    """Two stacks and their fusion as matrices in one dictionary, indexed by names that are put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        names = [f"{tower}_{role}_{depth}" for tower in "vtf" for role in "qkvom" for depth in range(2)]
+        self.weights = nn.ParameterDict({name: nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.2) for name in names})
+        self.lift, self.words = nn.Linear(192, WIDTH), nn.Embedding(48, WIDTH)
+        self.head = nn.Linear(WIDTH, 2)
+
+    def layer(self, tower: str, depth: int, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v, o, m = (self.weights[f"{tower}_{role}_{depth}"] for role in "qkvom")
+        x = x + ((x @ q) @ (context @ k).mT).softmax(-1) @ (context @ v) @ o
+        return x + torch.tanh(x) @ m
+
+    def forward(self, image: Tensor, ids: Tensor) -> Tensor:
+        seen, text = self.lift(image.flatten(1))[:, None], self.words(ids)
+        for depth in range(2):
+            seen = self.layer("v", depth, seen, seen)
+            text = self.layer("t", depth, text, text)
+        for depth in range(2):
+            text = self.layer("f", depth, text, seen)
+        result: Tensor = self.head(text)
+        return result
+
+
+def test_where_no_layer_shows_all_but_heads_are_pruned_and_it_is_said() -> None:
+    regions = regions_of(Unrolled())
+    pruned = {site.fqn: site.region for site in regions.pruned_sites}
+    towers = {"v": "vision", "t": "text", "f": "fusion"}
+    expected = {f"weights.{name}": towers[name[0]] for name in Unrolled().weights}
+    assert pruned == {**expected, "lift.weight": "vision"}
+    assert {site.fqn: site.skipped for site in regions.skipped_sites} == {"head.weight": HEAD}
+    assert any("no layers were found" in item.reason for item in regions.diagnostics)
+
+
+def test_where_layers_show_what_lies_outside_stays_dense() -> None:
+    regions = regions_of(TwoTowers(CrossBlock()))
+    assert not any("no layers were found" in item.reason for item in regions.diagnostics)
+    assert "head.weight" in {site.fqn for site in regions.skipped_sites}
