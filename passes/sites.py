@@ -29,7 +29,8 @@ def linear_weights(captured: CapturedGraph, used: Iterable[str]) -> tuple[str, .
         if isinstance(module, nn.Linear) and isinstance(getattr(module, "weight", None), nn.Parameter)
     }
     # Parameters in the place of used weights in modules of their class: experts that were not called, say.
-    places = {_place_of(captured, fqn) for fqn in wanted}
+    parameters = {fqn for fqn, _ in captured.module.named_parameters()}
+    places = {_place_of(captured, fqn) for fqn in wanted & parameters}  # a buffer may be multiplied like a weight
     read = set(captured.parameter_nodes.values())
     return tuple(
         fqn
@@ -87,6 +88,8 @@ def build_sites(
         sites += _matrices_as_sites(captured, fqn, () if fqn in disagreements else uses, region_for, reason)
     listed = {site.fqn for site in sites}
     diagnostics = [Diagnostic(fqn, reason) for fqn, reason in refused.items() if fqn not in listed]
+    reason = "a buffer, no parameter: it stays as it is"
+    diagnostics += [Diagnostic(fqn, reason) for fqn in evidence if fqn not in listed]
     if inner and any(site.skipped is None for site in sites):
         reason = "no layers were found in it, so every linear weight but those that compute an output is pruned; see ignore"
         diagnostics.append(Diagnostic("the model", reason))

@@ -69,3 +69,23 @@ def test_a_recurrent_weight_is_refused_as_a_target() -> None:
 def test_a_weight_whose_values_are_changed_first_has_a_region_and_a_reason() -> None:
     (site,) = [site for site in regions_of(Standardised(8, 6)).sites if site.fqn == "layer.weight"]
     assert (site.region, site.skipped) == ("text", "its values are changed by sub before linear multiplies them")
+
+
+class Frozen(nn.Module):
+    """Multiplies by a buffer, which is no parameter of any optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.get_buffer("weight"))
+
+
+def test_a_buffer_that_multiplies_is_said_and_stays() -> None:
+    regions = regions_of(Frozen())
+    assert "layer.weight" not in {site.fqn for site in regions.sites}
+    assert [item.reason for item in regions.diagnostics if item.subject == "layer.weight"] == [
+        "a buffer, no parameter: it stays as it is"
+    ]
+    assert len(regions.pruned_sites) == 4
