@@ -69,7 +69,7 @@ def infer_regions(
         captured: what ``capture`` gave.
         modalities: input name -> "vision", "text", any other modality, or "control", where inference needs help.
         regions: pattern -> region; overrides what dataflow found. The most specific pattern wins.
-        targets: patterns of the weights to prune; None prunes the linear weights inside repeated blocks.
+        targets: patterns of the weights to prune; None prunes those of the model's layers (repeated blocks).
         ignore: patterns of weights that stay dense.
         cross_attention_kv: "block" groups image-fed keys and values with the block they feed, "input" with the
             modality they read (the literal reading of Eq. 7).
