@@ -84,6 +84,7 @@ def pack_weight(name: str, plan: EncodingPlan, load: Callable[[], EncodedWeight]
     if plan.encoding == "dense" and stored == dtype:
         decoded.const_value = _lazy(name, stored, entries, lambda: load().values)
         return PackedWeight(decoded, (), (decoded,))
+    load = _KeptOnce(load)
     values = _stored(f"{name}.values", stored, entries, lambda: load().values)
     nodes: list[ir.Node] = []
 
@@ -119,6 +120,22 @@ def pack_weight(name: str, plan: EncodingPlan, load: Callable[[], EncodedWeight]
         shape = shared.constant(f"shape.{text}", np.array(plan.shape, np.int64))
         add("Reshape", [flat_weight, shape], decoded, allowzero=1)
     return PackedWeight(decoded, tuple(nodes), (gaps, values))
+
+
+class _KeptOnce:
+    """What a function encodes: gaps and values are written one after the other, so the result is kept for one more use."""
+
+    def __init__(self, load: Callable[[], EncodedWeight]) -> None:
+        self._load = load
+        self._kept: EncodedWeight | None = None
+
+    def __call__(self) -> EncodedWeight:
+        if self._kept is not None:
+            encoded, self._kept = self._kept, None
+            return encoded
+        encoded = self._load()
+        self._kept = None if encoded.gaps is None else encoded
+        return encoded
 
 
 def _gaps(encoded: EncodedWeight) -> Array:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, enc
 from mfcompile.exporters.program import tensor_aliases, tensor_input_nodes
 from mfcompile.exporters.split_build import ModelPart, complete_request, split_model
 from mfcompile.exporters.split_files import check_directory, write_split
+from mfcompile.exporters.staging import staging_folder
 from mfcompile.graph import CapturedGraph, ExportedModel
 from mfcompile.masks import MaskSet
 from mfcompile.split import SplitRequest
@@ -286,7 +286,7 @@ def _replace_weights(model: ir.Model, weights: list[MaskedWeight], format: str, 
     nodes: list[ir.Node] = []
     for weight in weights:
         plan = plan_encoding(weight.mask(), weight.tensor.dtype.numpy(), values, allowed=allowed)
-        packed = pack_weight(weight.fqn, plan, _Encoder(weight, plan.encoding, values), shared)
+        packed = pack_weight(weight.fqn, plan, partial(_encode, weight, plan.encoding, values), shared)
         weight.initializer.replace_all_uses_with(packed.value, replace_graph_outputs=True)
         del graph.initializers[weight.fqn]
         for stored in packed.initializers:
@@ -299,24 +299,8 @@ def _replace_weights(model: ir.Model, weights: list[MaskedWeight], format: str, 
     return plans
 
 
-class _Encoder:
-    """Encodes one weight on demand.
-
-    Gaps and values are written one after the other, so the result is kept for one more use.
-    """
-
-    def __init__(self, weight: MaskedWeight, encoding: str, values: str) -> None:
-        self.weight, self.encoding, self.values = weight, encoding, values
-        self.kept: EncodedWeight | None = None
-
-    def __call__(self) -> EncodedWeight:
-        if self.kept is not None:
-            encoded, self.kept = self.kept, None
-            return encoded
-        weight = self.weight
-        encoded = encode(weight.tensor.numpy(), weight.mask(), self.values, encoding=self.encoding, name=weight.fqn)
-        self.kept = None if encoded.gaps is None else encoded
-        return encoded
+def _encode(weight: MaskedWeight, encoding: str, values: str) -> EncodedWeight:
+    return encode(weight.tensor.numpy(), weight.mask(), values, encoding=encoding, name=weight.fqn)
 
 
 def _describe(model: ir.Model, format: str, values: str, masks: MaskSet | None) -> None:
@@ -338,12 +322,7 @@ def _is_external(model: ir.Model, external_data: bool | None) -> bool:
 def _write(layout: FileLayout, path: Path, *, has_data_file: bool, accept: Callable[[Path], None] | None) -> tuple[Path, ...]:
     """Write and check under a temporary folder beside the path, then rename."""
     data_path = path.with_name(f"{path.name}.data")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise InputError(f"cannot write to {path.parent}: {error.strerror}. Choose another output path") from error
-    try:
+    with staging_folder(path) as staging:
         staged = staging / path.name
         staged_data = staging / data_path.name
         write_files(layout, staged, staged_data if has_data_file else None)
@@ -355,12 +334,6 @@ def _write(layout: FileLayout, path: Path, *, has_data_file: bool, accept: Calla
         os.replace(staged, path)
         if not has_data_file:
             data_path.unlink(missing_ok=True)  # belonged to the file that was just replaced
-    except OSError as error:
-        raise ExportError(
-            f"{path} could not be written: {error.strerror or error}. Free space, or choose another path"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return (path, data_path) if has_data_file else (path,)
 
 

@@ -8,10 +8,9 @@ decode it, in front of the first node; what is left of external data moves toget
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from mfcompile.exporters.onnx_splicing import (
     write_chunks,
 )
 from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, encode, plan_encoding
+from mfcompile.exporters.staging import staging_folder
 from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet
 from mfcompile.onnx_file import OnnxFile
@@ -268,7 +268,7 @@ class _Rewriter:
         stored: list[ir.Value] = []
         for name in sorted(self._replaced, key=list(self._masked).index):
             item = self._masked[name]
-            packed = pack_weight(name, item.plan, _Encoder(self._file, item, self._masks), shared)
+            packed = pack_weight(name, item.plan, partial(_encode, self._file, item, self._masks), shared)
             nodes += packed.nodes
             stored += packed.initializers
         nodes = [*shared.nodes, *nodes]
@@ -317,23 +317,10 @@ class _Rewriter:
                 )
 
 
-class _Encoder:
-    """Encodes one weight on demand; gaps and values are written one after the other, so the result is kept for one more use."""
-
-    def __init__(self, file: OnnxFile, item: _Masked, masks: MaskSet) -> None:
-        self._file, self._item, self._masks = file, item, masks
-        self._kept: EncodedWeight | None = None
-
-    def __call__(self) -> EncodedWeight:
-        if self._kept is not None:
-            encoded, self._kept = self._kept, None
-            return encoded
-        item = self._item
-        values = "fp16" if item.plan.values_dtype != item.plan.dtype else "fp32"
-        weight, mask = as_array(self._file.get_parameter(item.fqn)), self._masks[item.fqn].numpy()
-        encoded = encode(weight, mask, values, encoding=item.plan.encoding, name=item.fqn)
-        self._kept = None if encoded.gaps is None else encoded
-        return encoded
+def _encode(file: OnnxFile, item: _Masked, masks: MaskSet) -> EncodedWeight:
+    values = "fp16" if item.plan.values_dtype != item.plan.dtype else "fp32"
+    weight, mask = as_array(file.get_parameter(item.fqn)), masks[item.fqn].numpy()
+    return encode(weight, mask, values, encoding=item.plan.encoding, name=item.fqn)
 
 
 def _names(model: onnx.ModelProto) -> set[str]:
@@ -344,12 +331,7 @@ def _names(model: onnx.ModelProto) -> set[str]:
 
 def _write(path: Path, chunks: FileChunks, data: DataFile, *, checked: bool) -> dict[str, int]:
     """Write all files under a temporary folder beside the path, then rename; file name -> bytes."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise InputError(f"cannot write to {path.parent}: {error.strerror}. Choose another output path") from error
-    try:
+    with staging_folder(path) as staging:
         data.write(staging)
         write_chunks(chunks, staging / path.name)
         if checked:
@@ -359,12 +341,6 @@ def _write(path: Path, chunks: FileChunks, data: DataFile, *, checked: bool) -> 
         for name in sorted(sizes, key=lambda name: name == path.name):  # the .onnx file last
             (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, path.parent / name)
-    except OSError as error:
-        raise ExportError(
-            f"{path} could not be written: {error.strerror or error}. Free space, or choose another path"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return sizes
 
 

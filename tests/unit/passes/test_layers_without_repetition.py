@@ -280,7 +280,8 @@ class Unrolled(nn.Module):
     def layer(self, tower: str, depth: int, x: Tensor, context: Tensor) -> Tensor:
         q, k, v, o, m = (self.weights[f"{tower}_{role}_{depth}"] for role in "qkvom")
         x = x + ((x @ q) @ (context @ k).mT).softmax(-1) @ (context @ v) @ o
-        return x + torch.tanh(x) @ m
+        out: Tensor = x + torch.tanh(x) @ m
+        return out
 
     def forward(self, image: Tensor, ids: Tensor) -> Tensor:
         seen, text = self.lift(image.flatten(1))[:, None], self.words(ids)
