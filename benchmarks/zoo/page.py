@@ -21,10 +21,13 @@ def summary(rows: Mapping[str, Row], records: Records) -> str:
         return f"{counts[stage]} ({counts[stage] / len(ran):.1%})" if ran else "0"
 
     unable = [record for record in records.values() if "run" not in record.get("passed", ())]
+    left = len(rows) - len(records)
+    unchecked = f" {left} rows of the table have no result yet (`make zoo ZOO=--missing`)." if left else ""
     return (
         f"{len(ran)} classes of {len(families)} architectures run: {share('capture')} captured, {share('regions')} tagged, "
         f"{share('module')} pruned with outputs equal to the model with zeroed weights, {share('onnx')} exported to ONNX, "
         f"{share('parity')} with parity in onnxruntime. {len(unable)} classes do not run in the installed transformers."
+        f"{unchecked}"
     )
 
 
