@@ -159,7 +159,7 @@ def _check_replay(model: nn.Module, recording: Recording, inputs: ExampleInputs)
                 f"model draws random numbers or keeps state between calls in eval mode. Seed inside forward, or reset the state"
             )
         if expected.is_floating_point() and expected.numel():
-            worst = max(worst, float((expected.double() - found.double()).abs().nan_to_num().max()))
+            worst = max(worst, float((expected.double() - found.double()).detach().abs().nan_to_num().max()))
     return f"{len(recording.graph_module.graph.nodes)} nodes; its replay differs from the model by at most {worst:.1e}"
 
 
