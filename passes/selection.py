@@ -64,12 +64,29 @@ def magnitude_threshold(tensors: Sequence[Callable[[], Tensor]], k: int, names: 
     Raises:
         InputError: a value is NaN or infinite (names the tensor), or k is out of range.
     """
+    return _threshold(tensors, k, names, _magnitude_keys, [slice(_INFINITY_BIN, None)], lambda key: key)
+
+
+def score_threshold(tensors: Sequence[Callable[[], Tensor]], k: int, names: Sequence[str]) -> Threshold:
+    """The k-th smallest value (1-based) over several tensors of any sign; otherwise like ``magnitude_threshold``."""
+    infinite = [slice(0x8000 | _INFINITY_BIN, None), slice(0, 0x8000 - _INFINITY_BIN)]
+    return _threshold(tensors, k, names, _score_keys, infinite, lambda key: key ^ (0x80000000 if key >> 31 else 0xFFFFFFFF))
+
+
+def _threshold(
+    tensors: Sequence[Callable[[], Tensor]],
+    k: int,
+    names: Sequence[str],
+    keys: Callable[[NDArray[np.uint32]], NDArray[np.uint32]],
+    infinite: Sequence[slice],
+    bits_of: Callable[[int], int],
+) -> Threshold:
     total, upper = np.zeros(_BINS, np.int64), []
     for tensor, name in zip(tensors, names, strict=True):
         histogram = np.zeros(_BINS, np.int64)
         for bits in _bits(tensor()):
-            histogram += np.bincount(bits >> 16, minlength=_BINS)
-        broken = int(histogram[_INFINITY_BIN:].sum())
+            histogram += np.bincount(keys(bits) >> 16, minlength=_BINS)
+        broken = sum(int(histogram[bins].sum()) for bins in infinite)
         if broken:
             raise InputError(f"{name} holds {broken} NaN or infinite values: it cannot be ranked. Check the checkpoint")
         total += histogram
@@ -84,13 +101,14 @@ def magnitude_threshold(tensors: Sequence[Callable[[], Tensor]], k: int, names: 
         histogram = np.zeros(_BINS, np.int64)
         if counts.at(bucket):
             for bits in _bits(tensor()):
-                inside = bits[(bits >> 16) == bucket]
+                ordered = keys(bits)
+                inside = ordered[(ordered >> 16) == bucket]
                 histogram += np.bincount(inside & 0xFFFF, minlength=_BINS)
         total += histogram
         lower.append(_Counts.of(histogram))
     place = int(np.searchsorted(np.cumsum(total), k - before))
     below = tuple(high.below(bucket) + low.below(place) for high, low in zip(upper, lower, strict=True))
-    value = np.array([(bucket << 16) | place], np.uint32).view(np.float32)[0]
+    value = np.array([bits_of((bucket << 16) | place)], np.uint32).view(np.float32)[0]
     return Threshold(float(value), below, tuple(low.at(place) for low in lower))
 
 
@@ -115,12 +133,23 @@ class _Counts:
         return self.below(place + 1) - self.below(place)
 
 
-def _bits(tensor: Tensor) -> Iterator[NDArray[np.int32]]:
-    """The bits of the magnitudes as integers, in chunks; no copy of the tensor is made when it is float32 and contiguous."""
+def _magnitude_keys(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Integers in the order of the magnitudes."""
+    return bits & np.uint32(0x7FFFFFFF)
+
+
+def _score_keys(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Integers in the order of the values; both zeros are one value."""
+    bits = np.where(bits == np.uint32(0x80000000), np.uint32(0), bits)
+    return bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
+
+
+def _bits(tensor: Tensor) -> Iterator[NDArray[np.uint32]]:
+    """The bits of float32 values, in chunks; no copy of the tensor is made when it is float32 and contiguous."""
     flat = tensor.detach().cpu().reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
         part = flat[start : start + _CHUNK].to(torch.float32)
-        yield part.numpy().view(np.int32) & np.int32(0x7FFFFFFF)
+        yield part.numpy().view(np.uint32)
 
 
 def smallest(scores: Tensor, k: int) -> Tensor:
