@@ -13,17 +13,7 @@ from mfcompile._version import __version__
 
 if TYPE_CHECKING:
     from mfcompile.artifact import ExportedArtifact, ParityReport
-    from mfcompile.compile import (
-        CompiledModel,
-        apply_masks,
-        calibrate,
-        capture,
-        compile_pruned,
-        export_onnx,
-        infer_regions,
-        select_masks,
-        verify,
-    )
+    from mfcompile.compile import CompiledModel, compile_pruned, export_onnx, verify
     from mfcompile.errors import (
         CalibrationError,
         CaptureError,
@@ -39,9 +29,11 @@ if TYPE_CHECKING:
     from mfcompile.exporters.split_session import load_parts
     from mfcompile.graph import CapturedGraph
     from mfcompile.masks import MaskSet
+    from mfcompile.passes.criteria.base import Criterion, SiteData
     from mfcompile.passes.masking import strip
     from mfcompile.region import PruneSite, RegionMap
     from mfcompile.statistics import CalibrationStatistics
+    from mfcompile.steps import apply_masks, calibrate, capture, infer_regions, select_masks
 
 __all__ = [
     "CalibrationError",
@@ -49,6 +41,7 @@ __all__ = [
     "CaptureError",
     "CapturedGraph",
     "CompiledModel",
+    "Criterion",
     "ExportError",
     "ExportedArtifact",
     "InputError",
@@ -62,6 +55,7 @@ __all__ = [
     "PruneSite",
     "RegionError",
     "RegionMap",
+    "SiteData",
     "__version__",
     "apply_masks",
     "calibrate",
@@ -80,9 +74,11 @@ _HOMES = {
     "mfcompile.exporters.split_session": ("load_parts",),
     "mfcompile.graph": ("CapturedGraph",),
     "mfcompile.masks": ("MaskSet",),
+    "mfcompile.passes.criteria.base": ("Criterion", "SiteData"),
     "mfcompile.passes.masking": ("strip",),
     "mfcompile.region": ("PruneSite", "RegionMap"),
     "mfcompile.statistics": ("CalibrationStatistics",),
+    "mfcompile.steps": ("apply_masks", "calibrate", "capture", "infer_regions", "select_masks"),
     "mfcompile.errors": tuple(name for name in __all__ if name.endswith("Error")),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

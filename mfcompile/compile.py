@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,147 +14,26 @@ from torch import nn
 from mfcompile.artifact import ExportedArtifact, ParityReport
 from mfcompile.errors import InputError
 from mfcompile.files import staged_directory
-from mfcompile.frontends.capture import capture as _capture
 from mfcompile.graph import CapturedGraph
+from mfcompile.inputs import as_function
 from mfcompile.masks import MaskSet
-from mfcompile.onnx_entry import capture_file, export_file, first_batch, is_onnx, opened, with_weaker_rules
+from mfcompile.onnx_entry import export_file, first_batch, is_onnx, opened
 from mfcompile.onnx_ladder import FLOAT32_KEY, FLOAT32_VALUE, export_accepted, float32_inputs, float32_module
 from mfcompile.parameter_checks import refuse_broken_parameters, require_values
-from mfcompile.passes.base import run_transform
-from mfcompile.passes.calibration import calibrate as _calibrate
-from mfcompile.passes.mask_selection import SelectionOptions
-from mfcompile.passes.mask_selection import select_masks as _select_masks
-from mfcompile.passes.masking import ApplyMasks, mask_module, masked_parameters, strip
-from mfcompile.passes.regions import RegionOptions
-from mfcompile.passes.regions import infer_regions as _infer_regions
+from mfcompile.passes.allocation import Sparsity, check_sparsity
+from mfcompile.passes.criteria.base import Need, Pruner
+from mfcompile.passes.mask_selection import SelectionOptions, check_options
+from mfcompile.passes.mask_selection import select_masks as select_with_options
+from mfcompile.passes.masking import mask_module, masked_parameters, strip
 from mfcompile.region import RegionMap
 from mfcompile.report import build_report, save_report
 from mfcompile.saving import save_weights
 from mfcompile.split import split_request
-from mfcompile.statistics import CalibrationStatistics
+from mfcompile.statistics import NO_STATISTICS, CalibrationStatistics
+from mfcompile.steps import apply_masks, calibrate, capture, infer_regions
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total); total is None where it is not known."""
-
-
-def capture(model: nn.Module | Path | str, example_inputs: Any = None) -> CapturedGraph:
-    """Capture a model as a graph by running it once on the example inputs.
-
-    Args:
-        model: any ``nn.Module`` that runs eagerly, or the path of an .onnx file, which may do without example inputs.
-        example_inputs: a tensor, a tuple, or a mapping of keyword arguments (BatchEncoding too); None values are allowed.
-
-    Returns:
-        The graph. That of a model on the meta device is a plan, good for ``infer_regions`` and pictures, not for pruning.
-
-    Raises:
-        InputError: the inputs do not fit the model's forward.
-        CaptureError: the model does not run, or does not repeat what it computed.
-    """
-    module = opened(model)
-    return capture_file(module, example_inputs) if is_onnx(module) else _capture(module, example_inputs)
-
-
-def infer_regions(
-    captured: CapturedGraph,
-    *,
-    modalities: Mapping[str, str] | None = None,
-    regions: Mapping[str, str] | None = None,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] | None = None,
-    cross_attention_kv: str = "block",
-) -> RegionMap:
-    """Tag every linear weight with its region by dataflow from the inputs, and decide which weights are pruned.
-
-    Args:
-        captured: what ``capture`` gave.
-        modalities: input name -> "vision", "text", any other modality, or "control", where inference needs help.
-        regions: pattern -> region; overrides what dataflow found. The most specific pattern wins.
-        targets: patterns of the weights to prune; None prunes those of the model's layers (repeated blocks).
-        ignore: patterns of weights that stay dense.
-        cross_attention_kv: "block" groups image-fed keys and values with the block they feed, "input" with the
-            modality they read (the literal reading of Eq. 7).
-
-    Raises:
-        RegionError: the modality of an input cannot be decided.
-        InputError: a pattern matches nothing (the nearest names are given).
-    """
-    if captured.masks is not None:  # masks stand between a weight and what it multiplies: look at the graph without them
-        captured = capture(captured.module, captured.example_inputs)
-    found = _infer_regions(captured, RegionOptions(modalities, regions, targets, ignore, cross_attention_kv))
-    return with_weaker_rules(captured, found)
-
-
-def calibrate(
-    captured: CapturedGraph,
-    batches: Iterable[Any] | None = None,
-    *,
-    regions: RegionMap | None = None,
-    padding_mask: str | None = None,
-    num_samples: int | None = None,
-    observe: str = "auto",
-    progress: Callable[[int, int | None], None] | None = None,
-) -> CalibrationStatistics:
-    """Run calibration batches and collect the norm of every activation that feeds a pruned weight.
-
-    Args:
-        captured: what ``capture`` gave.
-        batches: any iterable of batches (dicts, tuples, a DataLoader); None uses the example inputs.
-        regions: what ``infer_regions`` gave; None infers them with defaults.
-        padding_mask: name of the mask input of the text; None finds it by convention and shape.
-        num_samples: stop after the batch that reaches this many samples; None uses all.
-        observe: "auto", "graph" (observers in the captured graph) or "module" (the user's module is watched).
-        progress: called with (batches done, batches in all or None).
-
-    Raises:
-        CalibrationError: no batch, a region without a token, NaN or infinity in an activation, or a refused batch.
-    """
-    require_values(captured.module)
-    found = regions if regions is not None else infer_regions(captured)
-    return _calibrate(
-        captured, found, batches, padding_mask=padding_mask, num_samples=num_samples, observe=observe, progress=progress
-    )
-
-
-def select_masks(
-    captured: CapturedGraph,
-    regions: RegionMap,
-    statistics: CalibrationStatistics | None,
-    *,
-    sparsity: float = 0.63,
-    criterion: str = "multiflow",
-    allocation: str = "magnitude-per-region",
-    rounding: str = "exact",
-    progress: Callable[[int, int | None], None] | None = None,
-) -> MaskSet:
-    """Choose the weights that stay: MULTIFLOW (CVPR 2024), Eq. 4 to 8, by default.
-
-    Args:
-        captured: what ``capture`` gave; weights are read, never written.
-        regions: what ``infer_regions`` gave.
-        statistics: what ``calibrate`` gave; None for criterion="magnitude".
-        sparsity: fraction of the prunable weights that is removed, in [0, 1).
-        criterion: "multiflow", "multiflow-inverted" or "magnitude".
-        allocation: "magnitude-per-region" (Eq. 7), "magnitude-global" or "score-global".
-        rounding: "exact" (integer budgets that sum to the request) or "official" (the published truncation).
-        progress: called with (weight tensors done, weight tensors in all).
-
-    Raises:
-        InputError: an option is not valid, nothing is left to prune, or a weight holds NaN or infinity.
-        CalibrationError: statistics are needed and missing.
-    """
-    require_values(captured.module)
-    options = SelectionOptions(sparsity, criterion, allocation, rounding)
-    return _select_masks(captured, regions, statistics, options, progress)
-
-
-def apply_masks(captured: CapturedGraph, masks: MaskSet) -> CapturedGraph:
-    """Rewrite the linear nodes of a captured graph with masks; weights stay shared, the given graph is not touched.
-
-    Raises:
-        PreconditionError: the masks do not belong to this model.
-    """
-    return run_transform(ApplyMasks(masks), captured).graph
 
 
 def export_onnx(
@@ -235,12 +115,13 @@ class CompiledModel:
 
     Attributes:
         module: the user's own class with masks in force (``torch.nn.utils.parametrize``); it shares its weights with
-            the model that was given, so that training one trains the other.
+            the model that was given, so that training one trains the other. Weights that an update changed are its own.
         captured: the captured graph with its linear nodes rewritten with masks.
         regions: regions, evidence and sites.
-        statistics: what calibration saw.
+        statistics: what calibration saw; of no sites where the criterion needed none.
         masks: FQN -> bool mask in the layout of the parameter ((out, in) for nn.Linear), 1 = kept.
         report: what report.json holds.
+        pruning: what the masks were chosen by, for ``at_sparsity``.
     """
 
     module: nn.Module
@@ -249,6 +130,11 @@ class CompiledModel:
     statistics: CalibrationStatistics
     masks: MaskSet
     report: dict[str, Any]
+    pruning: Pruning
+
+    def at_sparsity(self, sparsity: Sparsity, progress: Progress | None = None) -> CompiledModel:
+        """The same model pruned from dense to another sparsity, from the same calibration."""
+        return self.pruning.at_sparsity(sparsity, progress)
 
     def export_onnx(
         self, path: Path | str, format: str = "packed", values: str = "fp32", *, split: str | None = None
@@ -290,8 +176,15 @@ def compile_pruned(
     model: nn.Module | Path | str,
     example_inputs: Any = None,
     *,
-    sparsity: float = 0.63,
+    sparsity: Sparsity | None = None,
+    criterion: str | Pruner = "multiflow",
+    criterion_options: Mapping[str, Any] | None = None,
+    allocation: str | Mapping[str, float] | None = None,
+    pattern: str = "unstructured",
+    update: str | None = None,
     calibration: Iterable[Any] | None = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    statistics: CalibrationStatistics | None = None,
     modalities: Mapping[str, str] | None = None,
     regions: Mapping[str, str] | None = None,
     targets: Sequence[str] | None = None,
@@ -302,13 +195,17 @@ def compile_pruned(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompiledModel:
-    """Prune a vision-language model once, gradient-free, with MULTIFLOW (Farina et al., CVPR 2024).
+    """Prune a vision-language model once; gradient-free, with MULTIFLOW (Farina et al., CVPR 2024), by default.
 
     Args:
         model: any ``nn.Module``, or the path of an .onnx file; it is not changed, its weights are never written.
         example_inputs: a tensor, a tuple, or a mapping of keyword arguments; None takes the first calibration batch.
-        sparsity: fraction of the prunable weights that is removed, in [0, 1).
+        sparsity: fraction of the prunable weights that is removed, in [0, 1), or region -> fraction; None for 0.63, or for
+            what the pattern sets.
+        criterion, criterion_options, allocation, pattern, update: how weights are chosen; see ``mfcompile.select_masks``.
         calibration: any iterable of batches (dicts, tuples, a DataLoader); None uses the example inputs.
+        loss_fn: ``loss_fn(module, batch)`` gives the loss of a calibration batch, for criteria that need gradients.
+        statistics: of an earlier calibration of this model, to be used again.
         modalities: input name -> modality, or "control", where dataflow needs help.
         regions: pattern -> region, overriding what dataflow found ({"text_encoder.*": "text"}).
         targets: patterns of the weights to prune; None prunes the linear weights inside repeated blocks.
@@ -316,7 +213,7 @@ def compile_pruned(
         padding_mask: name of the mask input of the text; None finds it by convention and shape.
         num_calibration_samples: use at most about this many samples; None uses all.
         rounding: "exact" or "official".
-        seed: seeds torch before calibration, for models and loaders that draw random numbers.
+        seed: seeds torch before calibration, for models and loaders that draw random numbers, and random scores.
         progress: called with (stage, done, total).
 
     Returns:
@@ -325,9 +222,10 @@ def compile_pruned(
     Raises:
         MfcompileError: one of its kinds, with what happened, where, why, and what to do.
     """
-    from mfcompile.passes.allocation import check_sparsity
-
-    sparsity = check_sparsity(sparsity)
+    options = SelectionOptions(sparsity, criterion, criterion_options or {}, allocation, pattern, update, rounding, seed)
+    needs = check_options(options).needs
+    if isinstance(sparsity, Real):
+        check_sparsity(sparsity)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be an integer, got {seed!r}")
     model = opened(model)
@@ -338,48 +236,93 @@ def compile_pruned(
             "the model has masks in force, from an earlier pruning: bake their zeros in with mfcompile.strip(model) first, "
             "then prune it further"
         )
-
     require_values(model)
-
-    def step(stage: str) -> Callable[[int, int | None], None]:
-        return lambda done, total: None if progress is None else progress(stage, done, total)
-
-    step("capture")(0, 1)
+    report_to = _Stages(progress)
+    report_to.step("capture")(0, 1)
     captured = capture(model, example_inputs)
-    model = captured.module
     found = infer_regions(captured, modalities=modalities, regions=regions, targets=targets, ignore=ignore)
-    refuse_broken_parameters(model, found)
-    step("capture")(1, 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        statistics = calibrate(
-            captured,
-            calibration,
-            regions=found,
-            padding_mask=padding_mask,
-            num_samples=num_calibration_samples,
-            progress=step("calibrate"),
+    refuse_broken_parameters(captured.module, found)
+    report_to.step("capture")(1, 1)
+    is_run_again = update is not None or Need.GRADIENTS in needs
+    batches = as_function([example_inputs] if calibration is None else calibration) if is_run_again else None
+    if Need.STATISTICS in needs and statistics is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            statistics = calibrate(
+                captured,
+                calibration if batches is None or calibration is None else batches(),
+                regions=found,
+                padding_mask=padding_mask,
+                num_samples=num_calibration_samples,
+                progress=report_to.step("calibrate"),
+            )
+    return Pruning(captured, found, statistics, options, batches, loss_fn).compile(progress)
+
+
+class _Stages:
+    """Reports progress by stage."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+
+    def step(self, stage: str) -> Callable[[int, int | None], None]:
+        """What reports progress of one stage."""
+        return lambda done, total: None if self._progress is None else self._progress(stage, done, total)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A dense model with all that is needed to prune it, at one sparsity or at several.
+
+    Attributes:
+        captured: the dense model.
+        regions: its regions.
+        statistics: what calibration saw; None where the criterion needs none.
+        options: how weights are chosen.
+        batches: gives the calibration batches; None where nothing but statistics is needed of them.
+        loss_fn: the loss of a batch; None where none is needed.
+    """
+
+    captured: CapturedGraph
+    regions: RegionMap
+    statistics: CalibrationStatistics | None
+    options: SelectionOptions
+    batches: Callable[[], Iterable[Any]] | None = None
+    loss_fn: Callable[[Any, Any], Any] | None = None
+
+    def at_sparsity(self, sparsity: Sparsity, progress: Progress | None = None) -> CompiledModel:
+        """Prune the dense model to this sparsity."""
+        return replace(self, options=replace(self.options, sparsity=sparsity)).compile(progress)
+
+    def compile(self, progress: Progress | None = None) -> CompiledModel:
+        """Choose masks, put them into graph and module, and report."""
+        step = _Stages(progress).step("select")
+        masks = select_with_options(
+            self.captured, self.regions, self.statistics, self.options, step, batches=self.batches, loss_fn=self.loss_fn
         )
-    masks = select_masks(captured, found, statistics, sparsity=sparsity, rounding=rounding, progress=step("select"))
-    return assemble(captured, found, statistics, masks, sparsity=sparsity, rounding=rounding, seed=seed)
+        return self.assemble(masks)
+
+    def assemble(self, masks: MaskSet) -> CompiledModel:
+        """Put masks into graph and module, and report."""
+        assert masks.sparsity is not None
+        report = build_report(
+            captured=self.captured,
+            regions=self.regions,
+            statistics=self.statistics,
+            masks=masks,
+            sparsity=masks.sparsity,
+            options=self.options.describe(),
+        )
+        pruned = apply_masks(self.captured, masks)
+        module, statistics = mask_module(pruned.module, masks), self.statistics or NO_STATISTICS
+        return CompiledModel(module, pruned, self.regions, statistics, masks, report, self)
 
 
 def assemble(
-    captured: CapturedGraph,
-    regions: RegionMap,
-    statistics: CalibrationStatistics,
-    masks: MaskSet,
-    *,
-    sparsity: float,
-    rounding: str = "exact",
-    seed: int = 0,
+    captured: CapturedGraph, regions: RegionMap, statistics: CalibrationStatistics | None, masks: MaskSet
 ) -> CompiledModel:
-    """Put masks into graph and module, and report."""
-    report = build_report(
-        captured=captured, regions=regions, statistics=statistics, masks=masks, sparsity=sparsity, rounding=rounding, seed=seed
-    )
-    pruned = apply_masks(captured, masks)
-    return CompiledModel(mask_module(captured.module, masks), pruned, regions, statistics, masks, report)
+    """Put masks that were chosen step by step into graph and module, and report."""
+    return Pruning(captured, regions, statistics, SelectionOptions(masks.sparsity)).assemble(masks)
 
 
 def with_masks(captured: CapturedGraph, masks: MaskSet) -> CapturedGraph:

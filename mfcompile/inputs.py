@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,3 +194,24 @@ def slice_batch(inputs: ExampleInputs, rows: list[int]) -> ExampleInputs:
     if inputs.batch_size() is None:
         raise InputError("the inputs share no batch dimension (dimension 0 differs between tensors): they cannot be re-batched")
     return inputs.map_tensors(lambda _, tensor: tensor[torch.tensor(rows)] if tensor.ndim else tensor)
+
+
+def as_function(batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> Callable[[], Iterable[Any]]:
+    """A function that gives the batches from the start at every call.
+
+    Args:
+        batches: such a function, or an iterable; an iterator can be read only once, so its batches are kept.
+    """
+    if callable(batches) and not isinstance(batches, Iterable):
+        return batches
+    assert isinstance(batches, Iterable)
+    if iter(batches) is batches:
+        batches = list(batches)
+    return lambda: batches
+
+
+def as_batch(inputs: ExampleInputs) -> Any:
+    """Example inputs in the form in which users give a batch: a mapping, a tensor or a tuple."""
+    if not inputs.args:
+        return dict(inputs.kwargs)
+    return inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else inputs.args

@@ -12,13 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialize
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from mfcompile.errors import InputError
 from mfcompile.files import write_atomically
+from mfcompile.graph import Diagnostic
 
 FORMAT_VERSION = "1"
+
+FORMAT_VERSION_WITH_VALUES = "2"
+"""Files that also hold values: a reader that knows only masks must not take them for less than they are."""
+
+_VALUES = "values of "
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +70,18 @@ class MaskSet(Mapping[str, Tensor]):
         packed: FQN -> packed mask.
         regions: FQN -> region of the weight.
         fingerprint: fingerprint of the model that the masks were made for ("" when unknown).
-        sparsity: requested sparsity, the fraction removed.
+        sparsity: requested sparsity, the fraction removed: one, or region -> its own.
+        new_values: FQN -> (kept_count,) new values of the weights that are kept, in the order of the stored parameter, where a
+            weight update changed them; the other weights keep the model's own.
+        diagnostics: what was decided by a weaker rule while the masks were chosen; not kept in files.
     """
 
     packed: Mapping[str, PackedMask]
     regions: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str = ""
-    sparsity: float | None = None
+    sparsity: float | Mapping[str, float] | None = None
+    new_values: Mapping[str, Tensor] = field(default_factory=dict)
+    diagnostics: tuple[Diagnostic, ...] = ()
 
     def __getitem__(self, fqn: str) -> Tensor:
         return self.packed[fqn].unpack()
@@ -97,27 +108,44 @@ class MaskSet(Mapping[str, Tensor]):
         """Weights over all masks."""
         return sum(mask.weight_count for mask in self.packed.values())
 
+    def updated_weight(self, fqn: str, weight: Tensor) -> Tensor:
+        """A weight with its new values where it is kept; pruned places hold what they held.
+
+        Args:
+            fqn: one of ``new_values``.
+            weight: the parameter; not changed.
+        """
+        updated = weight.detach().clone(memory_format=torch.contiguous_format)
+        updated[self[fqn].to(weight.device)] = self.new_values[fqn].to(weight.device, weight.dtype)
+        return updated
+
     def digest(self) -> str:
-        """sha256 over names, shapes and bits; equal digests mean equal masks."""
+        """sha256 over names, shapes, bits and new values; equal digests mean equal masks."""
         state = hashlib.sha256()
         for fqn in sorted(self.packed):
             mask = self.packed[fqn]
             state.update(f"{fqn}:{mask.shape}:".encode())
             state.update(mask.bits.tobytes())
+            if fqn in self.new_values:
+                values = self.new_values[fqn].detach().cpu().contiguous()
+                state.update(f"values:{values.dtype}:".encode())
+                state.update(values.view(torch.uint8).numpy().data)
         return state.hexdigest()
 
     def save(self, path: Path | str) -> Path:
-        """Write the masks as safetensors (packed bits; metadata in strings), complete or not at all."""
+        """Write the masks as safetensors (packed bits, new values; metadata in strings), complete or not at all."""
         metadata = {
             "format": "mfcompile.masks",
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION_WITH_VALUES if self.new_values else FORMAT_VERSION,
             "sha256": self.digest(),
             "base_model_fingerprint": self.fingerprint,
-            "sparsity": "" if self.sparsity is None else repr(self.sparsity),
+            "sparsity": "" if self.sparsity is None else json.dumps(_plain(self.sparsity)),
             "shapes": json.dumps({fqn: list(mask.shape) for fqn, mask in self.packed.items()}),
             "regions": json.dumps(dict(self.regions)),
         }
-        data = serialize({fqn: mask.bits for fqn, mask in self.packed.items()}, metadata=metadata)
+        tensors = {fqn: torch.from_numpy(mask.bits) for fqn, mask in self.packed.items()}
+        tensors |= {_VALUES + fqn: values.detach().cpu().contiguous() for fqn, values in self.new_values.items()}
+        data = serialize(tensors, metadata=metadata)
         return write_atomically(Path(path), data)
 
     @classmethod
@@ -131,19 +159,22 @@ class MaskSet(Mapping[str, Tensor]):
         if not path.is_file():
             raise InputError(f"no masks file at {path}")
         try:
-            with safe_open(path, framework="numpy") as file:
+            with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "mfcompile.masks":
                     raise InputError(f"{path} is a safetensors file, but not of masks: its metadata names no mfcompile format")
-                if metadata.get("format_version") != FORMAT_VERSION:
+                if metadata.get("format_version") not in (FORMAT_VERSION, FORMAT_VERSION_WITH_VALUES):
                     raise InputError(
-                        f"{path} is of mask format {metadata.get('format_version')}; this version reads {FORMAT_VERSION}. "
+                        f"{path} is of mask format {metadata.get('format_version')}; this version reads "
+                        f"{FORMAT_VERSION} and {FORMAT_VERSION_WITH_VALUES}. "
                         f"Write it again with this version of mfcompile"
                     )
                 shapes = json.loads(metadata["shapes"])
-                packed = {fqn: PackedMask(file.get_tensor(fqn), tuple(shape)) for fqn, shape in shapes.items()}
+                packed = {fqn: PackedMask(file.get_tensor(fqn).numpy(), tuple(shape)) for fqn, shape in shapes.items()}
+                there = set(file.keys())
+                values = {fqn: file.get_tensor(_VALUES + fqn) for fqn in shapes if _VALUES + fqn in there}
                 regions = dict(json.loads(metadata.get("regions", "{}")))
-                sparsity = float(metadata["sparsity"]) if metadata.get("sparsity") else None
+                sparsity = json.loads(metadata["sparsity"]) if metadata.get("sparsity") else None
         except InputError:
             raise
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -151,10 +182,19 @@ class MaskSet(Mapping[str, Tensor]):
         for fqn, mask in packed.items():
             if mask.bits.dtype != np.uint8 or mask.bits.size != (mask.weight_count + 7) // 8:
                 raise InputError(f"{path}: the mask of {fqn} does not hold {mask.weight_count} bits; the file is damaged")
-        masks = cls(packed, regions, metadata.get("base_model_fingerprint", ""), sparsity)
+        for fqn, kept in values.items():
+            if kept.shape != (packed[fqn].kept_count,):
+                raise InputError(
+                    f"{path}: {fqn} has {kept.numel()} new values for {packed[fqn].kept_count} kept weights; it is damaged"
+                )
+        masks = cls(packed, regions, metadata.get("base_model_fingerprint", ""), sparsity, values)
         if masks.digest() != metadata.get("sha256"):
             raise InputError(f"{path}: the masks do not match their sha256; the file is damaged. Prune again, or use a backup")
         return masks
+
+
+def _plain(sparsity: float | Mapping[str, float]) -> float | dict[str, float]:
+    return dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
-def share_weights_copy(module: nn.Module, wrapped: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+def share_weights_copy(
+    module: nn.Module,
+    wrapped: Mapping[nn.Module, nn.Module] | None = None,
+    replaced: Mapping[Tensor, Tensor] | None = None,
+) -> nn.Module:
     """A copy of the module tree whose parameters and buffers are the very same tensors as the original's.
 
     Running the copy may fill caches in it, and parametrizing it changes its attributes, while the original stays
@@ -21,6 +25,7 @@ def share_weights_copy(module: nn.Module, wrapped: Mapping[nn.Module, nn.Module]
     Args:
         module: any module that ``copy.deepcopy`` can copy.
         wrapped: wrapper -> the module inside it; the copy holds a copy of the latter in the place of the former.
+        replaced: parameter or buffer -> the tensor that stands in the copy wherever the original's tree refers to it.
 
     Raises:
         TypeError, RuntimeError: what ``copy.deepcopy`` raises for an attribute that cannot be copied.
@@ -28,10 +33,31 @@ def share_weights_copy(module: nn.Module, wrapped: Mapping[nn.Module, nn.Module]
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[Any, Any] = {id(tensor): tensor for tensor in tensors}
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
+    memo.update((id(tensor), new) for tensor, new in (replaced or {}).items())
     memo["torch"] = {storage._cdata: storage for storage in storages}  # where torch keeps the storages it has copied
     for wrapper, inner in reversed(list((wrapped or {}).items())):  # inner wrappers before those around them
         memo[id(wrapper)] = copy.deepcopy(inner, memo)
     return copy.deepcopy(module, memo)
+
+
+def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the module tree over the same weights, but for some that are new; a tied weight is new under all its names.
+
+    Args:
+        module: any module that ``copy.deepcopy`` can copy.
+        weights: FQN -> new values, of the parameter's shape.
+
+    Raises:
+        TypeError, RuntimeError: what ``copy.deepcopy`` raises for an attribute that cannot be copied.
+    """
+    fresh = share_weights_copy(module)
+    named = dict(fresh.named_parameters(remove_duplicate=False))
+    new = {id(named[fqn]): nn.Parameter(values, named[fqn].requires_grad) for fqn, values in weights.items()}
+    for owner in list(fresh.modules()):
+        for leaf, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) in new:
+                setattr(owner, leaf, new[id(parameter)])
+    return fresh
 
 
 class KeptState:

@@ -15,7 +15,7 @@ from typing import Any
 from mfcompile._version import __version__
 from mfcompile.artifact import ExportedArtifact, ParityReport
 from mfcompile.files import write_atomically
-from mfcompile.graph import CapturedGraph
+from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.masks import MaskSet
 from mfcompile.region import PruneSite, RegionMap
 from mfcompile.statistics import CalibrationStatistics, SiteStatistics
@@ -32,9 +32,8 @@ def build_report(
     regions: RegionMap,
     statistics: CalibrationStatistics | None,
     masks: MaskSet,
-    sparsity: float,
-    rounding: str,
-    seed: int,
+    sparsity: float | Mapping[str, float],
+    options: Mapping[str, Any],
 ) -> Report:
     """Write down what was pruned, where, and on what evidence.
 
@@ -43,9 +42,8 @@ def build_report(
         regions: its regions and sites.
         statistics: what calibration saw; None where the criterion needed none.
         masks: the masks that were selected.
-        sparsity: requested sparsity, the fraction removed.
-        rounding: how budgets were rounded, "exact" or "official".
-        seed: seed of the selection.
+        sparsity: requested sparsity, the fraction removed: one, or region -> its own.
+        options: how weights were chosen, as JSON knows it.
     """
     kept = site_kept_counts(regions.pruned_sites, masks)
     sites = [_site_row(site, statistics, kept[site.name]) for site in regions.pruned_sites]
@@ -59,8 +57,9 @@ def build_report(
             "parameters": _parameter_count(captured),
             "fingerprint": masks.fingerprint,
         },
-        "options": {"sparsity": sparsity, "rounding": rounding, "seed": seed},
+        "options": {"sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else sparsity, **options},
         **describe_plan(captured, regions),
+        "diagnostics": _diagnostics((*regions.diagnostics, *masks.diagnostics)),
         "calibration": _calibration(statistics),
         "totals": _totals(captured, sites, sparsity),
         "regions": _region_rows(sites, sparsity),
@@ -90,8 +89,12 @@ def describe_plan(captured: CapturedGraph, regions: RegionMap) -> Report:
             for site in regions.skipped_sites
         ],
         "overrides": dict(regions.overrides),
-        "diagnostics": [{"subject": item.subject, "reason": item.reason} for item in regions.diagnostics],
+        "diagnostics": _diagnostics(regions.diagnostics),
     }
+
+
+def _diagnostics(items: Iterable[Diagnostic]) -> list[dict[str, str]]:
+    return [{"subject": item.subject, "reason": item.reason} for item in items]
 
 
 def input_rows(captured: CapturedGraph, regions: RegionMap) -> list[dict[str, Any]]:
@@ -185,7 +188,15 @@ def _site_row(site: PruneSite, statistics: CalibrationStatistics | None, kept: i
     }
 
 
-def _region_rows(sites: Sequence[Mapping[str, Any]], sparsity: float) -> list[dict[str, Any]]:
+def _requested(sites: Sequence[Mapping[str, Any]], sparsity: float | Mapping[str, float]) -> float:
+    """The fraction that was asked of some sites."""
+    if not isinstance(sparsity, Mapping):
+        return sparsity
+    weights = sum(site["weights"] for site in sites)
+    return sum(sparsity[site["region"]] * site["weights"] for site in sites) / weights if weights else 0.0
+
+
+def _region_rows(sites: Sequence[Mapping[str, Any]], sparsity: float | Mapping[str, float]) -> list[dict[str, Any]]:
     """One row per region, in order of first appearance; tokens as the range over its sites."""
     grouped: dict[str, list[Mapping[str, Any]]] = {}
     for site in sites:
@@ -202,7 +213,7 @@ def _region_rows(sites: Sequence[Mapping[str, Any]], sparsity: float) -> list[di
                 "sites": len(members),
                 "weights": weights,
                 "kept": kept,
-                "sparsity_requested": sparsity,
+                "sparsity_requested": sparsity[region] if isinstance(sparsity, Mapping) else sparsity,
                 "sparsity": removed_fraction(weights, kept),
                 "tokens_min": min(tokens, default=None),
                 "tokens_max": max(tokens, default=None),
@@ -212,7 +223,9 @@ def _region_rows(sites: Sequence[Mapping[str, Any]], sparsity: float) -> list[di
     return rows
 
 
-def _totals(captured: CapturedGraph, sites: Sequence[Mapping[str, Any]], sparsity: float) -> dict[str, Any]:
+def _totals(
+    captured: CapturedGraph, sites: Sequence[Mapping[str, Any]], sparsity: float | Mapping[str, float]
+) -> dict[str, Any]:
     weights = sum(site["weights"] for site in sites)
     kept = sum(site["kept"] for site in sites)
     parameters = _parameter_count(captured)
@@ -220,7 +233,7 @@ def _totals(captured: CapturedGraph, sites: Sequence[Mapping[str, Any]], sparsit
         "prunable": {
             "weights": weights,
             "kept": kept,
-            "sparsity_requested": sparsity,
+            "sparsity_requested": _requested(sites, sparsity),
             "sparsity": removed_fraction(weights, kept),
         },
         "all_parameters": {

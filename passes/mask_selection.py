@@ -1,25 +1,29 @@
-"""Mask selection: criterion x allocation, streamed site by site."""
+"""Mask selection: from options to masks, and the places of masks in a parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import CapturedGraph
-from mfcompile.masks import MaskSet, PackedMask, fingerprint
-from mfcompile.passes.allocation import Budget, allocate_by_magnitude, check_sparsity
-from mfcompile.passes.scores import score_scale, score_weights
-from mfcompile.passes.selection import at_most, magnitude_threshold, smallest
+from mfcompile.masks import MaskSet
+from mfcompile.passes.allocation import ALLOCATIONS, Sparsity
+from mfcompile.passes.criteria.base import Need, Pruner
+from mfcompile.passes.criteria.registry import pruner
+from mfcompile.passes.sparsity_patterns import NOfM, parse_pattern
+from mfcompile.patterns import select as match_patterns
+from mfcompile.patterns import weight_names
 from mfcompile.region import PruneSite, RegionMap
-from mfcompile.statistics import CalibrationStatistics, SiteStatistics
+from mfcompile.statistics import CalibrationStatistics
 
-CRITERIA = ("multiflow", "multiflow-inverted", "magnitude")
-ALLOCATIONS = ("magnitude-per-region", "magnitude-global", "score-global")
+if TYPE_CHECKING:
+    from mfcompile.passes.pruning_run import Batches, LossFn, PruningRun
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,51 @@ class SelectionOptions:
     """How weights are chosen.
 
     Attributes:
-        sparsity: fraction removed, in [0, 1).
-        criterion: "multiflow" (Eq. 6), "multiflow-inverted" (keeps the lowest scores: the paper's ablation), or
-            "magnitude".
-        allocation: "magnitude-per-region" (Eq. 7), "magnitude-global" (the ablation without multimodality), or
-            "score-global" (the ablation without distribution).
+        sparsity: fraction removed, in [0, 1); region -> fraction; None for 0.63, or what the pattern sets.
+        criterion: name of a criterion, or an object of a user's own class.
+        criterion_options: options of the criterion, where it was named.
+        allocation: name of an allocation; pattern of weights -> sparsity of these layers; None for what the criterion was
+            published with.
+        pattern: "unstructured", "N:M", "4x1" or "16x1".
+        update: "sparsegpt" rewrites the kept weights once the masks are chosen; None leaves them.
         rounding: "exact" or "official".
+        seed: of random scores, and of what a loss draws.
     """
 
-    sparsity: float = 0.63
-    criterion: str = "multiflow"
-    allocation: str = "magnitude-per-region"
+    sparsity: Sparsity | None = None
+    criterion: str | Pruner = "multiflow"
+    criterion_options: Mapping[str, Any] = field(default_factory=dict)
+    allocation: str | Mapping[str, float] | None = None
+    pattern: str = "unstructured"
+    update: str | None = None
     rounding: str = "exact"
+    seed: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """The options but for the sparsity, as JSON knows them; of a criterion object its name and its fields."""
+        named = self.criterion if isinstance(self.criterion, str) else self.criterion.name
+        options = dict(self.criterion_options) if isinstance(self.criterion, str) else _fields(self.criterion)
+        return {
+            "criterion": named,
+            "criterion_options": {key: value for key, value in options.items() if value is not None},
+            "allocation": self.allocation
+            if self.allocation is None or isinstance(self.allocation, str)
+            else dict(self.allocation),
+            "pattern": self.pattern,
+            "update": self.update,
+            "rounding": self.rounding,
+            "seed": self.seed,
+        }
+
+
+def _fields(criterion: Pruner) -> dict[str, Any]:
+    """The options of a criterion object that JSON can hold."""
+    own = fields(criterion) if is_dataclass(criterion) else ()
+    values = {item.name: getattr(criterion, item.name) for item in own if item.init}
+    return {name: value for name, value in values.items() if isinstance(value, (str, int, float, bool))}
+
+
+UPDATES = ("sparsegpt",)
 
 
 def select_masks(
@@ -47,11 +84,11 @@ def select_masks(
     statistics: CalibrationStatistics | None,
     options: SelectionOptions,
     progress: Callable[[int, int | None], None] | None = None,
+    *,
+    batches: Batches | None = None,
+    loss_fn: LossFn | None = None,
 ) -> MaskSet:
-    """Choose the weights that stay: budgets by Eq. 7, then the best scores of every site by Eq. 8.
-
-    Scores are computed for one site at a time and are not kept; ties are broken by position. From the same statistics, a
-    higher sparsity keeps a subset of what a lower one keeps.
+    """Choose the weights that stay: criterion x allocation x pattern.
 
     Args:
         captured: the captured model; its weights are read, never written.
@@ -59,43 +96,109 @@ def select_masks(
         statistics: what calibration saw; None for criteria that need none.
         options: what to choose by.
         progress: called with (weight tensors done, weight tensors in all).
+        batches: gives the calibration batches, for criteria that need gradients.
+        loss_fn: the loss of a batch, for criteria that need gradients.
 
     Raises:
         InputError: an option is not valid, there is nothing to prune, or a weight holds NaN or infinity.
-        CalibrationError: the criterion needs statistics that are missing.
+        CalibrationError: the criterion needs what is missing.
     """
-    options = replace(options, sparsity=check_sparsity(options.sparsity))
-    _check_options(options)
-    sites = regions.pruned_sites
-    if not sites:
+    from mfcompile.passes.pruning_run import PruningRun, sparsity_of
+
+    chosen, pattern = check_options(options), parse_pattern(options.pattern)
+    if not regions.pruned_sites:
         raise InputError(
             "no weight is to be pruned: no linear weight lies inside a repeated block, or targets and ignore leave none. "
             "See `mfcompile inspect` for the reason of every weight, and choose weights with targets"
         )
-    scorer = _Scorer(captured, statistics, options.criterion)
-    pick = smallest if options.rounding == "exact" else at_most
-    if options.allocation == "score-global":
-        budget = _allocate_by_score(sites, scorer, options.sparsity)
-    else:
-        groups = regions.by_region() if options.allocation == "magnitude-per-region" else {"all": sites}
-        # The published truncation lies between budget and scores; published magnitude pruning has no such step.
-        rounding = "exact" if options.criterion == "magnitude" else options.rounding
-        budget = allocate_by_magnitude(groups, lambda site: site_weight(captured, site), options.sparsity, rounding)
-    packed: dict[str, PackedMask] = {}
-    by_fqn: dict[str, list[PruneSite]] = {}
-    for site in sites:
-        by_fqn.setdefault(site.fqn, []).append(site)
-    for index, (fqn, group) in enumerate(by_fqn.items()):
-        packed[fqn] = PackedMask.pack(
-            _mask_of(captured, group, lambda site: ~pick(scorer.ranking(site), budget.pruned[site.name]))
+    check_needs(chosen, statistics, batches, loss_fn)
+    if options.update is not None and batches is None:
+        raise CalibrationError(f"update={options.update!r} runs the model: give calibration batches")
+    run = PruningRun(
+        captured,
+        regions,
+        sparsity_of(options.sparsity, pattern, regions),
+        _by_site(options.allocation, captured, regions),
+        pattern,
+        options.rounding,
+        options.seed,
+        statistics,
+        batches,
+        loss_fn,
+        progress,
+    )
+    masks = chosen.choose(run)
+    return masks if options.update is None else _update(run, masks)
+
+
+def _update(run: PruningRun, masks: MaskSet) -> MaskSet:
+    from mfcompile.passes.sparsegpt import update_weights
+
+    return update_weights(run, masks)
+
+
+def check_options(options: SelectionOptions) -> Pruner:
+    """The pruner, after a look at every option that can be judged without a model.
+
+    Raises:
+        InputError: an option is not valid.
+    """
+    chosen = pruner(options.criterion, options.criterion_options)
+    pattern = parse_pattern(options.pattern)
+    if options.rounding not in ("exact", "official"):
+        raise InputError(f"rounding={options.rounding!r} is unknown; choose one of exact, official")
+    if isinstance(options.allocation, str) and options.allocation not in ALLOCATIONS:
+        raise InputError(
+            f"allocation={options.allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}, or give sparsities by layer"
         )
-        if progress is not None:
-            progress(index + 1, len(by_fqn))
-    kept_regions = {fqn: regions.weights[fqn] for fqn in packed}
-    return MaskSet(packed, kept_regions, fingerprint(captured.module), options.sparsity)
+    if options.update is not None and options.update not in UPDATES:
+        raise InputError(
+            f"update={options.update!r} is unknown; choose {', '.join(UPDATES)}, or None to leave weights as they are"
+        )
+    if isinstance(pattern, NOfM) and options.allocation is not None:
+        raise InputError(
+            f"the pattern {options.pattern} removes the same from every layer, so there is nothing to allocate: leave "
+            f"allocation={options.allocation!r} out"
+        )
+    return chosen
 
 
-def _mask_of(captured: CapturedGraph, sites: Sequence[PruneSite], kept: Callable[[PruneSite], Tensor]) -> Tensor:
+def check_needs(
+    chosen: Pruner, statistics: CalibrationStatistics | None, batches: Batches | None, loss_fn: LossFn | None
+) -> None:
+    """Refuse a pruner whose needs are not met.
+
+    Raises:
+        CalibrationError: names what is missing and how to give it.
+    """
+    if Need.STATISTICS in chosen.needs and statistics is None:
+        raise CalibrationError(f"the criterion {chosen.name!r} needs calibration statistics; run calibrate() first")
+    if Need.GRADIENTS in chosen.needs and (loss_fn is None or batches is None):
+        missing = "a loss_fn" if loss_fn is None else "calibration batches"
+        raise CalibrationError(
+            f"the criterion {chosen.name!r} needs gradients, and there is no way to them without {missing}. Define "
+            f"`loss_fn(module, batch)`, which returns the loss of one batch, in model.py or as the argument loss_fn, and give "
+            f"calibration batches that it can read; criteria that need no loss: multiflow, magnitude, lamp, wanda"
+        )
+
+
+def _by_site(
+    allocation: str | Mapping[str, float] | None, captured: CapturedGraph, regions: RegionMap
+) -> str | Mapping[str, float] | None:
+    """Sparsities by pattern of weights as sparsities by site; the most specific pattern wins."""
+    if allocation is None or isinstance(allocation, str):
+        return allocation
+    sites = regions.pruned_sites
+    named = {site.fqn: weight_names(captured.module, site.fqn, site.tied_with, site.region) for site in sites}
+    chosen = match_patterns(tuple(allocation), named, what="allocation")
+    left = [site.name for site in sites if site.fqn not in chosen]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise InputError(f"allocation: no pattern matches {left[0]}{more}; name every layer, with '*' for the rest say")
+    return {site.name: allocation[chosen[site.fqn]] for site in sites}
+
+
+def parameter_mask(captured: CapturedGraph, sites: Sequence[PruneSite], kept: Callable[[PruneSite], Tensor]) -> Tensor:
     """The mask of one parameter, in its own layout, from the masks of its sites; rows of no site are kept."""
     shape, layout = tuple(captured.parameter(sites[0].fqn).shape), sites[0].layout
     if len(sites) == 1 and sites[0].weight_count == prod(shape):
@@ -111,69 +214,24 @@ def site_weight(captured: CapturedGraph, site: PruneSite) -> Tensor:
     return site.matrix(site.layout.matrices(captured.parameter(site.fqn).detach()))
 
 
-class _Scorer:
-    """Scores of one site at a time."""
+def pruned_by_row(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """Mark the smallest scores of every row, as many as its count; among equal scores the first.
 
-    def __init__(self, captured: CapturedGraph, statistics: CalibrationStatistics | None, criterion: str) -> None:
-        if criterion.startswith("multiflow") and statistics is None:
-            raise CalibrationError(f"the criterion {criterion!r} needs calibration statistics; run calibrate() first")
-        self._captured, self._statistics, self._criterion = captured, statistics, criterion
+    Args:
+        scores: (rows, columns) float32.
+        counts: how many of each row.
 
-    def ranking(self, site: PruneSite) -> Tensor:
-        """(out_features, in_features) float32; the smallest are removed first. Comparable inside the site."""
-        weight = site_weight(self._captured, site)
-        norm = self._norm(site)
-        if norm is None:
-            return weight.abs().float()
-        score = score_weights(weight, norm)
-        return -score if self._criterion == "multiflow-inverted" else score
-
-    def comparable(self, site: PruneSite) -> Tensor:
-        """The ranking on one scale for all sites: norms are per sample, Eq. 6 is not rescaled."""
-        weight = site_weight(self._captured, site)
-        norm = self._norm(site)
-        if norm is None:
-            return weight.abs().float()
-        seen = self._site_statistics(site)
-        norm = norm / max(seen.sample_count, 1) ** 0.5
-        return (score_weights(weight, norm).double() * score_scale(weight, norm)).float()
-
-    def _norm(self, site: PruneSite) -> Tensor | None:
-        """Input norm of a site; None where magnitude ranks: by the criterion, or since the site saw no token."""
-        if self._criterion == "magnitude" or self._statistics is None:
-            return None
-        seen = self._site_statistics(site)
-        return seen.input_norm() if seen.token_count else None
-
-    def _site_statistics(self, site: PruneSite) -> SiteStatistics:
-        assert self._statistics is not None
-        if site.name not in self._statistics.sites:
-            raise CalibrationError(
-                f"the statistics hold nothing about {site.name}: they were made for other sites. Calibrate again"
-            )
-        return self._statistics.sites[site.name]
+    Returns:
+        bool tensor of the same shape.
+    """
+    marked = torch.zeros(scores.shape, dtype=torch.bool)
+    limits = torch.tensor(counts).unsqueeze(1)
+    for start in range(0, scores.shape[0], _ROWS):
+        order = scores[start : start + _ROWS].argsort(dim=1, stable=True)
+        taken = (torch.arange(scores.shape[1]) < limits[start : start + _ROWS]).expand(order.shape)
+        marked[start : start + _ROWS].scatter_(1, order, taken)
+    return marked
 
 
-def _allocate_by_score(sites: tuple[PruneSite, ...], scorer: _Scorer, sparsity: float) -> Budget:
-    """One threshold over the scores of all sites (the paper's ablation without distribution)."""
-    k = int(sparsity * sum(site.weight_count for site in sites))
-    if k < 1:
-        return Budget({site.name: 0 for site in sites}, {})
-    found = magnitude_threshold(
-        [lambda site=site: scorer.comparable(site) for site in sites],  # type: ignore[misc]
-        k,
-        [f"the score of {site.name}" for site in sites],
-    )
-    counts = found.pruned_counts(k)
-    return Budget({site.name: count for site, count in zip(sites, counts, strict=True)}, {"all": found.value})
-
-
-def _check_options(options: SelectionOptions) -> None:
-    known: Mapping[str, tuple[str, tuple[str, ...]]] = {
-        "criterion": (options.criterion, CRITERIA),
-        "allocation": (options.allocation, ALLOCATIONS),
-        "rounding": (options.rounding, ("exact", "official")),
-    }
-    for name, (value, choices) in known.items():
-        if value not in choices:
-            raise InputError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+_ROWS = 256
+"""Rows that are ranked at a time, so that no index of the size of a weight is kept."""

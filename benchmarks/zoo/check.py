@@ -86,7 +86,7 @@ def _stages(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
     )
     statistics = mfcompile.calibrate(captured, regions=regions)
     masks = mfcompile.select_masks(captured, regions, statistics, sparsity=SPARSITY)
-    compiled = assemble(captured, regions, statistics, masks, sparsity=SPARSITY)
+    compiled = assemble(captured, regions, statistics, masks)
     _check_sparsity(masks)
     yield done("prune", sparsity=_achieved(masks))
     _check_masks(module, before, compiled.strip(), masks)

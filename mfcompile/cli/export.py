@@ -96,9 +96,10 @@ def _write_parts(
     """
     import tempfile
 
-    from mfcompile.compile import export_onnx, infer_regions, verify
+    from mfcompile.compile import export_onnx, verify
     from mfcompile.exporters.parity import raise_on_failure
     from mfcompile.exporters.split_files import check_directory, publish_parts
+    from mfcompile.steps import infer_regions
 
     check_directory(target)
     regions = infer_regions(pruned, **options)

@@ -79,7 +79,7 @@ def merged(source: ModelSource, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def capture_source(source: ModelSource, options: Mapping[str, Any], progress: StageProgress) -> tuple[CapturedGraph, RegionMap]:
     """Capture a loaded model and find its regions."""
-    from mfcompile.compile import capture, infer_regions
+    from mfcompile.steps import capture, infer_regions
 
     with progress.stage("capture"):
         captured = capture(source.model, example_of(source))
@@ -94,7 +94,8 @@ def capture_masked(source: ModelSource, masks: MaskSet | None, progress: StagePr
     Raises:
         InputError: the masks were made for other weights (names both fingerprints).
     """
-    from mfcompile.compile import capture, with_masks
+    from mfcompile.compile import with_masks
+    from mfcompile.steps import capture
 
     with progress.stage("capture"):
         captured = capture(source.model, example_of(source))

@@ -110,8 +110,7 @@ def report(captured: CapturedGraph, regions: RegionMap, statistics: CalibrationS
         statistics=statistics,
         masks=masks,
         sparsity=0.6,
-        rounding="exact",
-        seed=5,
+        options={"rounding": "exact", "seed": 5},
     )
 
 
@@ -194,8 +193,7 @@ def test_rows_of_a_transposed_weight_are_columns_of_its_mask(
         statistics=None,
         masks=MaskSet({"w": PackedMask.pack(mask)}),
         sparsity=0.5,
-        rounding="exact",
-        seed=0,
+        options={"rounding": "exact", "seed": 0},
     )
     assert built["sites"][0]["kept"] == 2
     assert (built["calibration"], built["sites"][0]["tokens"]) == (None, None)
@@ -298,7 +296,6 @@ def test_report_is_deterministic(
         statistics=statistics,
         masks=masks,
         sparsity=0.6,
-        rounding="exact",
-        seed=5,
+        options={"rounding": "exact", "seed": 5},
     )
     assert json.dumps(again) == json.dumps(report)

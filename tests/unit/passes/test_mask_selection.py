@@ -137,8 +137,8 @@ def test_missing_statistics_are_refused() -> None:
 
 @pytest.mark.parametrize("option", ["criterion", "allocation", "rounding"])
 def test_unknown_options_name_the_known_ones(option: str) -> None:
-    options: dict[str, Any] = {option: "wanda"}
-    with pytest.raises(InputError, match=f"{option}='wanda' is unknown; choose one of .*(magnitude|exact)"):
+    options: dict[str, Any] = {option: "wander"}
+    with pytest.raises(InputError, match=f"{option}='wander' is unknown; .*choose one of .*(magnitude|exact)"):
         select(**options)
 
 

@@ -1,0 +1,87 @@
+"""Pruners by name: those of this package, and those that other packages register."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from mfcompile.errors import InputError
+from mfcompile.passes.criteria.base import Pruner
+
+ENTRY_POINT_GROUP = "mfcompile.criteria"
+"""Other packages name their pruners under ``[project.entry-points."mfcompile.criteria"]``."""
+
+_OWN = {
+    "multiflow": "multiflow:Multiflow",
+    "multiflow-inverted": "multiflow:InvertedMultiflow",
+    "magnitude": "magnitude:Magnitude",
+    "random": "random_scores:Random",
+    "lamp": "lamp:Lamp",
+    "l2": "magnitude:L2",
+    "wanda": "wanda:Wanda",
+    "snip": "snip:Snip",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every name that ``pruner`` knows: this package's in a fixed order, then those of entry points."""
+    return (*_OWN, *sorted(_registered().keys() - _OWN.keys()))
+
+
+def pruner(criterion: str | Pruner, options: Mapping[str, Any] | None = None) -> Pruner:
+    """The pruner of that name, or the one that was given.
+
+    Args:
+        criterion: a name, or an object of a user's own class.
+        options: values of the pruner's fields; only for a name.
+
+    Raises:
+        InputError: the name is not known (the nearest is given), an option is none of the pruner's, or what was
+            registered under the name is no pruner.
+    """
+    if isinstance(criterion, Pruner):
+        if options:
+            raise InputError(f"options of a criterion go with its name; {type(criterion).__name__} was given as an object")
+        return criterion
+    if not isinstance(criterion, str):
+        hint = "; make an object of it: " + criterion.__name__ + "()" if isinstance(criterion, type) else ""
+        raise InputError(f"criterion must be a name or a Criterion object, got {criterion!r}{hint}")
+    chosen = _class_of(criterion)
+    known = {item.name for item in fields(chosen) if item.init} if is_dataclass(chosen) else set()
+    for key in options or {}:
+        if key not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            raise InputError(f"the criterion {criterion!r} has no option {key!r}; {has}")
+    return chosen(**(options or {}))
+
+
+def _class_of(name: str) -> type[Pruner]:
+    if name in _OWN:
+        module, _, attribute = _OWN[name].partition(":")
+        own: type[Pruner] = getattr(import_module(f"mfcompile.passes.criteria.{module}"), attribute)
+        return own
+    registered = _registered().get(name)
+    if registered is None:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"criterion={name!r} is unknown; {hint}choose one of {', '.join(names())}")
+    try:
+        found = registered.load()
+    except Exception as error:
+        raise InputError(
+            f"the criterion {name!r} is registered as {registered.value}, which cannot be imported "
+            f"({type(error).__name__}: {error}). Repair or uninstall the package that registers it"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Pruner)):
+        raise InputError(f"the criterion {name!r} is registered as {registered.value}, which is no subclass of Criterion")
+    return found
+
+
+@cache
+def _registered() -> Mapping[str, Any]:
+    return {item.name: item for item in entry_points(group=ENTRY_POINT_GROUP)}

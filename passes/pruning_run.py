@@ -1,0 +1,268 @@
+"""One pruning: what is asked for, what is known, and the way from scores to masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from mfcompile.errors import CalibrationError, InputError
+from mfcompile.graph import CapturedGraph, Diagnostic
+from mfcompile.masks import MaskSet, PackedMask, fingerprint
+from mfcompile.passes.allocation import Budget, Request, Sparsity, allocate, check_sparsity
+from mfcompile.passes.criteria.base import Criterion, Need, SiteData
+from mfcompile.passes.mask_selection import parameter_mask, pruned_by_row, site_weight
+from mfcompile.passes.selection import at_most, smallest
+from mfcompile.passes.sparsity_patterns import NOfM, Pattern, Unstructured
+from mfcompile.region import PruneSite, RegionMap
+from mfcompile.statistics import CalibrationStatistics
+
+LossFn = Callable[[Any, Any], Any]
+"""``loss_fn(module, batch)``: a scalar tensor, or an object with ``.loss``."""
+
+Batches = Callable[[], Iterable[Any]]
+"""Gives the calibration batches afresh at every call."""
+
+
+@dataclass(frozen=True)
+class PruningRun:
+    """What a pruner is given.
+
+    Attributes:
+        captured: the captured model; its weights are read, never written.
+        regions: its regions and sites.
+        sparsity: the fraction removed, or region -> its own.
+        allocation: name of an allocation, or site name -> sparsity; None for the one that the pruner was published with.
+        pattern: the shape in which weights are removed.
+        rounding: "exact" or "official".
+        seed: of everything random.
+        statistics: what calibration saw; None where there was none.
+        batches: gives the calibration batches; None where there are none.
+        loss_fn: the loss of a batch; None where there is none.
+        progress: called with (done, total or None) while masks are chosen.
+    """
+
+    captured: CapturedGraph
+    regions: RegionMap
+    sparsity: Sparsity
+    allocation: str | Mapping[str, float] | None = None
+    pattern: Pattern = field(default_factory=Unstructured)
+    rounding: str = "exact"
+    seed: int = 0
+    statistics: CalibrationStatistics | None = None
+    batches: Batches | None = None
+    loss_fn: LossFn | None = None
+    progress: Callable[[int, int | None], None] | None = None
+
+    @cached_property
+    def sites_by_fqn(self) -> dict[str, list[PruneSite]]:
+        """FQN -> its pruned sites, in ``named_parameters`` order."""
+        grouped: dict[str, list[PruneSite]] = {}
+        for site in self.regions.pruned_sites:
+            grouped.setdefault(site.fqn, []).append(site)
+        return grouped
+
+    @cached_property
+    def model_fingerprint(self) -> str:
+        """Fingerprint of the dense model."""
+        return fingerprint(self.captured.module)
+
+    def at_sparsity(self, factor: Callable[[float], float]) -> PruningRun:
+        """The same run at another sparsity: ``factor`` of each that was asked for."""
+        if isinstance(self.sparsity, Mapping):
+            return replace(self, sparsity={region: factor(value) for region, value in self.sparsity.items()})
+        return replace(self, sparsity=factor(self.sparsity))
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        """FQN -> mean gradient of the loss over the calibration batches, in the layout of the parameter."""
+        from mfcompile.passes.gradients import accumulate_gradients
+
+        assert self.batches is not None
+        assert self.loss_fn is not None
+        return accumulate_gradients(
+            self.captured.module, self.batches(), self.loss_fn, tuple(self.sites_by_fqn), seed=self.seed
+        ).gradients
+
+    def site_data(self, needs: frozenset[Need], gradients: Mapping[str, Tensor] | None) -> Iterator[tuple[PruneSite, SiteData]]:
+        """Every site with what a criterion of these needs may see of it."""
+        for site in self.regions.pruned_sites:
+            yield site, self.data_of(site, needs, gradients)
+
+    def data_of(self, site: PruneSite, needs: frozenset[Need], gradients: Mapping[str, Tensor] | None) -> SiteData:
+        """What a criterion of these needs may see of a site.
+
+        Raises:
+            CalibrationError: the statistics are of other sites.
+        """
+        data = SiteData(site.name, site.region, site_weight(self.captured, site))
+        if Need.STATISTICS in needs:
+            assert self.statistics is not None
+            if site.name not in self.statistics.sites:
+                raise CalibrationError(
+                    f"the statistics hold nothing about {site.name}: they were made for other sites. Calibrate again"
+                )
+            seen = self.statistics.sites[site.name]
+            norm = seen.input_norm() if seen.token_count else None
+            data = replace(data, input_norm=norm, token_count=seen.token_count, sample_count=seen.sample_count)
+        if gradients is not None:
+            gradient = site.matrix(site.layout.matrices(gradients[site.fqn]))
+            data = replace(data, gradient=gradient)
+        return data
+
+    def select(
+        self, criterion: Criterion, *, gradients: Mapping[str, Tensor] | None = None, pruned: Mapping[str, Tensor] | None = None
+    ) -> MaskSet:
+        """Budgets by the allocation, then the best scores of every site in the shape of the pattern (Eq. 7 and 8).
+
+        Scores are computed for one site at a time and are not kept; ties are broken by position. From the same
+        statistics, a higher sparsity keeps a subset of what a lower one keeps.
+
+        Args:
+            criterion: what scores the weights.
+            gradients: FQN -> gradient, for criteria that need them.
+            pruned: FQN -> bool of the weights that are gone already and must not return; in the layout of the parameter.
+        """
+        criterion.begin((data for _, data in self.site_data(criterion.needs, gradients)), self.seed)
+        ranker = _Ranker(self, criterion, gradients, pruned)
+        if isinstance(self.pattern, NOfM):
+            budget = Budget({}, {})
+        else:
+            budget = allocate(self._allocation(criterion), self._request(criterion, ranker))
+        packed: dict[str, PackedMask] = {}
+        for index, (fqn, group) in enumerate(self.sites_by_fqn.items()):
+            packed[fqn] = PackedMask.pack(
+                parameter_mask(self.captured, group, lambda site: ~self._removed(site, ranker, budget))
+            )
+            if self.progress is not None:
+                self.progress(index + 1, len(self.sites_by_fqn))
+        return self.mask_set(packed)
+
+    def mask_set(self, packed: Mapping[str, PackedMask], values: Mapping[str, Tensor] | None = None) -> MaskSet:
+        """Masks (and new values of kept weights) with what is known of them."""
+        regions = {fqn: self.regions.weights[fqn] for fqn in packed}
+        return MaskSet(
+            packed, regions, self.model_fingerprint, self.sparsity, values or {}, diagnostics=tuple(self._remainders())
+        )
+
+    def _allocation(self, criterion: Criterion) -> str | Mapping[str, float]:
+        if self.allocation is not None:
+            return self.allocation
+        published = criterion.allocation
+        return published.replace("-global", "-per-region") if isinstance(self.sparsity, Mapping) else published
+
+    def _request(self, criterion: Criterion, ranker: _Ranker) -> Request:
+        # Published magnitude pruning has no step between budget and scores that could truncate.
+        is_magnitude = criterion.name == "magnitude"
+        rounding = "exact" if is_magnitude and self.allocation != "uniform" else self.rounding
+        return Request(self.regions.pruned_sites, self.sparsity, self._magnitude, ranker.comparable, self.pattern, rounding)
+
+    def _magnitude(self, site: PruneSite) -> Tensor:
+        weight = site_weight(self.captured, site)
+        return weight if isinstance(self.pattern, Unstructured) else weight.abs()
+
+    def _removed(self, site: PruneSite, ranker: _Ranker, budget: Budget) -> Tensor:
+        """(out_features, in_features) bool: what a site loses."""
+        ranking = ranker.ranking(site)
+        if isinstance(self.pattern, NOfM):
+            return self.pattern.smallest(ranking)
+        units = self.pattern.unit_scores(ranking)
+        if site.name in budget.by_row:
+            removed = pruned_by_row(units, budget.by_row[site.name])
+        else:
+            removed = (smallest if self.rounding == "exact" else at_most)(units, budget.pruned[site.name])
+        return self.pattern.pruned_weights(removed, (site.out_features, site.in_features))
+
+    def _remainders(self) -> Iterator[Diagnostic]:
+        for site in self.regions.pruned_sites:
+            left = self.pattern.remainder(site.out_features, site.in_features)
+            if left is not None:
+                yield Diagnostic(site.name, left)
+
+
+class _Ranker:
+    """Scores of one site at a time."""
+
+    def __init__(
+        self,
+        run: PruningRun,
+        criterion: Criterion,
+        gradients: Mapping[str, Tensor] | None,
+        pruned: Mapping[str, Tensor] | None,
+    ) -> None:
+        self._run, self._criterion, self._gradients, self._pruned = run, criterion, gradients, pruned
+
+    def ranking(self, site: PruneSite) -> Tensor:
+        """(out_features, in_features) float32; the smallest are removed first. Comparable inside the site."""
+        data = self._run.data_of(site, self._criterion.needs, self._gradients)
+        if self._ranks_by_magnitude(data):
+            return data.weight.detach().abs().float()
+        score = self._criterion.score(data)
+        self._check(score, data)
+        return self._without_pruned(score.float(), site)
+
+    def comparable(self, site: PruneSite) -> Tensor:
+        """The ranking on one scale for all sites."""
+        data = self._run.data_of(site, self._criterion.needs, self._gradients)
+        ranking = self.ranking(site)
+        scale = 1.0 if self._ranks_by_magnitude(data) else self._criterion.scale(data)
+        return ranking if scale == 1.0 else self._without_pruned((ranking.double() * scale).float(), site)
+
+    def _without_pruned(self, score: Tensor, site: PruneSite) -> Tensor:
+        """What is gone ranks below all that is left."""
+        if self._pruned is None:
+            return score
+        return score.masked_fill(site.matrix(site.layout.matrices(self._pruned[site.fqn])), _GONE)
+
+    def _ranks_by_magnitude(self, data: SiteData) -> bool:
+        """No token ever reached the site, so that nothing but its weights is known of it."""
+        return Need.STATISTICS in self._criterion.needs and data.input_norm is None
+
+    def _check(self, score: Tensor, data: SiteData) -> None:
+        if not isinstance(score, Tensor) or score.shape != data.weight.shape or not score.dtype.is_floating_point:
+            got = f"{tuple(score.shape)} {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
+            raise InputError(
+                f"the criterion {self._criterion.name!r} scored {data.name} with {got}; a score is a float tensor of the "
+                f"weight's shape {tuple(data.weight.shape)}"
+            )
+
+
+_GONE = -1e30
+"""Below every score; finite, also when a block of them is added up."""
+
+
+def sparsity_of(sparsity: Sparsity | None, pattern: Pattern, regions: RegionMap) -> Sparsity:
+    """The sparsity that is meant.
+
+    Args:
+        sparsity: a fraction, region -> fraction, or None for what the pattern sets, and 0.63 where it sets none.
+        pattern: the pattern.
+        regions: the regions of the model.
+
+    Raises:
+        InputError: a fraction is not valid, a region is missing or unknown, or the pattern sets another sparsity.
+    """
+    if pattern.fixed_sparsity is not None:
+        given = {sparsity} if not isinstance(sparsity, Mapping) else set(sparsity.values())
+        if any(value is not None and abs(check_sparsity(value) - pattern.fixed_sparsity) > 1e-9 for value in given):
+            assert isinstance(pattern, NOfM)
+            raise InputError(
+                f"the pattern {pattern.kept}:{pattern.of} removes {pattern.fixed_sparsity:g} of every layer, but sparsity "
+                f"{sparsity} was asked for. Leave the sparsity out, or choose another N:M"
+            )
+        return pattern.fixed_sparsity
+    if sparsity is None:
+        return 0.63
+    if not isinstance(sparsity, Mapping):
+        return check_sparsity(sparsity)
+    known = tuple(regions.by_region())
+    unknown = [region for region in sparsity if region not in known]
+    missing = [region for region in known if region not in sparsity]
+    if unknown or missing:
+        what = f"there is no region {unknown[0]!r}" if unknown else f"the region {missing[0]!r} has none"
+        raise InputError(
+            f"sparsity per region: {what}; this model's regions are {', '.join(known)}. Give each of them one; 0 keeps it dense"
+        )
+    return {region: check_sparsity(sparsity[region]) for region in known}
