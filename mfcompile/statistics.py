@@ -1,15 +1,17 @@
-"""Calibration statistics: one sum of squares per input feature of every site. They add up."""
+"""Calibration statistics: one sum of squares per input feature of every site. They add up, and are kept in files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mfcompile.errors import CalibrationError
+from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import Diagnostic
+from mfcompile.region import PruneSite
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class CalibrationStatistics:
         observed_by: how the activations were observed ("graph", "module").
         padding_masks: names of the padding masks that were applied.
         diagnostics: where padding was decided by a weaker rule, or could not be left out.
+        fingerprint: fingerprint of the model that was calibrated ("" when unknown).
     """
 
     sites: Mapping[str, SiteStatistics]
@@ -52,13 +55,19 @@ class CalibrationStatistics:
     observed_by: str
     padding_masks: tuple[str, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()
+    fingerprint: str = ""
 
     def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
         """Statistics of both sets of batches together.
 
         Raises:
-            CalibrationError: the two cover different sites.
+            CalibrationError: the two cover different sites, or are known to be of different models.
         """
+        if self.fingerprint and other.fingerprint and self.fingerprint != other.fingerprint:
+            raise CalibrationError(
+                f"statistics of different models cannot be added: one is of fingerprint {self.fingerprint[:16]}..., the other "
+                f"of {other.fingerprint[:16]}.... Calibrate one model on all of the data"
+            )
         if set(self.sites) != set(other.sites):
             odd = sorted(set(self.sites) ^ set(other.sites))
             raise CalibrationError(f"statistics of different sites cannot be added; only one side has {odd[0]}")
@@ -79,6 +88,7 @@ class CalibrationStatistics:
             observed_by="+".join(sorted({*self.observed_by.split("+"), *other.observed_by.split("+")})),
             padding_masks=tuple(dict.fromkeys((*self.padding_masks, *other.padding_masks))),
             diagnostics=tuple(dict.fromkeys((*self.diagnostics, *other.diagnostics))),
+            fingerprint=self.fingerprint if self.fingerprint == other.fingerprint else "",
         )
 
     def check(self) -> None:
@@ -96,3 +106,48 @@ class CalibrationStatistics:
                     f"({int((~finite).sum())} of {finite.numel()} features): its norm cannot rank weights. "
                     f"Check the calibration data and the checkpoint"
                 )
+
+    def check_fits(self, sites: Iterable[PruneSite], fingerprint: str = "") -> None:
+        """Refuse statistics that are not of these sites: those of another model, or of other regions or targets.
+
+        Args:
+            sites: the sites that are to be pruned.
+            fingerprint: of the model that is to be pruned; "" does not compare it.
+
+        Raises:
+            InputError: a site has no statistics or another width (names it), or the model is known to be another one.
+        """
+        if fingerprint and self.fingerprint and fingerprint != self.fingerprint:
+            raise InputError(
+                f"the statistics were taken from a model with fingerprint {self.fingerprint[:16]}..., this model's is "
+                f"{fingerprint[:16]}...: its weights are different. Calibrate this model, or load those weights"
+            )
+        for site in sites:
+            own = self.sites.get(site.name)
+            if own is None or own.sum_of_squares.shape != (site.in_features,):
+                found = "none" if own is None else f"those of {own.sum_of_squares.numel()} input features"
+                raise InputError(
+                    f"the statistics hold {found} for {site.name}, which has {site.in_features} input features: they are of "
+                    f"another model, or of other regions or targets. Calibrate with the options that you prune with"
+                )
+
+    def save(self, path: Path | str) -> Path:
+        """Write the statistics as safetensors, complete or not at all; ``load`` gives them back to the bit."""
+        from mfcompile.statistics_file import save_statistics
+
+        return save_statistics(self, Path(path))
+
+    @classmethod
+    def load(cls, path: Path | str) -> CalibrationStatistics:
+        """Read statistics and check their digest.
+
+        Raises:
+            InputError: the file is missing, holds no statistics, is of another format version, or is damaged.
+        """
+        from mfcompile.statistics_file import load_statistics
+
+        return load_statistics(Path(path))
+
+
+NO_STATISTICS = CalibrationStatistics({}, 0, "no calibration", "")
+"""Of a criterion that needs none."""
