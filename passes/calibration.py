@@ -79,17 +79,16 @@ def calibrate(
         CalibrationError: no batch, a region without a single token, NaN or infinity in an activation, or a batch that
             the model refuses.
     """
-    _check_arguments(batches, num_samples, observe)
+    check_arguments(batches, num_samples, observe)
     plan = plan_padding(captured, regions, padding_mask)
-    source = "calibration batches" if batches is not None else _stand_in(captured)
     total = _length(batches)
     collector = StatisticsCollector(regions.pruned_sites, plan, repeated_weights(regions))
     runner = _runner(captured, regions, collector, observe, plan)
     samples = 0
     for index, batch in enumerate([captured.example_inputs] if batches is None else batches):
-        inputs = runner.normalize(batch, index)
+        inputs = normalize_batch(captured, batch, index)
         runner.run(inputs, index)
-        samples += next((int(tensor.shape[0]) for tensor in inputs.tensors().values() if tensor.ndim), 1)
+        samples += sample_count(inputs)
         if progress is not None:
             progress(index + 1, total)
         if num_samples is not None and samples >= num_samples:
@@ -99,21 +98,28 @@ def calibrate(
             "the calibration set is empty: no batch was given. Pass at least one batch, or None to use the example inputs"
         )
     statistics = CalibrationStatistics(
-        collector.statistics(), collector.batch_count, source, "+".join(sorted(runner.observed_by)),
+        collector.statistics(), collector.batch_count, source_of(captured, batches), "+".join(sorted(runner.observed_by)),
         tuple(dict.fromkeys(item.mask for item in plan.masks)), runner.diagnostics,
     )  # fmt: skip
     statistics.check()
-    _check_regions(regions, statistics)
+    check_regions(regions, statistics)
     return replace(statistics, diagnostics=(*statistics.diagnostics, *_unseen(regions, statistics)))
 
 
-def _stand_in(captured: CapturedGraph) -> str:
-    """What stands in for calibration batches, in words."""
+def source_of(captured: CapturedGraph, batches: Iterable[Any] | None) -> str:
+    """Where calibration data come from, in words; without batches, what stands in for them."""
+    if batches is not None:
+        return "calibration batches"
     is_random = any(text.startswith("random inputs") for text in captured.specialised)
     return "random inputs" if is_random else "example inputs"
 
 
-def _check_arguments(batches: Iterable[Any] | None, num_samples: int | None, observe: str) -> None:
+def check_arguments(batches: Iterable[Any] | None, num_samples: int | None, observe: str) -> None:
+    """Refuse arguments of ``calibrate`` that are not valid, before any work.
+
+    Raises:
+        InputError: see calibrate.
+    """
     if observe not in {"auto", "graph", "module"}:
         raise InputError(f"observe={observe!r} is unknown; choose auto, graph or module")
     if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1):
@@ -124,6 +130,29 @@ def _check_arguments(batches: Iterable[Any] | None, num_samples: int | None, obs
         )
 
 
+def sample_count(inputs: ExampleInputs) -> int:
+    """Samples in a batch, as ``num_samples`` counts them: the size of the first tensor that has one."""
+    return next((int(tensor.shape[0]) for tensor in inputs.tensors().values() if tensor.ndim), 1)
+
+
+def normalize_batch(captured: CapturedGraph, batch: Any, index: int) -> ExampleInputs:
+    """A calibration batch as the model receives it.
+
+    Raises:
+        CalibrationError: it does not fit the model.
+    """
+    try:
+        if captured.frontend == "onnx":
+            from mfcompile.onnx_file import OnnxFile
+            from mfcompile.onnx_inputs import name_inputs
+
+            assert isinstance(captured.module, OnnxFile)  # the front end is onnx
+            return name_inputs(captured.module, batch, what=f"calibration batch {index}")
+        return normalize_inputs(captured.module, batch, what=f"calibration batch {index}")
+    except InputError as error:
+        raise CalibrationError(str(error)) from error
+
+
 def _length(batches: Iterable[Any] | None) -> int | None:
     """Number of batches, None where it is not known (a loader over an endless data set has a length that raises)."""
     try:
@@ -132,14 +161,12 @@ def _length(batches: Iterable[Any] | None) -> int | None:
         return None
 
 
-def _normalize(module: nn.Module, batch: Any, index: int) -> ExampleInputs:
-    try:
-        return normalize_inputs(module, batch, what=f"calibration batch {index}")
-    except InputError as error:
-        raise CalibrationError(str(error)) from error
+def check_regions(regions: RegionMap, statistics: CalibrationStatistics) -> None:
+    """Refuse statistics that leave a region without a token.
 
-
-def _check_regions(regions: RegionMap, statistics: CalibrationStatistics) -> None:
+    Raises:
+        CalibrationError: names the region and its first site.
+    """
     for region, sites in regions.by_region().items():
         if not sum(statistics.sites[site.name].token_count for site in sites):
             raise CalibrationError(
@@ -177,8 +204,6 @@ class _AnyRunner(Protocol):
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]: ...
 
-    def normalize(self, batch: Any, index: int) -> ExampleInputs: ...
-
     def run(self, inputs: ExampleInputs, index: int) -> None: ...
 
 
@@ -211,10 +236,6 @@ class _Runner:
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """Where padding could not be followed."""
         return self._collector.tracker.diagnostics()
-
-    def normalize(self, batch: Any, index: int) -> ExampleInputs:
-        """A batch as arguments of the model's forward."""
-        return _normalize(self._captured.module, batch, index)
 
     def run(self, inputs: ExampleInputs, index: int) -> None:
         """One forward pass.

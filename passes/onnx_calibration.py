@@ -15,11 +15,11 @@ import numpy as np
 import onnx
 from torch import Tensor
 
-from mfcompile.errors import CalibrationError, InputError, MfcompileError
+from mfcompile.errors import CalibrationError, MfcompileError
 from mfcompile.graph import CapturedGraph, Diagnostic, TensorValue
 from mfcompile.inputs import ExampleInputs
 from mfcompile.onnx_file import OnnxFile
-from mfcompile.onnx_inputs import describe_inputs, name_inputs
+from mfcompile.onnx_inputs import describe_inputs
 from mfcompile.passes.observers import StatisticsCollector
 from mfcompile.passes.onnx_padding import PREFIX, NodeWriter, PaddingMarks
 from mfcompile.passes.padding import PaddingPlan
@@ -82,17 +82,6 @@ class OnnxRunner:
         self.diagnostics: tuple[Diagnostic, ...] = marks.diagnostics()
         self._observations = self._observe(model, regions, marks)
         self._session = self._file.open(model) if self._observations else None
-
-    def normalize(self, batch: Any, index: int) -> ExampleInputs:
-        """A batch as inputs of the file.
-
-        Raises:
-            CalibrationError: it does not fit.
-        """
-        try:
-            return name_inputs(self._file, batch, what=f"calibration batch {index}")
-        except InputError as error:
-            raise CalibrationError(str(error)) from error
 
     def run(self, inputs: ExampleInputs, index: int) -> None:
         """One forward pass.
