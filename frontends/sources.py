@@ -34,6 +34,8 @@ class ModelSource:
         kind: "python", "huggingface" or "pt2".
         calibration: gives a fresh iterable of calibration batches at every call; None when the source has none.
         evaluate: measures a model; None when the source has no such function.
+        loss_fn: the loss of a model on a calibration batch; None when the source has no such function.
+        criterion: what ranks the weights, where the source brings its own.
         modalities: input name -> modality, where the source says so.
         regions: pattern -> region, where the source overrides what dataflow finds.
         padding_mask: name of the input that marks padding, where the source says so.
@@ -47,6 +49,8 @@ class ModelSource:
     kind: str
     calibration: Callable[[], Iterable[Any]] | None = None
     evaluate: Callable[[nn.Module], Any] | None = None
+    loss_fn: Callable[[Any, Any], Any] | None = None
+    criterion: Any = None
     modalities: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     regions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     padding_mask: str | None = None
@@ -64,6 +68,8 @@ def load_source(path: str | Path, *, weights: bool = True) -> ModelSource:
     * optionally ``calibration_batches``: a list, Dataset or DataLoader, or a function that returns or yields batches
       and is called again for every pass. An iterator (a generator object, ``zip``, ``map``) can be read only once, so
       its batches are kept in memory as they are first drawn, and later passes replay them;
+    * optionally ``loss_fn(model, batch)``, which returns the loss of a calibration batch, for criteria that need
+      gradients, and ``criterion``, an object of a criterion of one's own;
     * optionally ``evaluate(model)``, ``modalities`` (input name -> modality), ``regions`` (pattern -> region) and
       ``padding_mask`` (input name).
 
@@ -154,6 +160,8 @@ def _load_python(path: Path) -> ModelSource:
         kind="python",
         calibration=calibration,
         evaluate=_find_evaluate(user),
+        loss_fn=_find_loss(user),
+        criterion=user.namespace.get("criterion"),
         modalities=_find_names(user, "modalities", '{"pixel_values": "vision"}'),
         regions=_find_names(user, "regions", '{"re:.*adapter": "fusion"}'),
         padding_mask=_find_padding_mask(user),
@@ -168,7 +176,7 @@ def _find_model(user: UserModule, notes: list[str]) -> nn.Module:
         if "build_model" in names:
             notes.append(f"{user.path.name} defines both model and build_model(): model was used")
     elif "build_model" in names:
-        _check_callable(user, "build_model", arguments=0)
+        _check_callable(user, "build_model")
         where, model = "build_model()", user.run("calling build_model()", names["build_model"])
     else:
         raise InputError(_describe_no_model(user))
@@ -228,7 +236,7 @@ def _find_example_inputs(user: UserModule) -> Any:
             "or a function of that name that returns one"
         )
     if callable(value):
-        _check_callable(user, "example_inputs", arguments=0)
+        _check_callable(user, "example_inputs")
         value = user.run("calling example_inputs()", value)
         if value is None:
             raise InputError(f"example_inputs() in {user.path} returned None. Let it return a dict of tensors")
@@ -242,7 +250,7 @@ def find_calibration(user: UserModule, notes: list[str]) -> Callable[[], Iterabl
         return None
     what = "calibration_batches"
     if callable(value) and not _is_iterable(value):
-        _check_callable(user, what, arguments=0)
+        _check_callable(user, what)
         doing = f"drawing from {what}()"
         return lambda: user.iterate(doing, lambda: _iterate(user, f"{what}()", value()))
     doing = f"drawing from {what}"
@@ -326,8 +334,16 @@ def _find_evaluate(user: UserModule) -> Callable[[nn.Module], Any] | None:
     function = user.namespace.get("evaluate")
     if function is None:
         return None
-    _check_callable(user, "evaluate", arguments=1)
+    _check_callable(user, "evaluate", "model")
     return lambda model: user.run("calling evaluate(model)", function, model)
+
+
+def _find_loss(user: UserModule) -> Callable[[Any, Any], Any] | None:
+    function = user.namespace.get("loss_fn")
+    if function is None:
+        return None
+    _check_callable(user, "loss_fn", "model", "batch")
+    return lambda model, batch: user.run("calling loss_fn(model, batch)", function, model, batch)
 
 
 def _find_names(user: UserModule, what: str, example: str) -> Mapping[str, str]:
@@ -352,10 +368,10 @@ def _find_padding_mask(user: UserModule) -> str | None:
     return value
 
 
-def _check_callable(user: UserModule, name: str, *, arguments: int) -> None:
-    """The user's ``name`` can be called with that many positional arguments."""
+def _check_callable(user: UserModule, name: str, *arguments: str) -> None:
+    """The user's ``name`` can be called with these positional arguments."""
     function = user.namespace[name]
-    call = f"{name}({'model' if arguments else ''})"
+    call = f"{name}({', '.join(arguments)})"
     if not callable(function):
         raise InputError(f"{name} in {user.path} is {_describe_value(function)}, not a function. Define {call}")
     try:
@@ -363,7 +379,7 @@ def _check_callable(user: UserModule, name: str, *, arguments: int) -> None:
     except ValueError:  # a builtin without a signature
         return
     try:
-        signature.bind(*[None] * arguments)
+        signature.bind(*arguments)
     except TypeError as error:
         raise InputError(
             f"{name}{signature} in {user.path} cannot be called as {call}: {error}. Define it so that it can"

@@ -30,7 +30,7 @@ from mfcompile.report import build_report, save_report
 from mfcompile.saving import save_weights
 from mfcompile.split import split_request
 from mfcompile.statistics import NO_STATISTICS, CalibrationStatistics
-from mfcompile.steps import apply_masks, calibrate, capture, infer_regions
+from mfcompile.steps import apply_masks, calibrated, capture, infer_regions, statistics_of
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total); total is None where it is not known."""
@@ -132,6 +132,12 @@ class CompiledModel:
     report: dict[str, Any]
     pruning: Pruning
 
+    @property
+    def pruned_sparsity(self) -> Sparsity:
+        """The sparsity that the masks were asked for."""
+        assert self.masks.sparsity is not None
+        return self.masks.sparsity
+
     def at_sparsity(self, sparsity: Sparsity, progress: Progress | None = None) -> CompiledModel:
         """The same model pruned from dense to another sparsity, from the same calibration."""
         return self.pruning.at_sparsity(sparsity, progress)
@@ -182,9 +188,10 @@ def compile_pruned(
     allocation: str | Mapping[str, float] | None = None,
     pattern: str = "unstructured",
     update: str | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
-    statistics: CalibrationStatistics | None = None,
+    statistics: CalibrationStatistics | Path | str | None = None,
+    cache: bool | Path | str = False,
     modalities: Mapping[str, str] | None = None,
     regions: Mapping[str, str] | None = None,
     targets: Sequence[str] | None = None,
@@ -203,9 +210,11 @@ def compile_pruned(
         sparsity: fraction of the prunable weights that is removed, in [0, 1), or region -> fraction; None for 0.63, or for
             what the pattern sets.
         criterion, criterion_options, allocation, pattern, update: how weights are chosen; see ``mfcompile.select_masks``.
-        calibration: any iterable of batches (dicts, tuples, a DataLoader); None uses the example inputs.
+        calibration: any iterable of batches (dicts, tuples, a DataLoader), or a function that gives them; None uses the
+            example inputs.
         loss_fn: ``loss_fn(module, batch)`` gives the loss of a calibration batch, for criteria that need gradients.
-        statistics: of an earlier calibration of this model, to be used again.
+        statistics: of an earlier calibration of this model, or their file, to be used again.
+        cache: whether statistics of the same model and data are looked up and kept, or in which directory.
         modalities: input name -> modality, or "control", where dataflow needs help.
         regions: pattern -> region, overriding what dataflow found ({"text_encoder.*": "text"}).
         targets: patterns of the weights to prune; None prunes the linear weights inside repeated blocks.
@@ -229,34 +238,40 @@ def compile_pruned(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be an integer, got {seed!r}")
     model = opened(model)
+    given: Iterable[Any] | None = calibration() if callable(calibration) else calibration
     if example_inputs is None:
-        example_inputs, calibration = first_batch(calibration)
+        example_inputs, given = first_batch(given)
+    batches = calibration if callable(calibration) else given
     if next(masked_parameters(model), None) is not None:
         raise InputError(
             "the model has masks in force, from an earlier pruning: bake their zeros in with mfcompile.strip(model) first, "
             "then prune it further"
         )
     require_values(model)
-    report_to = _Stages(progress)
-    report_to.step("capture")(0, 1)
+    if is_onnx(model) and (Need.GRADIENTS in needs or update is not None):
+        what = (
+            f"the criterion {criterion!r} needs gradients" if Need.GRADIENTS in needs else f"update={update!r} runs layers anew"
+        )
+        raise InputError(f"{what}, and an .onnx file cannot be trained: prune the PyTorch model, or take another criterion")
+    stages = _Stages(progress)
+    stages.step("capture")(0, 1)
     captured = capture(model, example_inputs)
     found = infer_regions(captured, modalities=modalities, regions=regions, targets=targets, ignore=ignore)
     refuse_broken_parameters(captured.module, found)
-    report_to.step("capture")(1, 1)
-    is_run_again = update is not None or Need.GRADIENTS in needs
-    batches = as_function([example_inputs] if calibration is None else calibration) if is_run_again else None
-    if Need.STATISTICS in needs and statistics is None:
+    stages.step("capture")(1, 1)
+    if Need.GRADIENTS in needs or update is not None:
+        batches = as_function([example_inputs] if batches is None else batches)
+    if Need.STATISTICS not in needs:
+        statistics = None
+    elif statistics is None:
+        asked = {"padding_mask": padding_mask, "num_samples": num_calibration_samples, "progress": stages.step("calibrate")}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            statistics = calibrate(
-                captured,
-                calibration if batches is None or calibration is None else batches(),
-                regions=found,
-                padding_mask=padding_mask,
-                num_samples=num_calibration_samples,
-                progress=report_to.step("calibrate"),
-            )
-    return Pruning(captured, found, statistics, options, batches, loss_fn).compile(progress)
+            statistics = calibrated(captured, batches, found, cache, asked)
+    else:
+        statistics = statistics_of(statistics, captured, found)
+    again = batches if callable(batches) else None
+    return Pruning(captured, found, statistics, options, again, loss_fn).compile(progress)
 
 
 class _Stages:

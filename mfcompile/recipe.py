@@ -24,10 +24,16 @@ FORMATS = ("packed", "dense")
 VALUES = ("fp32", "fp16")
 SPLITS = ("regions",)
 ROUNDINGS = ("exact", "official")
+UPDATES = ("sparsegpt",)
 
 MASK_OPTIONS = (
     "source",
     "sparsity",
+    "criterion",
+    "criterion_options",
+    "allocation",
+    "pattern",
+    "update",
     "rounding",
     "seed",
     "targets",
@@ -51,7 +57,13 @@ class Recipe:
 
     Attributes:
         source: the model.py or the Hugging Face directory.
-        sparsity: fraction of the prunable weights that is removed.
+        sparsity: fraction of the prunable weights that is removed, or region -> fraction; None for 0.63, or for what the
+            pattern sets.
+        criterion: what ranks the weights; None for the source's own, or MULTIFLOW where it has none.
+        criterion_options: options of the criterion.
+        allocation: how budgets are shared out, by name, or pattern -> sparsity; None for the criterion's own.
+        pattern: the shape in which weights are removed.
+        update: how kept weights are rewritten; None leaves them.
         rounding: how budgets become integers, "exact" or "official".
         seed: seed of the selection.
         targets: patterns of the weights to prune; None for the default sites.
@@ -72,7 +84,12 @@ class Recipe:
     """
 
     source: Path
-    sparsity: float = 0.63
+    sparsity: float | Mapping[str, float] | None = None
+    criterion: str | None = None
+    criterion_options: Mapping[str, Any] = field(default_factory=dict)
+    allocation: str | Mapping[str, float] | None = None
+    pattern: str = "unstructured"
+    update: str | None = None
     rounding: str = "exact"
     seed: int = 0
     targets: tuple[str, ...] | None = None
@@ -236,7 +253,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def sparsity_problem(value: Any) -> str | None:
-    """Why a value cannot be a sparsity; None when it can."""
+    """Why a value cannot be a sparsity, or a sparsity per region; None when it can."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        problems = (fraction_problem(item) for item in value.values())
+        return next((problem for problem in problems if problem), None if value else "it names no region")
+    return fraction_problem(value)
+
+
+def fraction_problem(value: Any) -> str | None:
+    """Why a value cannot be a fraction of weights; None when it can."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"{value!r} is not a number. Give the fraction of weights to remove, such as 0.63"
     if 0 <= value < 1:
@@ -267,6 +294,20 @@ def _is_string_map(value: Any) -> str | None:
     return None if is_map else f"{value!r} is not a mapping from names to names"
 
 
+def _is_option_map(value: Any) -> str | None:
+    is_map = isinstance(value, Mapping) and all(
+        isinstance(key, str) and isinstance(item, (str, int, float, bool)) for key, item in value.items()
+    )
+    return None if is_map else f"{value!r} is not a mapping from names to plain values"
+
+
+def _allocation_problem(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return None
+    is_map = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return sparsity_problem(value) if is_map else f"{value!r} is neither the name of an allocation nor a mapping"
+
+
 def _is_flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else f"{value!r} is neither true nor false"
 
@@ -291,6 +332,11 @@ def _is_sample_count(value: Any) -> str | None:
 
 _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "sparsity": sparsity_problem,
+    "criterion": _is_optional_string,
+    "criterion_options": _is_option_map,
+    "allocation": _allocation_problem,
+    "pattern": _is_string,
+    "update": lambda value: None if value is None else _one_of(UPDATES)(value),
     "rounding": _one_of(ROUNDINGS),
     "seed": _is_seed,
     "targets": _is_optional_pattern_list,

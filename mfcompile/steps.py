@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from mfcompile.frontends.capture import capture as _capture
 from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import as_function
-from mfcompile.masks import MaskSet
+from mfcompile.masks import MaskSet, fingerprint
 from mfcompile.onnx_entry import capture_file, is_onnx, opened, with_weaker_rules
 from mfcompile.parameter_checks import require_values
 from mfcompile.passes.allocation import Sparsity
@@ -105,6 +106,46 @@ def calibrate(
     return _calibrate(
         captured, found, batches, padding_mask=padding_mask, num_samples=num_samples, observe=observe, progress=progress
     )
+
+
+def calibrated(
+    captured: CapturedGraph,
+    batches: Iterable[Any] | Callable[[], Iterable[Any]] | None,
+    regions: RegionMap,
+    cache: bool | Path | str,
+    options: Mapping[str, Any],
+) -> CalibrationStatistics:
+    """Statistics by ``calibrate``, or from the cache where one is asked for.
+
+    Args:
+        captured: what ``capture`` gave.
+        batches: calibration batches, or a function that gives them; None uses the example inputs.
+        regions: what ``infer_regions`` gave.
+        cache: False for none, True for the user's cache directory, or another directory.
+        options: further arguments of ``calibrate``.
+    """
+    if cache is False:
+        given = batches() if callable(batches) and not isinstance(batches, Iterable) else batches
+        return calibrate(captured, given, regions=regions, **options)
+    from mfcompile.passes.cached_calibration import calibrate_cached
+
+    require_values(captured.module)
+    found = calibrate_cached(captured, regions, batches, cache_dir=None if cache is True else cache, **options)
+    return replace(found.statistics, diagnostics=(*found.statistics.diagnostics, *found.diagnostics))
+
+
+def statistics_of(
+    statistics: CalibrationStatistics | Path | str, captured: CapturedGraph, regions: RegionMap
+) -> CalibrationStatistics:
+    """Statistics of an earlier run, after a look at whether they are of this model and these sites.
+
+    Raises:
+        InputError: they are not, or the file cannot be read.
+    """
+    if not isinstance(statistics, CalibrationStatistics):
+        statistics = CalibrationStatistics.load(statistics)
+    statistics.check_fits(regions.pruned_sites, fingerprint(captured.module))
+    return statistics
 
 
 def select_masks(

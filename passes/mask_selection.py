@@ -19,6 +19,7 @@ from mfcompile.passes.criteria.registry import pruner
 from mfcompile.passes.sparsity_patterns import NOfM, parse_pattern
 from mfcompile.patterns import select as match_patterns
 from mfcompile.patterns import weight_names
+from mfcompile.recipe import UPDATES
 from mfcompile.region import PruneSite, RegionMap
 from mfcompile.statistics import CalibrationStatistics
 
@@ -70,12 +71,10 @@ class SelectionOptions:
 
 def _fields(criterion: Pruner) -> dict[str, Any]:
     """The options of a criterion object that JSON can hold."""
-    own = fields(criterion) if is_dataclass(criterion) else ()
-    values = {item.name: getattr(criterion, item.name) for item in own if item.init}
+    if not is_dataclass(criterion):
+        return {}
+    values = {item.name: getattr(criterion, item.name) for item in fields(criterion) if item.init}
     return {name: value for name, value in values.items() if isinstance(value, (str, int, float, bool))}
-
-
-UPDATES = ("sparsegpt",)
 
 
 def select_masks(

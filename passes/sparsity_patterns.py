@@ -6,7 +6,6 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import ceil
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ class Pattern(ABC):
         fixed_sparsity: the sparsity that the pattern itself sets; None where it may be chosen.
     """
 
-    unit_weights: ClassVar[int] | int = 1
+    unit_weights: int = 1
     fixed_sparsity: float | None = None
 
     def unit_grid(self, out_features: int, in_features: int) -> tuple[int, int]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what is found into tests/golden instead of comparing")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def statistics_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of calibration statistics that this run of the tests starts empty; the user's is left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFCOMPILE_CACHE", str(tmp_path_factory.mktemp("statistics-cache")))
+        yield
 
 
 @pytest.fixture

@@ -31,6 +31,12 @@ class Evaluation:
         self._evaluate = evaluate
         self._progress = progress
 
+    def of_dense(self) -> Evaluation:
+        """Another evaluation that starts from the dense model's metrics."""
+        other = Evaluation(self._evaluate, self._progress)
+        other.metrics |= self.metrics
+        return other
+
     def add(self, variant: str, model: nn.Module) -> None:
         """Evaluate one variant in eval mode.
 

@@ -97,6 +97,8 @@ def publish(
             if source.save_extras is not None:
                 source.save_extras(staging)
             compiled.masks.save(staging / "masks.safetensors")
+            if compiled.statistics.sites:
+                compiled.statistics.save(staging / "statistics.safetensors")
             ran = replace(
                 recipe,
                 digest=report["digest"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mfcompile.cli import tables
@@ -45,36 +46,40 @@ def show(recipe: Recipe, terminal: Terminal) -> None:
 
 def describe(captured: CapturedGraph, regions: RegionMap, recipe: Recipe) -> dict[str, Any]:
     """The plan as JSON."""
+    from mfcompile.passes.pruning_run import sparsity_of
+    from mfcompile.passes.sparsity_patterns import parse_pattern
     from mfcompile.report import describe_plan
 
+    sparsity = sparsity_of(recipe.sparsity, parse_pattern(recipe.pattern), regions)
     rows: list[dict[str, Any]] = []
     for region, sites in regions.by_region().items():
         weights = sum(site.weight_count for site in sites)
+        own = sparsity[region] if isinstance(sparsity, Mapping) else sparsity
         rows.append(
             {
                 "region": region,
                 "sites": len(sites),
                 "weights": weights,
-                "kept": weights - int(recipe.sparsity * weights),  # what the allocation gives every region
-                "sparsity_requested": recipe.sparsity,
+                "kept": weights - int(own * weights),  # what an allocation by region gives it
+                "sparsity_requested": own,
             }
         )
     parameters = list(captured.module.parameters())
     dense = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    prunable = sum(row["weights"] for row in rows)
+    prunable, kept = (sum(row[key] for row in rows) for key in ("weights", "kept"))
     return {
         **describe_plan(captured, regions),
-        "sparsity": recipe.sparsity,
+        "sparsity": 1 - kept / prunable if prunable else 0.0,
         "plan": rows,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "dense_bytes": dense,
-        "predicted_bytes": dense - 4 * prunable + stored_bytes(prunable, recipe),
+        "predicted_bytes": dense - 4 * prunable + stored_bytes(prunable, kept, recipe),
     }
 
 
-def stored_bytes(weights: int, recipe: Recipe) -> float:
+def stored_bytes(weights: int, kept: int, recipe: Recipe) -> float:
     """About how many bytes pruned weights take in the ONNX file: whichever of packed and dense is smaller."""
     dense = weights * VALUE_BYTES[recipe.values]
     if recipe.format == "dense":
         return dense
-    return min(dense, weights * (1 - recipe.sparsity) * (VALUE_BYTES[recipe.values] + GAP_BYTES))
+    return min(dense, kept * (VALUE_BYTES[recipe.values] + GAP_BYTES))

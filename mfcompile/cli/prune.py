@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,19 @@ from mfcompile.cli.parser import (
     add_debug_option,
     add_format_options,
     add_region_options,
-    fraction,
     whole_number,
 )
+from mfcompile.cli.pruning_options import (
+    Sparsity,
+    add_selection_options,
+    read_options,
+    selection_of,
+    sparsities,
+    sparsity,
+    sparsity_name,
+)
 from mfcompile.errors import InputError
-from mfcompile.recipe import ROUNDINGS, Recipe
+from mfcompile.recipe import Recipe
 
 if TYPE_CHECKING:
     from mfcompile.compile import CompiledModel
@@ -37,6 +46,9 @@ EXAMPLES = """\
 examples:
   mfcompile prune model.py --sparsity 0.63
   mfcompile prune ./blip-itm -o blip-63 --num-calibration-samples 128 --values fp16
+  mfcompile prune model.py --sparsity 0.5 0.63 0.75      three results from one calibration, in DIR/0.5, DIR/0.63, ...
+  mfcompile prune model.py --sparsity vision=0.5,text=0.7,fusion=0.6
+  mfcompile prune model.py --criterion wanda --pattern 2:4 --update sparsegpt
   mfcompile prune model.py --split regions               vision.onnx, text.onnx and fusion.onnx, which chain
   mfcompile prune model.py --dry-run --ignore region:fusion 're:.*\\.pooler'
   mfcompile prune model.onnx --calibration batches.npz   no PyTorch model needed
@@ -62,8 +74,15 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("source", metavar="SOURCE", type=Path, help=SOURCE_HELP)
     how = parser.add_argument_group("how much, and how")
     how.add_argument(
-        "--sparsity", type=fraction, metavar="S", help="fraction of the weights to remove, in [0, 1) (default: 0.63)"
+        "--sparsity",
+        nargs="+",
+        action="extend",
+        type=sparsity,
+        metavar="S",
+        help="fraction of the weights to remove, in [0, 1); several give a result each, from one calibration; "
+        "REGION=S,REGION=S gives every region its own (default: 0.63, or what the pattern sets)",
     )
+    add_selection_options(how)
     how.add_argument(
         "--num-calibration-samples",
         "--num_calibration_samples",
@@ -79,11 +98,17 @@ def add_parser(subparsers: Subparsers) -> None:
         "defines calibration_batches (default: what the source gives)",
     )
     how.add_argument(
-        "--rounding",
-        choices=ROUNDINGS,
-        help="exact budgets sum to the request; official repeats the published truncation (default: exact)",
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="calibration statistics of an earlier run of this model (statistics.safetensors), to be used again",
     )
-    how.add_argument("--seed", type=whole_number, metavar="N", help="seed of the calibration (default: 0)")
+    how.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="calibrate anew, and keep no statistics for later runs (default: those of the same model and data are reused)",
+    )
     add_region_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -111,44 +136,62 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``mfcompile prune``."""
-    recipe = read_recipe(args, terminal)
+    wanted = sparsities(args.sparsity)
+    recipe = read_recipe(args, wanted, terminal)
     if args.dry_run:
-        plan.show(recipe, terminal)
+        for one in wanted or (recipe.sparsity,):
+            plan.show(recipe.override({"sparsity": one}), terminal)
         return 0
     from mfcompile.cli import outputs, results
     from mfcompile.cli.evaluation import DENSE, PRUNED, Evaluation
 
     directory = args.output_dir or Path(f"{_stem(recipe.source)}-pruned")
     outputs.check_directory(directory, overwrite=args.overwrite)
+    reports: dict[str, dict[str, Any]] = {}
     with terminal.progress() as progress:
         source = load_recipe(recipe, progress)
         if source.kind == "onnx" and recipe.split:
             raise InputError(f"{recipe.source} is pruned as it is, in one file: leave out --split, which is for PyTorch models")
         terminal.note(f"{recipe.source} -> {directory}")
-        _announce(source, terminal)
-        compiled = _compile(source, recipe, progress)
+        compiled = _compile(source, recipe, args, terminal, progress)
         recipe.check_reproduced(compiled.masks.digest(), compiled.masks.fingerprint, compiled.report["versions"])
         evaluation = Evaluation(source.evaluate if recipe.evaluate else None, progress)
         evaluation.add(DENSE, source.model)
-        evaluation.add(PRUNED, compiled.module)
-        report = outputs.publish(directory, args.overwrite, source, recipe, compiled, evaluation, progress)
-    results.show(report, directory, args.source, terminal)
+        asked = wanted if len(wanted) > 1 else (compiled.pruned_sparsity,)
+        for one in asked:
+            if one != compiled.pruned_sparsity:
+                compiled = compiled.at_sparsity(one, progress)
+            place = directory / sparsity_name(one) if len(asked) > 1 else directory
+            own = evaluation.of_dense()
+            own.add(PRUNED, compiled.module)
+            ran = replace(recipe, sparsity=one)
+            reports[str(place)] = outputs.publish(place, args.overwrite, source, ran, compiled, own, progress)
+    for place, report in reports.items():
+        results.show(report, Path(place), args.source, terminal)
+    if len(reports) > 1:
+        results.show_sparsities(reports, terminal)
     if recipe.digest:
         terminal.say(f"The recipe was reproduced: its masks have the recorded digest {recipe.digest[:16]}….")
-    if "export_refused" in report:
-        terminal.fail(f"there is no model.onnx: {report['export_refused']}. Everything else was written to {directory}")
-        return 1
-    return 0
+    refused = {place: report["export_refused"] for place, report in reports.items() if "export_refused" in report}
+    for place, reason in refused.items():
+        terminal.fail(f"there is no model.onnx: {reason}. Everything else was written to {place}")
+    return 1 if refused else 0
 
 
-def read_recipe(args: argparse.Namespace, terminal: Terminal) -> Recipe:
+def read_recipe(args: argparse.Namespace, wanted: Sequence[Sparsity], terminal: Terminal) -> Recipe:
     """What is asked for: the options of a recipe, if SOURCE is one, overridden by those of the command line.
+
+    Args:
+        args: the command line.
+        wanted: the sparsities that it asks for; the first is the recipe's.
+        terminal: for notes.
 
     Raises:
         InputError: an option cannot have its value, or the recipe is not valid.
     """
-    names = {item.name for item in fields(Recipe)} - {"source", "digest", "fingerprint", "versions"}
-    given = {name: value for name in names if (value := option(args, name)) is not None}
+    names = {item.name for item in fields(Recipe)} - {"source", "sparsity", "digest", "fingerprint", "versions"}
+    given = read_options({name: value for name in names if (value := option(args, name)) is not None})
+    given |= {"sparsity": wanted[0]} if wanted else {}
     if args.source.suffix not in (".yaml", ".yml"):
         return Recipe(source=args.source, **given)
     recorded = Recipe.load(args.source)
@@ -183,19 +226,28 @@ def _announce(source: ModelSource, terminal: Terminal) -> None:
         )
 
 
-def _compile(source: ModelSource, recipe: Recipe, progress: StageProgress) -> CompiledModel:
+def _compile(
+    source: ModelSource, recipe: Recipe, args: argparse.Namespace, terminal: Terminal, progress: StageProgress
+) -> CompiledModel:
     from mfcompile.compile import compile_pruned
+    from mfcompile.passes.criteria.base import Need
+    from mfcompile.passes.criteria.registry import pruner
 
+    selection = selection_of(recipe, source.criterion)
+    chosen = pruner(selection["criterion"], selection["criterion_options"])
+    if chosen.needs or recipe.update:
+        _announce(source, terminal)
     options: dict[str, Any] = merged(source, vars(recipe))
     return compile_pruned(
         source.model,
         source.example_inputs,
-        sparsity=recipe.sparsity,
-        calibration=source.calibration() if source.calibration else None,
+        **selection,
+        calibration=source.calibration if source.calibration else None,
+        loss_fn=source.loss_fn,
+        statistics=args.statistics if Need.STATISTICS in chosen.needs else None,
+        cache=args.cache,
         padding_mask=recipe.padding_mask or source.padding_mask,
         num_calibration_samples=recipe.num_calibration_samples,
-        rounding=recipe.rounding,
-        seed=recipe.seed,
         progress=progress,
         **options,
     )

@@ -43,6 +43,11 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
         terminal.say(line)
 
 
+def show_sparsities(reports: Mapping[str, Mapping[str, Any]], terminal: Terminal) -> None:
+    """Several sparsities side by side."""
+    terminal.out.print(tables.sparsities_table(reports))
+
+
 def calibration_line(calibration: Mapping[str, Any]) -> str:
     """What the statistics were collected from."""
     padding = ", ".join(calibration["padding_masks"]) or "none found"

@@ -28,6 +28,7 @@ FILES = {
     "model.pt2": "the pruned program of torch.export, zeros included",
     "config.json": "the configuration, for its own library",
     "masks.safetensors": "one bit per prunable weight, 1 = kept",
+    "statistics.safetensors": "what calibration saw; --statistics prunes from it again",
     "recipe.yaml": "every option, and the digest of the masks; prune it to repeat this run",
     "report.json": "everything above, and every site",
     "sparsity.png": "sparsity per layer and region",
@@ -109,6 +110,33 @@ def regions_table(report: Mapping[str, Any]) -> RenderableType:
     return table("Sparsity by region (fraction of weights removed)", columns, rows, emphasis=2)
 
 
+def sparsities_table(reports: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """One row per result: what was removed, how large the file is, and how well the model does."""
+    names = list(dict.fromkeys(name for report in reports.values() for name in _pruned_metrics(report)))
+    rows = []
+    for place, report in reports.items():
+        total, export = report["totals"]["prunable"], report["export"]
+        metrics = _pruned_metrics(report)
+        rows.append(
+            (
+                place,
+                percent(total["sparsity"]),
+                f"{total['kept']:,}",
+                "-" if export is None else size(export["size_bytes"]),
+                "-" if export is None else f"{export['size_ratio']:.2f}x",
+                *(_metric(metrics.get(name)) for name in names),
+            )
+        )
+    columns = ("result", ">sparsity", ">kept", ">ONNX", ">of dense", *(f">{name}" for name in names))
+    return table("Several sparsities, one calibration", columns, rows)
+
+
+def _pruned_metrics(report: Mapping[str, Any]) -> Mapping[str, float]:
+    """The metrics of the pruned module; empty where nothing was evaluated."""
+    found: Mapping[str, float] = ((report["evaluation"] or {}).get("metrics") or {}).get("pruned", {})
+    return found
+
+
 def plan_table(report: Mapping[str, Any]) -> RenderableType:
     """What would be pruned, by region."""
     rows = [
@@ -123,7 +151,7 @@ def plan_table(report: Mapping[str, Any]) -> RenderableType:
     ]
     total, kept = (sum(row[key] for row in report["plan"]) for key in ("weights", "kept"))
     sites = sum(row["sites"] for row in report["plan"])
-    rows.append(("prunable", f"{sites:,}", f"{total:,}", percent(report["sparsity"]), f"{kept:,}"))
+    rows.append(("prunable", f"{sites:,}", f"{total:,}", percent((total - kept) / total if total else 0.0), f"{kept:,}"))
     columns = ("region", ">sites", ">weights", ">to remove", ">to keep")
     return table("Plan by region", columns, rows, emphasis=1)
 

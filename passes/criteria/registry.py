@@ -25,6 +25,10 @@ _OWN = {
     "l2": "magnitude:L2",
     "wanda": "wanda:Wanda",
     "snip": "snip:Snip",
+    "itersnip": "itersnip:IterSnip",
+    "chita": "chita:Chita",
+    "chita++": "chita:IteratedChita",
+    "tamt": "tamt:Tamt",
 }
 
 
@@ -52,7 +56,7 @@ def pruner(criterion: str | Pruner, options: Mapping[str, Any] | None = None) ->
         hint = "; make an object of it: " + criterion.__name__ + "()" if isinstance(criterion, type) else ""
         raise InputError(f"criterion must be a name or a Criterion object, got {criterion!r}{hint}")
     chosen = _class_of(criterion)
-    known = {item.name for item in fields(chosen) if item.init} if is_dataclass(chosen) else set()
+    known: set[str] = {item.name for item in fields(chosen) if item.init} if is_dataclass(chosen) else set()
     for key in options or {}:
         if key not in known:
             has = f"it has {', '.join(sorted(known))}" if known else "it has none"

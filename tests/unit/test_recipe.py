@@ -22,7 +22,12 @@ def _write(tmp_path: Path, text: str) -> Path:
 def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
     recipe = _recipe(
         tmp_path,
-        sparsity=0.75,
+        sparsity={"vision": 0.5, "text": 0.75},
+        criterion="itersnip",
+        criterion_options={"steps": 20},
+        allocation={"text.*": 0.5, "*": 0.75},
+        pattern="4x1",
+        update="sparsegpt",
         rounding="official",
         seed=3,
         targets=("text.*",),

@@ -1,0 +1,146 @@
+"""The options that say how weights are chosen: sparsity, criterion, allocation, pattern, update."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mfcompile.cli.parser import fraction, pair, whole_number
+from mfcompile.errors import InputError
+from mfcompile.recipe import ROUNDINGS, UPDATES
+
+if TYPE_CHECKING:
+    from mfcompile.recipe import Recipe
+
+Sparsity = float | Mapping[str, float]
+
+
+def add_selection_options(group: argparse._ArgumentGroup) -> None:
+    """The options of criterion x allocation x pattern x update."""
+    group.add_argument(
+        "--criterion",
+        metavar="NAME",
+        help="what ranks the weights: multiflow, magnitude, random, lamp, l2, wanda, snip, itersnip, chita, chita++, tamt, or "
+        "one that an installed package registers; the ones with gradients need loss_fn in model.py (default: multiflow)",
+    )
+    group.add_argument(
+        "--criterion-option",
+        "--criterion_option",
+        dest="criterion_options",
+        nargs="+",
+        action="extend",
+        type=pair("NAME=VALUE"),
+        metavar="NAME=VALUE",
+        help="an option of the criterion: steps=20",
+    )
+    group.add_argument(
+        "--allocation",
+        metavar="NAME",
+        help="how the budget is shared out: magnitude-per-region, magnitude-global, score-per-region, score-global, uniform, "
+        "uniform-rows, erk, or a YAML file of PATTERN: SPARSITY (default: as the criterion was published)",
+    )
+    group.add_argument(
+        "--pattern",
+        metavar="PATTERN",
+        help="the shape in which weights are removed: unstructured, N:M along the inputs (2:4), or blocks of outputs x inputs, "
+        "4x1 or 16x1 (default: unstructured)",
+    )
+    group.add_argument("--update", choices=UPDATES, help="rewrite the kept weights after masking (default: leave them)")
+    group.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        help="exact budgets sum to the request; official repeats the published truncation (default: exact)",
+    )
+    group.add_argument("--seed", type=whole_number, metavar="N", help="seed of everything random (default: 0)")
+
+
+def sparsity(text: str) -> Sparsity:
+    """A reader of one sparsity: ``0.63``, or ``vision=0.5,text=0.7,fusion=0.6``."""
+    if "=" not in text:
+        return fraction(text)
+    read = pair("REGION=SPARSITY")
+    return {region: fraction(value) for region, value in map(read, text.split(","))}
+
+
+def sparsities(given: Sequence[Sparsity] | None) -> tuple[Sparsity, ...]:
+    """The sparsities of ``--sparsity``, where regions may also be given one by one.
+
+    Raises:
+        InputError: plain numbers and regions are mixed, or one is given twice.
+    """
+    if not given:
+        return ()
+    regions = [item for item in given if isinstance(item, Mapping)]
+    if not regions:
+        if len(set(given)) < len(given):
+            raise InputError("--sparsity: the same sparsity is given twice")
+        return tuple(given)
+    if len(regions) < len(given):
+        raise InputError("--sparsity: give numbers (0.63 0.75: one result each) or regions (vision=0.5,text=0.7), not both")
+    return ({region: value for item in regions for region, value in item.items()},)
+
+
+def sparsity_name(value: Sparsity) -> str:
+    """How a directory with the result of one sparsity is called."""
+    if isinstance(value, Mapping):
+        return "-".join(f"{region}-{fraction:g}" for region, fraction in value.items())
+    return f"{value:g}"
+
+
+def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the command line in the form that a recipe keeps them.
+
+    Raises:
+        InputError: the file of an allocation cannot be read.
+    """
+    changed = dict(options)
+    if "criterion_options" in changed:
+        changed["criterion_options"] = {name: yaml.safe_load(value) for name, value in changed["criterion_options"].items()}
+    if isinstance(changed.get("allocation"), str) and changed["allocation"].endswith((".yaml", ".yml", ".json")):
+        changed["allocation"] = read_allocation(Path(changed["allocation"]))
+    return changed
+
+
+def read_allocation(path: Path) -> dict[str, float]:
+    """Pattern -> sparsity, from a YAML (or JSON) file.
+
+    Raises:
+        InputError: the file is missing, or holds something else.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"the allocation {path} cannot be read: {error}") from error
+    if not isinstance(document, dict) or not document:
+        raise InputError(f"the allocation {path} holds no mapping. Write a line per layer: 'vision.*: 0.5'")
+    return {str(pattern): value for pattern, value in document.items()}
+
+
+def selection_of(recipe: Recipe, criterion: Any = None) -> dict[str, Any]:
+    """What a recipe says about the choice of weights, as ``compile_pruned`` takes it.
+
+    Args:
+        recipe: the recipe.
+        criterion: the source's own criterion object, used where the recipe names none.
+    """
+    from mfcompile.passes.criteria.base import Pruner
+
+    if criterion is not None and not isinstance(criterion, Pruner):
+        raise InputError(
+            f"`criterion` in {recipe.source} is a {type(criterion).__name__}, not a Criterion object. Make a subclass of "
+            f"mfcompile.Criterion and assign an object of it, or rename the variable"
+        )
+    return {
+        "sparsity": recipe.sparsity,
+        "criterion": recipe.criterion or criterion or "multiflow",
+        "criterion_options": dict(recipe.criterion_options),
+        "allocation": recipe.allocation,
+        "pattern": recipe.pattern,
+        "update": recipe.update,
+        "rounding": recipe.rounding,
+        "seed": recipe.seed,
+    }
