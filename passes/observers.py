@@ -124,7 +124,11 @@ class StatisticsCollector:
     def _add(self, sites: Iterable[PruneSite], rows: tuple[int, int], reduction: Reduction) -> None:
         for site in sites:
             if rows[0] <= site.rows[0] and site.rows[1] <= rows[1]:
-                self._seen.setdefault(site.name, []).append(reduction)
+                self.take(site, reduction)
+
+    def take(self, site: PruneSite, reduction: Reduction) -> None:
+        """A site met this activation in the running forward pass."""
+        self._seen.setdefault(site.name, []).append(reduction)
 
     def is_routed(self, fqn: str) -> bool:
         """The weight is a stack of experts."""

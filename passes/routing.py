@@ -58,6 +58,42 @@ def reduce_routed(
     Returns:
         The reductions; rows behind the last group, and a row that is left out, count nowhere.
     """
+    routed = route_rows(activation, reading, count, routing, keep)
+    flat, experts, counted = routed.rows, routed.experts, routed.is_counted
+    sums = torch.zeros(count, flat.shape[1], dtype=torch.float64, device=flat.device)
+    for start in range(0, flat.shape[0], _CHUNK_ROWS):
+        part = slice(start, start + _CHUNK_ROWS)
+        chosen = counted[part]
+        squares = flat[part].double().square_()
+        if bool(chosen.all()):
+            sums.index_add_(0, experts[part], squares)
+        else:
+            sums.index_add_(0, experts[part][chosen], squares[chosen])
+    padding = torch.bincount(experts[routed.is_padding], minlength=count)
+    return RoutedReduction(sums.cpu(), torch.bincount(experts[counted], minlength=count).cpu(), padding.cpu())
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """The rows of an activation, and what becomes of each.
+
+    Attributes:
+        rows: (rows, in_features), a view where strides allow.
+        experts: (rows,) the expert that each meets; the number of experts for one that meets none.
+        is_counted: (rows,) bool, it met an expert and is no padding.
+        is_padding: (rows,) bool, it met an expert and is padding.
+    """
+
+    rows: Tensor
+    experts: Tensor
+    is_counted: Tensor
+    is_padding: Tensor
+
+
+def route_rows(
+    activation: Tensor, reading: Reading, count: int, routing: Tensor | None = None, keep: Tensor | None = None
+) -> RoutedRows:
+    """Which row of an activation meets which expert; the arguments are those of ``reduce_routed``."""
     rows = _experts_first(activation, reading)
     kept = None
     if keep is not None:
@@ -67,22 +103,11 @@ def reduce_routed(
     places, per_place, width = rows.shape
     experts = _experts(reading, places, count, routing, rows.device).repeat_interleave(per_place)
     flat = rows.reshape(places * per_place, width)
-    counted = experts < count
-    is_padding = torch.zeros_like(counted) if kept is None else ~kept.reshape(-1)
+    meets = experts < count
     if reading.experts and not reading.routing:
-        counted = counted & (flat != 0).any(1)
-    padding = torch.bincount(experts[counted & is_padding], minlength=count)
-    counted = counted & ~is_padding
-    sums = torch.zeros(count, width, dtype=torch.float64, device=rows.device)
-    for start in range(0, flat.shape[0], _CHUNK_ROWS):
-        part = slice(start, start + _CHUNK_ROWS)
-        chosen = counted[part]
-        squares = flat[part].double().square_()
-        if bool(chosen.all()):
-            sums.index_add_(0, experts[part], squares)
-        else:
-            sums.index_add_(0, experts[part][chosen], squares[chosen])
-    return RoutedReduction(sums.cpu(), torch.bincount(experts[counted], minlength=count).cpu(), padding.cpu())
+        meets = meets & (flat != 0).any(1)
+    is_padding = torch.zeros_like(meets) if kept is None else ~kept.reshape(-1)
+    return RoutedRows(flat, experts, meets & ~is_padding, meets & is_padding)
 
 
 def _experts_first(activation: Tensor, reading: Reading) -> Tensor:
