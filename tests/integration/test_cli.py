@@ -22,6 +22,7 @@ MODEL = (Path(__file__).parent / "cli_model.py").read_text()
 
 FILES = {
     "masks.safetensors",
+    "statistics.safetensors",
     "model.onnx",
     "model.safetensors",
     "recipe.yaml",
@@ -199,7 +200,7 @@ def test_verify_refuses_what_is_no_onnx_file(done: Workplace) -> None:
 
 def test_export_applies_saved_masks(done: Workplace, tmp_path: Path) -> None:
     target = tmp_path / "half.onnx"
-    words = ("export", done.model, "--masks", done.output / "masks.safetensors", "statistics.safetensors", "-o", target, "--values", "fp16")
+    words = ("export", done.model, "--masks", done.output / "masks.safetensors", "-o", target, "--values", "fp16")
     result = run(*words)
     assert result.status == 0, result.err
     assert [path.name for path in tmp_path.iterdir()] == ["half.onnx"]
@@ -213,7 +214,7 @@ def test_export_applies_saved_masks(done: Workplace, tmp_path: Path) -> None:
 
 def test_masks_of_other_weights_are_refused(done: Workplace, folder: Path) -> None:
     (folder / "model.py").write_text(MODEL.replace("manual_seed(0)", "manual_seed(1)"))
-    result = run("export", "model.py", "--masks", done.output / "masks.safetensors", "statistics.safetensors", "-o", "m.onnx")
+    result = run("export", "model.py", "--masks", done.output / "masks.safetensors", "-o", "m.onnx")
     assert result.status == 2
     assert MaskSet.load(done.output / "masks.safetensors").fingerprint[:16] in result.err
     assert "this model's is" in result.err
@@ -262,7 +263,7 @@ def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch, fold
         signal.signal(signal.SIGINT, before)
     assert result.status == 2
     assert "interrupted" in result.err
-    assert {"masks.safetensors", "statistics.safetensors", "model.safetensors"} <= set(staged), "the interrupt must come when files are there"
+    assert {"masks.safetensors", "model.safetensors"} <= set(staged), "the interrupt must come when files are there"
 
 
 def test_a_failed_run_keeps_what_it_was_to_replace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
