@@ -95,7 +95,7 @@ def reduce_activation(
     Returns:
         The reduction; a row that is left out cannot spread NaN.
     """
-    rows = _features_last(activation, (feature_dim,) if isinstance(feature_dim, int) else feature_dim)
+    rows = features_last(activation, (feature_dim,) if isinstance(feature_dim, int) else feature_dim)
     leading = rows.shape[:-1]
     samples = int(leading[0]) if len(leading) > 1 else 1
     if len(leading) == 1 and batch_size and leading[0] % batch_size == 0:
@@ -122,7 +122,7 @@ def reduce_activation(
     )
 
 
-def _features_last(activation: Tensor, features: tuple[int, ...]) -> Tensor:
+def features_last(activation: Tensor, features: tuple[int, ...]) -> Tensor:
     """(..., in_features): the dimensions of the features moved to the end, as one."""
     if features == (-1,):
         return activation
@@ -158,14 +158,10 @@ def distinct(reductions: Sequence[Reduction]) -> list[Reduction]:
     for reduction in reductions:
         samples = reduction.by_sample
         if samples is None:
-            if not any(_is_repeat(reduction, other) for other in found):
+            if not any(is_repeat(reduction, other) for other in found):
                 found.append(reduction)
             continue
-        fresh = torch.ones(len(samples.tokens), dtype=torch.bool)
-        for other in earlier:
-            if other.sums.shape == samples.sums.shape and other.rows == samples.rows:
-                same = torch.isclose(samples.sums, other.sums, rtol=_REPEAT_RTOL, atol=0.0).all(dim=(1, 2)).cpu()
-                fresh &= ~(same & (samples.tokens == other.tokens))
+        fresh = fresh_samples(samples, earlier)
         earlier.append(samples)
         if bool(fresh.any()):
             counted, taken = int(samples.tokens[fresh].sum()), int(fresh.sum())
@@ -174,7 +170,18 @@ def distinct(reductions: Sequence[Reduction]) -> list[Reduction]:
     return found
 
 
-def _is_repeat(one: Reduction, other: Reduction) -> bool:
+def fresh_samples(samples: SampleSums, earlier: Sequence[SampleSums]) -> Tensor:
+    """(samples,) bool: which samples repeat none of the same place in an earlier call."""
+    fresh = torch.ones(len(samples.tokens), dtype=torch.bool)
+    for other in earlier:
+        if other.sums.shape == samples.sums.shape and other.rows == samples.rows:
+            same = torch.isclose(samples.sums, other.sums, rtol=_REPEAT_RTOL, atol=0.0).all(dim=(1, 2)).cpu()
+            fresh &= ~(same & (samples.tokens == other.tokens))
+    return fresh
+
+
+def is_repeat(one: Reduction, other: Reduction) -> bool:
+    """Two reductions of the same activation."""
     return one.token_count == other.token_count and torch.allclose(
         one.sum_of_squares, other.sum_of_squares, rtol=_REPEAT_RTOL, atol=0.0
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import fx
+from torch import Tensor, fx
 
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph
@@ -26,7 +27,19 @@ def set_values(captured: CapturedGraph, masks: MaskSet) -> CapturedGraph:
     """
     if not masks.new_values:
         return captured
-    weights = {fqn: masks.updated_weight(fqn, captured.parameter(fqn)) for fqn in masks.new_values}
+    return with_values(captured, {fqn: masks.updated_weight(fqn, captured.parameter(fqn)) for fqn in masks.new_values})
+
+
+def with_values(captured: CapturedGraph, weights: Mapping[str, Tensor]) -> CapturedGraph:
+    """The captured model over some weights of its own; the given one and its weights are not touched.
+
+    Args:
+        captured: the captured model.
+        weights: FQN -> values, of the parameter's shape and dtype; they become parameters without being copied.
+
+    Raises:
+        InputError: the module cannot be copied.
+    """
     try:
         module = with_weights(captured.module, weights)
     except Exception as error:
