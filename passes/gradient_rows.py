@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from mfcompile.errors import CalibrationError
 from mfcompile.passes.gradients import LossRunner, Progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,14 @@ class Columns:
 def rows_size_bytes(count: int, columns: Sequence[Columns]) -> int:
     """Memory of ``gradient_rows``: 4 bytes for every weight and row."""
     return 4 * count * sum(item.size for item in columns)
+
+
+def memory_size_bytes() -> int | None:
+    """Memory of the machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def gradient_rows(
@@ -57,13 +69,14 @@ def gradient_rows(
             unusable.
     """
     width = sum(item.size for item in columns)
-    try:
-        rows = torch.zeros(count, width)
-    except RuntimeError as error:
+    needed, there = rows_size_bytes(count, columns), memory_size_bytes()
+    if there is not None and needed > there:
         raise CalibrationError(
-            f"{count} gradients of {width:,} weights need {rows_size_bytes(count, columns) / 1e9:.1f} GB, which cannot be "
-            f"allocated. Take fewer gradients, or prune fewer weights"
-        ) from error
+            f"{count} gradients of {width:,} weights need {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB. "
+            f"Take fewer gradients (at most {max(there // rows_size_bytes(1, columns) - 1, 0)}), or prune fewer weights"
+        )
+    logger.info("%d gradients of %d weights: %.1f GB", count, width, needed / 1e9)
+    rows = torch.zeros(count, width)
     places: dict[Tensor, list[tuple[Columns, int]]] = {}
     for item, start in zip(columns, accumulate((item.size for item in columns), initial=0), strict=False):
         places.setdefault(runner.leaves[item.fqn], []).append((item, start))

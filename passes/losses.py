@@ -45,6 +45,13 @@ def own_containers(batch: Any) -> Any:
     return pytree.tree_map(own, batch)
 
 
+def sample_count(batch: Any) -> int:
+    """Samples of a batch: the size of its first tensor along dimension 0; of a batch of several mappings, of all of them."""
+    if isinstance(batch, (list, tuple)) and batch and all(isinstance(item, Mapping) for item in batch):
+        return sum(sample_count(item) for item in batch)
+    return next((int(tensor.shape[0]) for tensor in batch_tensors(batch) if tensor.ndim), 1)
+
+
 def usable_loss(result: Any, index: int) -> Tensor:
     """The loss as a scalar tensor, from what a loss function returned for the batch of that number.
 

@@ -71,10 +71,15 @@ class PruningRun:
         return fingerprint(self.captured.module)
 
     def at_sparsity(self, factor: Callable[[float], float]) -> PruningRun:
-        """The same run at another sparsity: ``factor`` of each that was asked for."""
-        if isinstance(self.sparsity, Mapping):
-            return replace(self, sparsity={region: factor(value) for region, value in self.sparsity.items()})
-        return replace(self, sparsity=factor(self.sparsity))
+        """The same run at another sparsity: ``factor`` of each that was asked for, by region or by layer too."""
+
+        def scaled(given: Any) -> Any:
+            return {key: factor(value) for key, value in given.items()} if isinstance(given, Mapping) else factor(given)
+
+        allocation = scaled(self.allocation) if isinstance(self.allocation, Mapping) else self.allocation
+        other = replace(self, sparsity=scaled(self.sparsity), allocation=allocation)
+        vars(other)["model_fingerprint"] = self.model_fingerprint  # the same model: do not hash it again
+        return other
 
     def gradients(self) -> Mapping[str, Tensor]:
         """FQN -> mean gradient of the loss over the calibration batches, in the layout of the parameter."""

@@ -1,0 +1,144 @@
+"""TAMT: masks that are trained, under weights that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mfcompile.errors import CalibrationError, InputError
+from mfcompile.masks import MaskSet
+from mfcompile.passes.criteria.base import Criterion, Need, Pruner, SiteData
+from mfcompile.passes.criteria.magnitude import Magnitude
+from mfcompile.passes.gradients import LossRunner
+from mfcompile.passes.mask_selection import site_weight
+from mfcompile.passes.pruning_run import PruningRun
+from mfcompile.passes.selection import magnitude_threshold
+from mfcompile.passes.sparsity_patterns import NOfM
+from mfcompile.passes.steps import BatchCycle, check_count
+
+
+@dataclass(frozen=True)
+class Tamt(Pruner):
+    """Task-agnostic mask training (Liu et al., "Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic Mask
+    Training", NAACL 2022), with one threshold over all layers.
+
+    Every weight has a trained score M; the largest |M| stay. In the forward pass the mask multiplies the weight, in the
+    backward pass |M| receives the mask's gradient as it is (straight-through): dL/dM = dL/d(m w) w sign(M). AdamW, the
+    learning rate falling to zero in a line, in training mode (dropout).
+
+    M starts as 2 t where magnitude pruning of each layer keeps the weight, else 0, with t the magnitude at which magnitude
+    pruning of the whole model cuts. Where M is 0 its gradient is, too: what the start prunes does not return. The published
+    code compares these equal values with themselves, so that its first batch runs with no weight at all; here as many weights
+    as are to stay run from the first batch on.
+
+    Attributes:
+        steps: batches to train on, read again from the start where calibration has fewer; None reads each once.
+        learning_rate: of the first batch.
+        weight_decay: AdamW's.
+    """
+
+    name: ClassVar[str] = "tamt"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENTS})
+    steps: int | None = None
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_count("steps", self.steps)
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise InputError(f"{name} must be a number that is not negative, got {value!r}")
+
+    def choose(self, run: PruningRun) -> MaskSet:
+        """The masks after training."""
+        assert run.batches is not None
+        assert run.loss_fn is not None
+        batches = run.batches()
+        steps = self.steps or (len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches))
+        scores = initial_scores(run)
+        optimizer = torch.optim.AdamW(list(scores.values()), lr=self.learning_rate, weight_decay=self.weight_decay)
+        runner = LossRunner(run.captured.module, run.loss_fn, scores, training=True)
+        # Exact at every step: the published rule prunes every tie, and equal scores are what training starts from.
+        inner = replace(run, rounding="exact", progress=None)
+        cycle = BatchCycle(run.batches)
+        with runner.seeded(run.seed):
+            for step in range(steps):
+                runner.set_weights(None, inner.select(_Trained(), gradients=scores))
+                runner.backward(next(cycle.take(1)), step)
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate * (1 - step / steps)
+                for fqn, score in scores.items():
+                    score.grad = score_gradient(runner.gradient_sum(fqn), run.captured.parameter(fqn), score, fqn, step)
+                optimizer.step()
+                runner.clear()
+                if run.progress is not None:
+                    run.progress(step + 1, steps)
+        masks = replace(run, progress=None).select(_Trained(), gradients=scores)
+        return replace(masks, diagnostics=(*masks.diagnostics, *cycle.diagnostics(self.name, steps, 1)))
+
+
+def initial_scores(run: PruningRun) -> dict[str, Tensor]:
+    """M before training: FQN -> float32 in the layout of the parameter.
+
+    With an allocation other than the pruner's own, layers keep as many weights as it gives them.
+    """
+    allocation, sparsity = run.allocation, run.sparsity
+    if allocation in (None, "score-global", "score-per-region"):
+        if allocation == "score-per-region" and isinstance(sparsity, float):
+            sparsity = dict.fromkeys(run.regions.by_region(), sparsity)
+        allocation = None if isinstance(run.pattern, NOfM) else "uniform"
+    start = replace(run, allocation=allocation, sparsity=sparsity, rounding="exact", progress=None)
+    masks = start.select(Magnitude())
+    cuts = _cuts(run)
+    return {
+        fqn: (2 * cuts[sites[0].region] * masks[fqn].float()).to(run.captured.parameter(fqn).device)
+        for fqn, sites in run.sites_by_fqn.items()
+    }
+
+
+def _cuts(run: PruningRun) -> dict[str, float]:
+    """Region -> t, the magnitude at which magnitude pruning cuts: the same for all, unless each has a sparsity of its own."""
+    sites = run.regions.pruned_sites
+    groups = run.regions.by_region() if not isinstance(run.sparsity, float) else {"": sites}
+    found = {}
+    for region, members in groups.items():
+        sparsity = run.sparsity if isinstance(run.sparsity, float) else run.sparsity[region]
+        k = max(int(sparsity * sum(site.weight_count for site in members)), 1)
+        weights = [lambda site=site: site_weight(run.captured, site) for site in members]
+        found[region] = magnitude_threshold(weights, k, [site.name for site in members]).value
+    return found if "" not in found else dict.fromkeys(run.regions.by_region(), found[""])
+
+
+def score_gradient(gradient: Tensor | None, weight: Tensor, score: Tensor, fqn: str, step: int) -> Tensor:
+    """dL/dM = dL/d(m w) w sign(M), from the gradient with respect to the masked weight, which is used up.
+
+    Raises:
+        CalibrationError: it holds NaN or infinity.
+    """
+    if gradient is None:
+        return torch.zeros_like(score)
+    found = gradient.float().mul_(weight.detach()).mul_(score.sign())
+    if not bool(torch.isfinite(found).all()):
+        raise CalibrationError(
+            f"the gradient of {fqn} holds NaN or infinity in batch {step}: its mask cannot be trained. Check this batch "
+            f"and the loss"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Trained(Criterion):
+    """|M|; what stands in the place of gradients is M."""
+
+    name: ClassVar[str] = "tamt"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENTS})
+
+    def score(self, site: SiteData) -> Tensor:
+        assert site.gradient is not None
+        return site.gradient.abs()
