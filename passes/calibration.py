@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
+from functools import cached_property
 from itertools import combinations
 from numbers import Integral
 from typing import Any, Protocol
@@ -225,12 +226,24 @@ class _Runner:
     def __init__(self, captured: CapturedGraph, regions: RegionMap, collector: StatisticsCollector, observe: str) -> None:
         self.observed_by: set[str] = set()
         self._captured, self._collector, self._observe = captured, collector, observe
-        self._module = _runnable(captured)
-        self._observer = ModuleObserver(self._module, collector)
-        self._graph: fx.GraphModule | None = None
+        self._insert = InsertObservers(regions, collector)
         self._fits_any_values = fits_any_values(captured)
-        if observe != "module" and (self._fits_any_values or captured.remembered):
-            self._graph = run_transform(InsertObservers(regions, collector), captured).graph.graph_module
+        self._may_fit = observe != "module" and (self._fits_any_values or bool(captured.remembered))
+        self._insert.requires(captured)
+
+    @cached_property
+    def _graph(self) -> fx.GraphModule:
+        """The graph with observers, made for the first batch that fits it."""
+        return run_transform(self._insert, self._captured).graph.graph_module
+
+    @cached_property
+    def _observer(self) -> ModuleObserver:
+        """The observer of ``_module``, which is made for the first batch that does not fit the graph."""
+        return ModuleObserver(self._module, self._collector)
+
+    @cached_property
+    def _module(self) -> nn.Module:
+        return _runnable(self._captured)
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
@@ -244,7 +257,8 @@ class _Runner:
             CalibrationError: the model raised, or the batch does not fit a graph that was insisted on.
         """
         tensors = inputs.tensors()
-        graph = self._graph if fits_shapes(self._captured, inputs) and self._fits_values(tensors) else None
+        fits = self._may_fit and fits_shapes(self._captured, inputs) and self._fits_values(tensors)
+        graph = self._graph if fits else None
         if graph is None and self._observe == "graph":
             raise CalibrationError(
                 f"calibration batch {index} does not fit the graph, which is fixed to the shapes of the example inputs and "

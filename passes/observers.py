@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mfcompile.control_flow import run_eagerly
 from mfcompile.errors import PostconditionError, PreconditionError
 from mfcompile.graph import CapturedGraph
-from mfcompile.module_copy import KeptState
+from mfcompile.module_copy import KeptState, storage_address
 from mfcompile.passes.base import PassResult
 from mfcompile.passes.operands import pairings
 from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, written_arguments
 from mfcompile.passes.padding import PaddingPlan
 from mfcompile.passes.padding_flow import PaddingTracker
-from mfcompile.passes.placement import match
+from mfcompile.passes.placement import Match, match
 from mfcompile.passes.reduction import Reduction, distinct, read, reduce_activation
 from mfcompile.passes.routing import RoutedReduction, reduce_routed
 from mfcompile.passes.weight_places import WeightPlaces
@@ -103,7 +103,7 @@ class StatisticsCollector:
             routing: which rows meet which expert.
             by_sample: tell repeats of a sample apart, where it meets a single matrix.
         """
-        with self.tracker.paused():
+        with self.tracker.paused(activation, routing):
             activation = read(activation, reading)
             keep = self.tracker.keep(activation, reading.features)
             if experts is not None:
@@ -169,6 +169,7 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self.collector = collector
         self.state = KeptState(module)
         self.places = WeightPlaces((fqn, item) for fqn, item in module.named_parameters() if fqn in collector.by_fqn)
+        self._known: dict[Any, tuple[str, Match]] = {}  # what a linear layer's weight was found to be
         self._recent: list[tuple[weakref.ref[Tensor], object, Reduction | RoutedReduction]] = []
 
     def __torch_dispatch__(
@@ -189,6 +190,11 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         return result
 
     def _observe(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        is_plain = name == "linear" and len(args) > 1 and self.places.is_stored(args[1])
+        key = _layout_key(args[1]) if is_plain else None
+        if key in self._known:
+            self._add(*self._known[key], args[0])
+            return
         for pairing in pairings(name, args, kwargs):
             weight, activation = pairing.weight, pairing.activation
             if not isinstance(weight, Tensor) or not isinstance(activation, Tensor):
@@ -196,9 +202,14 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
             for place in self.places.of(weight):
                 found = match(pairing, place.tensor, place.parameter, place.gathered_by)
                 if found is not None:
-                    reduction = self._reduce(place.fqn, activation, found.reading, found.experts, found.routed_by)
-                    self.collector.add(place.fqn, found.rows, found.experts, reduction)
+                    if key is not None:
+                        self._known[key] = place.fqn, found
+                    self._add(place.fqn, found, activation)
                     return
+
+    def _add(self, fqn: str, found: Match, activation: Tensor) -> None:
+        reduction = self._reduce(fqn, activation, found.reading, found.experts, found.routed_by)
+        self.collector.add(fqn, found.rows, found.experts, reduction)
 
     def _reduce(
         self, fqn: str, activation: Tensor, reading: Reading, experts: tuple[int, int], routing: Tensor | None
@@ -214,6 +225,11 @@ class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         reduced = self.collector.reduce(activation, reading, count, routing, by_sample=by_sample)
         self._recent = [*self._recent[-1:], (weakref.ref(activation), key, reduced)]
         return reduced
+
+
+def _layout_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same elements of the same memory."""
+    return storage_address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 class ActivationObserver(nn.Module):

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfcompile.graph import Diagnostic
 from mfcompile.passes.operators import CONTENT_FREE, SOFTMAX_ATTENTION
 from mfcompile.passes.padding import PaddingMask
+from mfcompile.passes.padding_marks import Mark, all_over, broadcasts, by_chunk, carried, no_mark, tensors_in
 
 _MOVES = frozenset(
     {
@@ -41,28 +41,10 @@ _MOVES = frozenset(
 _CONTENT = frozenset({"self", "tensors", "input", "src", "source", "values", "value", "other"})
 """Schema names of the arguments that hold elements; the others say where."""
 
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Classes of tensors that compute without Python."""
+
 _PURGE_EVERY = 256
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """Marks of one storage.
-
-    Attributes:
-        reference: keeps the storage's address from being used again, not its memory.
-        bits: (elements / chunk,) bool.
-        chunk: neighbouring elements that share a bit: a whole row where its features are alike.
-        itemsize: bytes of an element.
-    """
-
-    reference: StorageWeakRef
-    bits: Tensor
-    chunk: int
-    itemsize: int
-
-    def is_alive(self) -> bool:
-        """Some tensor still has the storage."""
-        return not self.reference.expired()  # type: ignore[no-untyped-call]
 
 
 class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
@@ -75,7 +57,7 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
     def __init__(self, masks: Iterable[PaddingMask]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._masks = tuple(masks)
-        self._marks: dict[int, _Mark] = {}
+        self._marks: dict[int, Mark] = {}
         self._is_paused = False
         self._steps = 0
         self._lost: dict[str, int] = {}
@@ -106,7 +88,7 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         mark = self._read(activation)
         if mark is None:
             return None
-        padding = _all_over(mark, features, keepdim=False)
+        padding = all_over(mark, features, keepdim=False)
         if not bool(padding.any()):
             return None
         dims = {dim % activation.ndim for dim in features}
@@ -117,11 +99,17 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         return self if self._marks else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What runs inside belongs to the observer, not to the model."""
+    def paused(self, *operands: Tensor | None) -> Iterator[None]:
+        """What runs inside belongs to the observer, not to the model.
+
+        Args:
+            operands: the tensors of the model that it reads; where they are plain ones, no mode sees what is done to them.
+        """
         before, self._is_paused = self._is_paused, True
+        is_plain = all(operand is None or type(operand) in _PLAIN for operand in operands)
         try:
-            yield
+            with torch._C._DisableTorchDispatch() if is_plain else contextlib.nullcontext():
+                yield
         finally:
             self._is_paused = before
 
@@ -144,16 +132,34 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         """An operator ran: mark what its result has of padding."""
         if not self._marks or self._is_paused:
             return
-        if any(self._mark_of(leaf) is not None for leaf in _tensors((*args, *kwargs.values()))):
-            self._follow(func, _named(func, args, kwargs), result)
+        leaves = [(leaf, leaf.untyped_storage()._cdata) for leaf in tensors_in((*args, *kwargs.values()))]
+        marked = [(leaf, self._marks[address]) for leaf, address in leaves if address in self._marks]
+        if not marked:
+            return
+        facts = _facts(func)
+        if facts.keeps_rows and isinstance(result, Tensor) and result.dtype != torch.bool:
+            address = result.untyped_storage()._cdata
+            if any(other == address for _, other in leaves):
+                return  # a view has the marks of what it views
+            only = leaves[0][0] if facts.name == "linear" else None
+            mark = carried(marked, result, only) if address not in self._marks else None
+            if mark is not None:
+                self._marks[address] = mark
+                self._purge()
+                return
+        self._follow(func, _named(func, args, kwargs), result)
 
-    def _follow(self, func: Any, named: dict[str, Any], result: Any) -> None:
+    def _purge(self) -> None:
         self._steps += 1
         if self._steps % _PURGE_EVERY == 0:
             self._marks = {key: mark for key, mark in self._marks.items() if mark.is_alive()}
-        name = func._schema.name.partition("::")[2]
+
+    def _follow(self, func: Any, named: dict[str, Any], result: Any) -> None:
+        self._purge()
+        facts = _facts(func)
+        name = facts.name
         try:
-            if func._schema.is_mutable:
+            if facts.is_mutable:
                 self._follow_write(func, name.removesuffix("_"), named)
             elif name not in CONTENT_FREE and not (name == "where" and "self" not in named):  # where(mask): places alone
                 self._follow_result(func, name, named, result)
@@ -167,21 +173,21 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         if name in _MOVES:
             func(**{key: self._moved(key, value) for key, value in named.items()} | {"self": self._place(target)})
         elif name in {"zero", "fill"}:
-            self._write(target, _no_mark(target.device))
+            self._write(target, no_mark(target.device))
         else:
             self._write(target, self._any_of(named, target.shape))
 
     def _follow_result(self, func: Any, name: str, named: dict[str, Any], result: Any) -> None:
-        shared = {leaf.untyped_storage()._cdata for leaf in _tensors(named.values())}
+        shared = {leaf.untyped_storage()._cdata for leaf in tensors_in(named.values())}
         fresh = [
             (index, leaf)
-            for index, leaf in enumerate(_tensors([result]))
+            for index, leaf in enumerate(tensors_in([result]))
             if leaf.dtype != torch.bool and leaf.untyped_storage()._cdata not in shared and leaf.numel()
         ]
         if not fresh:
             return
         if name in _MOVES:
-            moved = list(_tensors([func(**{key: self._moved(key, value) for key, value in named.items()})]))
+            moved = list(tensors_in([func(**{key: self._moved(key, value) for key, value in named.items()})]))
             for index, leaf in fresh:
                 bits = moved[index]
                 is_by_row = bits.ndim > 1 and bool((bits == bits[..., :1]).all())
@@ -199,15 +205,15 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         rule = _RULES.get(name)
         if rule is not None:
             return rule(self, named)
-        operands = [leaf for leaf in _tensors(named.values()) if self._read(leaf) is not None]
-        if all(_broadcasts(leaf.shape, result.shape) for leaf in operands):
+        operands = [leaf for leaf in tensors_in(named.values()) if self._read(leaf) is not None]
+        if all(broadcasts(leaf.shape, result.shape) for leaf in operands):
             return self._any_of(named, result.shape)
         mark, sizes = self._require(operands[0]), operands[0].shape
         if "dim" in named:
             dims = named["dim"]
             if dims is None or dims == []:
-                return _no_mark(mark.device)
-            return _all_over(mark, dims, bool(named.get("keepdim", False)))
+                return no_mark(mark.device)
+            return all_over(mark, dims, bool(named.get("keepdim", False)))
         if name in {"reshape", "flatten", "contiguous", "clone", "_reshape_copy"}:
             return mark.expand(sizes).reshape(result.shape)
         if sizes[:-1] == result.shape[:-1]:
@@ -219,11 +225,11 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
     def _any_of(self, named: dict[str, Any], shape: torch.Size) -> Tensor:
         """Elementwise: marked where any operand is."""
         found: Tensor | None = None
-        for leaf in _tensors(named.values()):
+        for leaf in tensors_in(named.values()):
             mark = self._read(leaf)
-            if mark is not None and _broadcasts(leaf.shape, shape):
+            if mark is not None and broadcasts(leaf.shape, shape):
                 found = mark if found is None else found | mark
-        return _no_mark(torch.device("cpu")) if found is None else found
+        return no_mark(torch.device("cpu")) if found is None else found
 
     def _moved(self, key: str, value: Any) -> Any:
         """An argument of a moving operator, with marks in place of elements."""
@@ -238,9 +244,9 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
     def _require(self, tensor: Tensor) -> Tensor:
         """Thin marks of a tensor, all False where it has none."""
         mark = self._read(tensor)
-        return _no_mark(tensor.device).reshape([1] * tensor.ndim) if mark is None else mark
+        return no_mark(tensor.device).reshape([1] * tensor.ndim) if mark is None else mark
 
-    def _mark_of(self, tensor: Tensor) -> _Mark | None:
+    def _mark_of(self, tensor: Tensor) -> Mark | None:
         return self._marks.get(tensor.untyped_storage()._cdata)
 
     def _read(self, tensor: Tensor) -> Tensor | None:
@@ -258,7 +264,7 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         sizes = [size if step else 1 for size, step in zip(tensor.shape, strides, strict=True)]
         return torch.as_strided(mark.bits, sizes, strides, int(tensor.storage_offset()) // mark.chunk)
 
-    def _spread(self, tensor: Tensor, mark: _Mark) -> None:
+    def _spread(self, tensor: Tensor, mark: Mark) -> None:
         """From now on the storage has a bit for every element."""
         bits = mark.bits.repeat_interleave(mark.chunk)
         self._marks[tensor.untyped_storage()._cdata] = replace(mark, bits=bits, chunk=1)
@@ -274,8 +280,8 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         mark = self._mark_of(tensor)
         if mark is None:
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            bits, chunk = _by_chunk(tensor, marks, storage.nbytes() // tensor.element_size())
-            self._marks[storage._cdata] = _Mark(reference, bits, chunk, tensor.element_size())
+            bits, chunk = by_chunk(tensor, marks, storage.nbytes() // tensor.element_size())
+            self._marks[storage._cdata] = Mark(reference, bits, chunk, tensor.element_size())
             return
         self._place(tensor).copy_(marks.expand(tensor.shape))
 
@@ -283,7 +289,7 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         """Marks of a tensor to write into: one of its own for every element."""
         mark = self._mark_of(tensor)
         if mark is None:
-            self._write(tensor, _no_mark(tensor.device))
+            self._write(tensor, no_mark(tensor.device))
             mark = self._marks[tensor.untyped_storage()._cdata]
         if mark.chunk > 1:
             self._spread(tensor, mark)
@@ -300,52 +306,33 @@ class PaddingTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         return self._require(tensor).all(dim, keepdim=True)
 
 
-def _by_chunk(tensor: Tensor, marks: Tensor, count: int) -> tuple[Tensor, int]:
-    """Bits of a storage of ``count`` elements that holds one tensor, and the elements to a bit."""
-    if tensor.numel() != count or any(step == 0 for step in tensor.stride()):
-        bits = torch.zeros(count, dtype=torch.bool, device=tensor.device)
-        torch.as_strided(bits, tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(marks.expand(tensor.shape))
-        return bits, 1
-    marks = marks.reshape([1] * (tensor.ndim - marks.ndim) + list(marks.shape))
-    order = sorted((dim for dim in range(tensor.ndim) if tensor.shape[dim] > 1), key=tensor.stride, reverse=True)
-    chunk = 1
-    for dim in reversed(order):
-        if marks.shape[dim] > 1:
-            break
-        chunk *= tensor.shape[dim]
-    sizes = [tensor.shape[dim] if tensor.stride(dim) >= chunk else 1 for dim in order]
-    ones = [dim for dim in range(tensor.ndim) if tensor.shape[dim] == 1]
-    thin = marks.permute(*ones, *order)[(0,) * len(ones)] if ones else marks.permute(order)
-    # In memory of their own: bits are read by strides from the start of their storage.
-    return thin.expand(sizes).reshape(-1).clone(memory_format=torch.contiguous_format), chunk
+@dataclass(frozen=True)
+class _Facts:
+    """What is asked of an operator at every call.
+
+    Attributes:
+        name: without namespace and overload.
+        is_mutable: it writes into an argument.
+        arguments: names of its arguments.
+        keeps_rows: it computes row by row, as far as marks go, where operands and result have the same rows.
+    """
+
+    name: str
+    is_mutable: bool
+    arguments: tuple[str, ...]
+    keeps_rows: bool
 
 
 @functools.cache
-def _no_mark(device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=torch.bool, device=device)
+def _facts(func: Any) -> _Facts:
+    schema = func._schema
+    name = schema.name.partition("::")[2]
+    has_rule = name in _MOVES or name in CONTENT_FREE or name == "where" or (name in _RULES and name != "linear")
+    return _Facts(name, schema.is_mutable, tuple(item.name for item in schema.arguments), not (schema.is_mutable or has_rule))
 
 
 def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{item.name: value for item, value in zip(func._schema.arguments, args, strict=False)}, **kwargs}
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-
-
-def _broadcasts(shape: torch.Size, onto: torch.Size) -> bool:
-    return len(shape) <= len(onto) and all(old in (1, new) for old, new in zip(reversed(shape), reversed(onto), strict=False))
-
-
-def _all_over(mark: Tensor, dims: Any, keepdim: bool) -> Tensor:
-    listed = [dims] if isinstance(dims, int) else list(dims)
-    for dim in sorted((dim % mark.ndim for dim in listed), reverse=True):
-        mark = mark.all(dim, keepdim=keepdim)
-    return mark
+    return {**dict(zip(_facts(func).arguments, args, strict=False)), **kwargs}
 
 
 def _product(tracker: PaddingTracker, first: Any, second: Any) -> Tensor | None:
@@ -373,7 +360,7 @@ def _einsum(tracker: PaddingTracker, named: dict[str, Any]) -> Tensor | None:
     for letters, tensor in zip(terms.split(","), named["tensors"], strict=True):
         mark = tracker._require(tensor)
         summed = [index for index, letter in enumerate(letters) if letter not in result]
-        mark = _all_over(mark, summed, keepdim=False)
+        mark = all_over(mark, summed, keepdim=False)
         left = [letter for letter in letters if letter in result]
         mark = mark.permute(sorted(range(len(left)), key=lambda index: result.index(left[index])))
         mark = mark[tuple(slice(None) if letter in left else None for letter in result)]

@@ -14,6 +14,10 @@ from mfcompile.region import Reading
 _CHUNK_ROWS = 256
 """Rows that are summed in float32."""
 
+_PIECE_ELEMENTS = 1 << 19
+"""Elements that are squared at a time: 2 MiB in float32, about what a core's second-level cache holds. Squares of a whole
+activation would be written to memory and read back, which takes longer than the sum itself."""
+
 _REPEAT_RTOL = 1e-6
 """Sums of the same activation are equal to the last bit or two of float32."""
 
@@ -83,7 +87,8 @@ def reduce_activation(
     """Sum of squares of every feature over all kept rows (the inner sum of ||a||_2, Eq. 4 and 5).
 
     Rows of a sample are summed in float32, a few hundred at a time; the rest is added in float64: the result depends
-    neither on how samples are batched nor on their order beyond the last bit of float64.
+    neither on how samples are batched nor on their order beyond the last bit of float64. An activation that is float64
+    itself is summed in float64 throughout.
 
     Args:
         activation: (..., in_features), or (..., in_features, n) with feature_dim=-2; any float dtype.
@@ -100,15 +105,19 @@ def reduce_activation(
     samples = int(leading[0]) if len(leading) > 1 else 1
     if len(leading) == 1 and batch_size and leading[0] % batch_size == 0:
         samples = batch_size
-    matrix = rows.reshape(samples, -1, rows.shape[-1]).float()
+    matrix = rows.reshape(samples, -1, rows.shape[-1])
     count = int(matrix.shape[1])
-    weights = torch.ones((), device=matrix.device).expand(samples, 1, count)
+    kind = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    if keep is None and not by_sample:
+        sums = _weighted_squares(torch.ones((), dtype=kind, device=matrix.device).expand(samples, 1, count), matrix)
+        return Reduction(sums[:, 0].sum(0), samples * count, 0, samples)
+    weights = torch.ones((), dtype=kind, device=matrix.device).expand(samples, 1, count)
     tokens = torch.full((samples,), count)
     if keep is not None:
         kept = keep.reshape(samples, 1, count)
-        weights, tokens = kept.to(matrix.dtype), kept.sum(dim=(1, 2)).cpu()
+        weights, tokens = kept.to(kind), kept.sum(dim=(1, 2)).cpu()
     if by_sample:
-        weights = torch.cat([weights, weights * torch.linspace(1.0, 2.0, count, device=matrix.device)], dim=1)
+        weights = torch.cat([weights, weights * torch.linspace(1.0, 2.0, count, dtype=kind, device=matrix.device)], dim=1)
     sums = _weighted_squares(weights, matrix)
     if keep is not None and not bool(torch.isfinite(sums).all()):
         sums = _weighted_squares(weights, torch.where(kept.mT, matrix, 0.0))
@@ -132,18 +141,29 @@ def features_last(activation: Tensor, features: tuple[int, ...]) -> Tensor:
 def _weighted_squares(weights: Tensor, matrix: Tensor) -> Tensor:
     """(b, k, n) x (b, n, f) squared -> (b, k, f) float64.
 
-    A matrix product in float32: five times faster than a norm over rows, and exact enough for as many rows as one chunk.
+    A matrix product in the dtype of the weights: five times faster than a norm over rows, and exact enough for as many rows
+    as one chunk. Its sums depend neither on how many samples it is given at a time nor on the number of threads. A piece is
+    squared into a buffer that stays in the cache; no temporary is of the size of the activation.
     """
     batch, count, features = matrix.shape
-    whole = count - count % _CHUNK_ROWS
     total = torch.zeros(batch, weights.shape[1], features, dtype=torch.float64, device=matrix.device)
-    if whole:
-        chunks = whole // _CHUNK_ROWS
-        squares = matrix[:, :whole].square().view(batch * chunks, _CHUNK_ROWS, features)
-        factors = weights[:, :, :whole].unflatten(2, (chunks, _CHUNK_ROWS)).transpose(1, 2).flatten(0, 1)  # type: ignore[no-untyped-call]
-        total += torch.bmm(factors, squares).view(batch, chunks, -1, features).double().sum(1)
-    if whole < count:
-        total += torch.bmm(weights[:, :, whole:], matrix[:, whole:].square())
+    rows = min(count, _CHUNK_ROWS)
+    if not total.numel() or not rows:
+        return total
+    group = max(1, min(batch, _PIECE_ELEMENTS // (rows * features)))
+    buffer = torch.empty(group * rows * features, dtype=weights.dtype, device=matrix.device)
+    sums = torch.empty(total.shape, dtype=weights.dtype, device=matrix.device)
+    for start in range(0, count, rows):
+        chunk, factors = matrix[:, start : start + rows], weights[:, :, start : start + rows]
+        for first in range(0, batch, group):
+            part = chunk[first : first + group]
+            squares = buffer[: part.numel()].view(part.shape)
+            if part.dtype == buffer.dtype:
+                torch.mul(part, part, out=squares)
+            else:
+                squares.copy_(part).square_()
+            torch.bmm(factors[first : first + group], squares, out=sums[first : first + group])
+        total += sums
     return total
 
 

@@ -98,6 +98,11 @@ class WeightPlaces:
         for fqn, parameter in parameters:
             self._parameters.setdefault(storage_address(parameter), []).append((fqn, parameter))
 
+    def is_stored(self, tensor: Tensor) -> bool:
+        """The tensor lies in the memory of a parameter; what part of which one it is will not change."""
+        address = storage_address(tensor)
+        return address in self._parameters and address not in self.copies
+
     def of(self, weight: Tensor) -> list[Place]:
         """Every parameter that the tensor may be part of (several where they share memory)."""
         address = storage_address(weight)
