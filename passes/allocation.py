@@ -52,17 +52,21 @@ class Budget:
     by_row: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def check_sparsity(sparsity: float) -> float:
+def check_sparsity(sparsity: float, what: str = "sparsity") -> float:
     """Return the sparsity as a float in [0, 1).
+
+    Args:
+        sparsity: what the user gave.
+        what: what it is called in messages.
 
     Raises:
         InputError: it is no number in [0, 1); a percentage gets a hint.
     """
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real):  # NumPy's numbers too
-        raise InputError(f"sparsity must be a number in [0, 1), the fraction of weights removed; got {sparsity!r}")
+        raise InputError(f"{what} must be a number in [0, 1), the fraction of weights removed; got {sparsity!r}")
     if not 0 <= sparsity < 1:
         hint = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
-        raise InputError(f"sparsity must be in [0, 1), the fraction of weights removed; got {sparsity:g}{hint}")
+        raise InputError(f"{what} must be in [0, 1), the fraction of weights removed; got {sparsity:g}{hint}")
     return float(sparsity)
 
 
@@ -77,8 +81,11 @@ class Request:
         score_of: gives scores that can be compared between sites, of any sign.
         pattern: the shape in which weights are removed.
         rounding: "exact" gives integers that sum to int(sparsity * N) of every group, ties broken by position;
-            "official" repeats the published code: Eq. 7 truncates a float64 quotient per layer, which can lose one weight
-            per layer, and layers of a uniform allocation are truncated each on its own.
+            "official" repeats the published code: all that ties at a threshold goes, Eq. 7 truncates a float64 quotient per
+            layer, which can lose one weight per layer, and layers and rows of a uniform allocation are truncated each on its
+            own. It knows single weights only.
+        is_budget: the magnitudes give budgets for other scores (Eq. 7); False where they are the scores, and published code
+            takes what is not above the threshold, with nothing to truncate in between.
     """
 
     sites: Sequence[PruneSite]
@@ -87,6 +94,7 @@ class Request:
     score_of: WeightOf
     pattern: Pattern = field(default_factory=Unstructured)
     rounding: str = "exact"
+    is_budget: bool = True
 
     def units(self, site: PruneSite) -> int:
         """Units that a site is made of."""
@@ -106,19 +114,24 @@ class Request:
             grouped.setdefault(site.region, []).append(site)
         return grouped
 
+    def sparsity_of(self, group: str) -> float:
+        """The fraction that a region loses, or everything."""
+        return self.sparsity if isinstance(self.sparsity, float) else self.sparsity[group]
+
     def units_to_prune(self, group: str, sites: Sequence[PruneSite]) -> int:
         """int(sparsity * N) of a group, rounded down to whole units.
 
         Raises:
             InputError: the sites do not hold as many whole units.
         """
-        sparsity = self.sparsity if isinstance(self.sparsity, float) else self.sparsity[group]
+        sparsity = self.sparsity_of(group)
         wanted = int(sparsity * sum(site.weight_count for site in sites)) // self.pattern.unit_weights
         there = sum(self.units(site) for site in sites)
         if wanted > there:
             raise InputError(
-                f"sparsity {sparsity:g} of {group} takes {wanted:,} blocks of {self.pattern.unit_weights} weights, but its "
-                f"layers hold {there:,} whole ones. Ask for less, or leave layers with few outputs out with ignore"
+                f"sparsity {sparsity:g} of {'the model' if group == EVERYTHING else group} takes {wanted:,} blocks of "
+                f"{self.pattern.unit_weights} weights, but its layers hold {there:,} whole ones. Ask for less, or leave layers "
+                f"with few outputs out with ignore"
             )
         return wanted
 
@@ -180,6 +193,8 @@ def _by_magnitude(groups: Mapping[str, Sequence[PruneSite]], request: Request) -
         k = request.units_to_prune(group, sites)
         found = magnitude_threshold(*_ranked(sites, request, request.magnitude_of, max(k, 1), "{}"))
         counts = _counts(found, k, sites, request)
+        if request.rounding == "official" and request.is_budget:
+            counts = [_truncated(count, request.units(site)) for count, site in zip(counts, sites, strict=True)]
         pruned.update({site.name: count for site, count in zip(sites, counts, strict=True)})
         if k:
             thresholds[group] = found.value
@@ -187,12 +202,12 @@ def _by_magnitude(groups: Mapping[str, Sequence[PruneSite]], request: Request) -
 
 
 def _counts(found: Threshold, k: int, sites: Sequence[PruneSite], request: Request) -> Sequence[int]:
+    """What every site loses to a threshold that k units are to stay under."""
     if k < 1:
         return [0] * len(sites)
     if request.rounding == "exact":
         return found.pruned_counts(k)
-    not_above = [below + ties for below, ties in zip(found.below, found.ties, strict=True)]
-    return [_truncated(count, request.units(site)) for count, site in zip(not_above, sites, strict=True)]
+    return [below + ties for below, ties in zip(found.below, found.ties, strict=True)]
 
 
 def _truncated(pruned: int, weights: int) -> int:
@@ -211,7 +226,7 @@ def _by_score(groups: Mapping[str, Sequence[PruneSite]], request: Request) -> Bu
             pruned.update({site.name: 0 for site in sites})
             continue
         found = score_threshold(*_ranked(sites, request, request.score_of, k, "the score of {}"))
-        pruned.update({site.name: count for site, count in zip(sites, found.pruned_counts(k), strict=True)})
+        pruned.update({site.name: count for site, count in zip(sites, _counts(found, k, sites, request), strict=True)})
         thresholds[group] = found.value
     return Budget(pruned, thresholds)
 
@@ -229,8 +244,7 @@ def _uniform(total: int, group: str, sites: Sequence[PruneSite], request: Reques
     """The same fraction of every site; whole numbers that sum to the total."""
     units = [request.units(site) for site in sites]
     if request.rounding == "official":
-        sparsity = request.sparsity if isinstance(request.sparsity, float) else request.sparsity[group]
-        shares = tuple(int(sparsity * count) for count in units)
+        shares = tuple(int(request.sparsity_of(group) * count) for count in units)
     else:
         shares = apportion(total, units, units)
     return {site.name: share for site, share in zip(sites, shares, strict=True)}
@@ -242,8 +256,7 @@ def _rows(pruned: int, site: PruneSite, request: Request) -> tuple[int, ...]:
     if not rows:
         return ()
     if request.rounding == "official":
-        sparsity = request.sparsity if isinstance(request.sparsity, float) else request.sparsity[site.region]
-        return (int(columns * sparsity),) * rows
+        return (int(columns * request.sparsity_of(site.region)),) * rows
     share, left = divmod(pruned, rows)
     return tuple(share + (row < left) for row in range(rows))
 
@@ -262,13 +275,18 @@ def _explicit(sparsities: Mapping[str, float], request: Request) -> Budget:
     """Every site the fraction that it was given."""
     missing = [site.name for site in request.sites if site.name not in sparsities]
     if missing:
-        raise InputError(
-            f"the sparsities by layer say nothing about {missing[0]} and {len(missing) - 1} more; name every layer"
-        )
+        raise InputError(f"the sparsities by layer say nothing about {missing[0]}; name every layer")
     pruned = {}
     for site in request.sites:
-        wanted = int(check_sparsity(sparsities[site.name]) * site.weight_count) // request.pattern.unit_weights
-        pruned[site.name] = min(wanted, request.units(site))
+        sparsity = check_sparsity(sparsities[site.name], f"the sparsity of {site.name}")
+        wanted = int(sparsity * site.weight_count) // request.pattern.unit_weights
+        if wanted > request.units(site):
+            raise InputError(
+                f"sparsity {sparsity:g} of {site.name} takes {wanted:,} blocks of {request.pattern.unit_weights} weights, but "
+                f"its {site.out_features} outputs hold {request.units(site):,} whole ones. Ask for less, or leave it out with "
+                f"ignore"
+            )
+        pruned[site.name] = wanted
     return Budget(pruned, {})
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mfcompile.errors import InputError
 
 
 def apportion(total: int, weights: Sequence[float], caps: Sequence[int]) -> tuple[int, ...]:
     """Divide a total in proportion to weights, by Webster's (Sainte-Laguë's) method.
 
-    Of all methods that round, those that divide are the ones in which nobody's share falls when the total rises: masks of
-    a higher sparsity are then subsets of those of a lower one. Ties go to the earlier.
+    Units are given out one by one, each to the receiver whose ``(share + 1/2) / weight`` is the smallest; ties go to the
+    earlier. Of all methods that round, those that divide are the ones in which nobody's share falls when the total rises:
+    masks of a higher sparsity are then subsets of those of a lower one.
 
     Args:
         total: 0 <= total <= sum of the caps.
@@ -27,29 +31,20 @@ def apportion(total: int, weights: Sequence[float], caps: Sequence[int]) -> tupl
     """
     if not 0 <= total <= sum(caps):
         raise InputError(f"cannot share out {total} where at most {sum(caps)} can be taken")
-    shares = _rounded(total, weights, caps)
-    # The shares are those of one divisor; unit by unit towards the total keeps them Webster's.
-    missing = total - sum(shares)
+    shares = _safe(total, np.asarray(weights, np.float64), np.asarray(caps, np.int64))
     heap = [
-        (_turn(shares[index], weight), index)
-        for index, weight in enumerate(weights)
-        if missing > 0 and shares[index] < caps[index]
+        (_turn(share, weight), index)
+        for index, (share, weight, cap) in enumerate(zip(shares, weights, caps, strict=True))
+        if share < cap
     ]
-    if missing < 0:
-        heap = [(-_turn(share - 1, weights[index]), -index) for index, share in enumerate(shares) if share > 0]
     heapq.heapify(heap)
-    while missing:
-        _, key = heapq.heappop(heap)
-        if missing > 0:
-            shares[key] += 1
-            missing -= 1
-            if shares[key] < caps[key]:
-                heapq.heappush(heap, (_turn(shares[key], weights[key]), key))
+    for _ in range(total - sum(shares)):
+        index = heap[0][1]
+        shares[index] += 1
+        if shares[index] < caps[index]:
+            heapq.heapreplace(heap, (_turn(shares[index], weights[index]), index))
         else:
-            shares[-key] -= 1
-            missing += 1
-            if shares[-key] > 0:
-                heapq.heappush(heap, (-_turn(shares[-key] - 1, weights[-key]), key))
+            heapq.heappop(heap)
     return tuple(shares)
 
 
@@ -58,22 +53,23 @@ def _turn(share: int, weight: float) -> float:
     return (share + 0.5) / weight if weight else float("inf")
 
 
-def _rounded(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
-    """Webster's shares of the factor that comes nearest to the total, none over its cap."""
+def _safe(total: int, weights: NDArray[np.float64], caps: NDArray[np.int64]) -> list[int]:
+    """Shares that everyone has for sure: nearly all units, so that few are left to be given out one by one."""
+
+    def at(factor: float) -> NDArray[np.int64]:
+        return np.minimum(np.floor(weights * factor + 0.5), caps).astype(np.int64)
+
     low, high = 0.0, 1.0
-
-    def at(factor: float) -> list[int]:
-        return [min(cap, int(weight * factor + 0.5)) for weight, cap in zip(weights, caps, strict=True)]
-
-    reachable = sum(cap for weight, cap in zip(weights, caps, strict=True) if weight)
-    while sum(at(high)) < min(total, reachable):
-        high *= 2
-    for _ in range(200):
+    reachable = min(total, int(caps[weights > 0].sum()))
+    while at(high).sum() < reachable:
+        low, high = high, 2 * high
+    while high - low > 1e-12 * high:
         middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if sum(at(middle)) < total:
+        if at(middle).sum() < total:
             low = middle
         else:
             high = middle
-    return at(low)
+        if high < 1e-12:  # a total of nothing
+            return [0] * len(caps)
+    # The factor and the turns round differently: the last unit of each is left to the turns, which alone decide.
+    return [int(share) for share in np.maximum(at(low) - 1, 0)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from math import prod
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet
-from mfcompile.passes.allocation import ALLOCATIONS, Sparsity
+from mfcompile.passes.allocation import ALLOCATIONS, Sparsity, check_sparsity
 from mfcompile.passes.criteria.base import Need, Pruner
 from mfcompile.passes.criteria.registry import pruner
-from mfcompile.passes.sparsity_patterns import NOfM, parse_pattern
+from mfcompile.passes.sparsity_patterns import NOfM, Unstructured, parse_pattern
 from mfcompile.patterns import select as match_patterns
 from mfcompile.patterns import weight_names
 from mfcompile.recipe import UPDATES
@@ -113,11 +114,12 @@ def select_masks(
     check_needs(chosen, statistics, batches, loss_fn)
     if options.update is not None and batches is None:
         raise CalibrationError(f"update={options.update!r} runs the model: give calibration batches")
+    allocation = _by_site(options.allocation, captured, regions)
     run = PruningRun(
         captured,
         regions,
-        sparsity_of(options.sparsity, pattern, regions),
-        _by_site(options.allocation, captured, regions),
+        sparsity_of(options.sparsity, pattern, regions, allocation),
+        allocation,
         pattern,
         options.rounding,
         options.seed,
@@ -159,6 +161,21 @@ def check_options(options: SelectionOptions) -> Pruner:
             f"the pattern {options.pattern} removes the same from every layer, so there is nothing to allocate: leave "
             f"allocation={options.allocation!r} out"
         )
+    if options.rounding == "official" and not isinstance(pattern, Unstructured):
+        raise InputError(
+            f"rounding='official' repeats what the published code does, which knows single weights only: leave it out with the "
+            f"pattern {options.pattern}"
+        )
+    if not isinstance(options.allocation, (str, Mapping, NoneType)) or options.allocation == {}:
+        raise InputError(
+            f"allocation must be a name, or pattern of weights -> sparsity, got {options.allocation!r}; names are "
+            f"{', '.join(ALLOCATIONS)}"
+        )
+    if isinstance(options.allocation, Mapping) and options.sparsity is not None:
+        raise InputError(
+            f"the allocation gives every layer a sparsity of its own, and sparsity {options.sparsity} was asked for as well: "
+            f"leave one of them out"
+        )
     return chosen
 
 
@@ -187,13 +204,17 @@ def _by_site(
     """Sparsities by pattern of weights as sparsities by site; the most specific pattern wins."""
     if allocation is None or isinstance(allocation, str):
         return allocation
+    for layers, sparsity in allocation.items():
+        check_sparsity(sparsity, f"allocation: the sparsity of {layers!r}")
     sites = regions.pruned_sites
     named = {site.fqn: weight_names(captured.module, site.fqn, site.tied_with, site.region) for site in sites}
     chosen = match_patterns(tuple(allocation), named, what="allocation")
     left = [site.name for site in sites if site.fqn not in chosen]
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise InputError(f"allocation: no pattern matches {left[0]}{more}; name every layer, with '*' for the rest say")
+        raise InputError(
+            f"allocation: no pattern matches {left[0]}{more}. Every layer needs a sparsity: add '*' for the rest, say"
+        )
     return {site.name: allocation[chosen[site.fqn]] for site in sites}
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mfcompile.errors import CalibrationError, InputError
+from mfcompile.errors import CalibrationError, InputError, MfcompileError
 from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.masks import MaskSet, PackedMask, fingerprint
 from mfcompile.passes.allocation import Budget, Request, Sparsity, allocate, check_sparsity
 from mfcompile.passes.criteria.base import Criterion, Need, SiteData
+from mfcompile.passes.criteria.magnitude import Magnitude
 from mfcompile.passes.mask_selection import parameter_mask, pruned_by_row, site_weight
 from mfcompile.passes.selection import at_most, smallest
 from mfcompile.passes.sparsity_patterns import NOfM, Pattern, Unstructured
@@ -102,7 +106,7 @@ class PruningRun:
         Raises:
             CalibrationError: the statistics are of other sites.
         """
-        data = SiteData(site.name, site.region, site_weight(self.captured, site))
+        data = SiteData(site.name, site.region, site_weight(self.captured, site).cpu())
         if Need.STATISTICS in needs:
             assert self.statistics is not None
             if site.name not in self.statistics.sites:
@@ -114,7 +118,7 @@ class PruningRun:
             data = replace(data, input_norm=norm, token_count=seen.token_count, sample_count=seen.sample_count)
         if gradients is not None:
             gradient = site.matrix(site.layout.matrices(gradients[site.fqn]))
-            data = replace(data, gradient=gradient)
+            data = replace(data, gradient=gradient.cpu())
         return data
 
     def select(
@@ -159,14 +163,19 @@ class PruningRun:
         return published.replace("-global", "-per-region") if isinstance(self.sparsity, Mapping) else published
 
     def _request(self, criterion: Criterion, ranker: _Ranker) -> Request:
-        # Published magnitude pruning has no step between budget and scores that could truncate.
-        is_magnitude = criterion.name == "magnitude"
-        rounding = "exact" if is_magnitude and self.allocation != "uniform" else self.rounding
-        return Request(self.regions.pruned_sites, self.sparsity, self._magnitude, ranker.comparable, self.pattern, rounding)
+        return Request(
+            self.regions.pruned_sites,
+            self.sparsity,
+            self._magnitude,
+            ranker.comparable,
+            self.pattern,
+            self.rounding,
+            is_budget=not isinstance(criterion, Magnitude),
+        )
 
     def _magnitude(self, site: PruneSite) -> Tensor:
         weight = site_weight(self.captured, site)
-        return weight if isinstance(self.pattern, Unstructured) else weight.abs()
+        return weight if isinstance(self.pattern, Unstructured) else weight.abs().cpu()
 
     def _removed(self, site: PruneSite, ranker: _Ranker, budget: Budget) -> Tensor:
         """(out_features, in_features) bool: what a site loses."""
@@ -200,20 +209,25 @@ class _Ranker:
         self._run, self._criterion, self._gradients, self._pruned = run, criterion, gradients, pruned
 
     def ranking(self, site: PruneSite) -> Tensor:
-        """(out_features, in_features) float32; the smallest are removed first. Comparable inside the site."""
-        data = self._run.data_of(site, self._criterion.needs, self._gradients)
-        if self._ranks_by_magnitude(data):
-            return data.weight.detach().abs().float()
-        score = self._criterion.score(data)
-        self._check(score, data)
-        return self._without_pruned(score.float(), site)
+        """(out_features, in_features) float32, finite; the smallest are removed first. Comparable inside the site."""
+        data = self._data(site)
+        score = data.weight.detach().abs() if self._ranks_by_magnitude(data) else self._scored(data)
+        return self._without_pruned(self._checked(score, data), site)
 
     def comparable(self, site: PruneSite) -> Tensor:
         """The ranking on one scale for all sites."""
-        data = self._run.data_of(site, self._criterion.needs, self._gradients)
+        data = self._data(site)
+        with _blamed(self._criterion, data):
+            scale = 1.0 if self._ranks_by_magnitude(data) else float(self._criterion.scale(data))
+        if not 0 < scale < math.inf:
+            raise InputError(
+                f"the criterion {self._criterion.name!r} gives {data.name} the scale {scale}; it must be a positive number"
+            )
         ranking = self.ranking(site)
-        scale = 1.0 if self._ranks_by_magnitude(data) else self._criterion.scale(data)
         return ranking if scale == 1.0 else self._without_pruned((ranking.double() * scale).float(), site)
+
+    def _data(self, site: PruneSite) -> SiteData:
+        return self._run.data_of(site, self._criterion.needs, self._gradients)
 
     def _without_pruned(self, score: Tensor, site: PruneSite) -> Tensor:
         """What is gone ranks below all that is left."""
@@ -225,43 +239,94 @@ class _Ranker:
         """No token ever reached the site, so that nothing but its weights is known of it."""
         return Need.STATISTICS in self._criterion.needs and data.input_norm is None
 
-    def _check(self, score: Tensor, data: SiteData) -> None:
+    def _scored(self, data: SiteData) -> Tensor:
+        """What the criterion says.
+
+        Raises:
+            InputError: it fails, or gives no float tensor of the weight's shape.
+        """
+        with _blamed(self._criterion, data):
+            score = self._criterion.score(data)
         if not isinstance(score, Tensor) or score.shape != data.weight.shape or not score.dtype.is_floating_point:
             got = f"{tuple(score.shape)} {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
             raise InputError(
                 f"the criterion {self._criterion.name!r} scored {data.name} with {got}; a score is a float tensor of the "
                 f"weight's shape {tuple(data.weight.shape)}"
             )
+        return score.detach()
+
+    def _checked(self, score: Tensor, data: SiteData) -> Tensor:
+        """The score as float32 on the CPU.
+
+        Raises:
+            InputError: it, or the weight, holds NaN or infinity.
+        """
+        score = score.float().cpu()
+        if not score.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(score))).all()):
+            return score
+        broken = int((~torch.isfinite(data.weight)).sum())
+        if broken:
+            raise InputError(f"{data.name} holds {broken} NaN or infinite values: it cannot be ranked. Check the checkpoint")
+        broken = int((~torch.isfinite(score)).sum())
+        raise InputError(
+            f"the criterion {self._criterion.name!r} gave {broken} of the {score.numel()} weights of {data.name} a score that "
+            f"is NaN or infinite as float32: they cannot be ranked. Give finite scores"
+        )
+
+
+@contextlib.contextmanager
+def _blamed(criterion: Criterion, data: SiteData) -> Iterator[None]:
+    """Name the criterion, which may be of anyone's making, and the layer in what goes wrong."""
+    try:
+        yield
+    except MfcompileError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the criterion {criterion.name!r} failed on {data.name} of shape {tuple(data.weight.shape)} "
+            f"({type(error).__name__}: {error}). Correct the class {type(criterion).__name__}"
+        ) from error
 
 
 _GONE = -1e30
 """Below every score; finite, also when a block of them is added up."""
 
 
-def sparsity_of(sparsity: Sparsity | None, pattern: Pattern, regions: RegionMap) -> Sparsity:
+def sparsity_of(
+    sparsity: Sparsity | None, pattern: Pattern, regions: RegionMap, allocation: str | Mapping[str, float] | None = None
+) -> Sparsity:
     """The sparsity that is meant.
 
     Args:
-        sparsity: a fraction, region -> fraction, or None for what the pattern sets, and 0.63 where it sets none.
+        sparsity: a fraction, region -> fraction, or None for what the allocation or the pattern sets, and 0.63 where neither
+            does.
         pattern: the pattern.
         regions: the regions of the model.
+        allocation: site name -> its sparsity, where every site has one.
 
     Raises:
         InputError: a fraction is not valid, a region is missing or unknown, or the pattern sets another sparsity.
     """
+    if isinstance(sparsity, Mapping):
+        sparsity = _by_region(sparsity, regions)
     if pattern.fixed_sparsity is not None:
-        given = {sparsity} if not isinstance(sparsity, Mapping) else set(sparsity.values())
-        if any(value is not None and abs(check_sparsity(value) - pattern.fixed_sparsity) > 1e-9 for value in given):
+        given = set(sparsity.values()) if isinstance(sparsity, Mapping) else {sparsity} - {None}
+        if any(abs(check_sparsity(value) - pattern.fixed_sparsity) > 1e-9 for value in given if value is not None):
             assert isinstance(pattern, NOfM)
             raise InputError(
                 f"the pattern {pattern.kept}:{pattern.of} removes {pattern.fixed_sparsity:g} of every layer, but sparsity "
                 f"{sparsity} was asked for. Leave the sparsity out, or choose another N:M"
             )
         return pattern.fixed_sparsity
+    if isinstance(allocation, Mapping):
+        sites = regions.pruned_sites
+        return sum(allocation[site.name] * site.weight_count for site in sites) / sum(site.weight_count for site in sites)
     if sparsity is None:
         return 0.63
-    if not isinstance(sparsity, Mapping):
-        return check_sparsity(sparsity)
+    return sparsity if isinstance(sparsity, Mapping) else check_sparsity(sparsity)
+
+
+def _by_region(sparsity: Mapping[str, float], regions: RegionMap) -> dict[str, float]:
     known = tuple(regions.by_region())
     unknown = [region for region in sparsity if region not in known]
     missing = [region for region in known if region not in sparsity]
@@ -270,4 +335,4 @@ def sparsity_of(sparsity: Sparsity | None, pattern: Pattern, regions: RegionMap)
         raise InputError(
             f"sparsity per region: {what}; this model's regions are {', '.join(known)}. Give each of them one; 0 keeps it dense"
         )
-    return {region: check_sparsity(sparsity[region]) for region in known}
+    return {region: check_sparsity(sparsity[region], f"the sparsity of {region}") for region in known}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +31,17 @@ class L2(Criterion):
 
     def score(self, site: SiteData) -> Tensor:
         """|w| / ||W||_F in float32; an all-zero layer scores zero."""
-        magnitude = site.weight.detach().abs().float()
+        # Contiguous: the norm adds up in the order of memory, which must not depend on how the weight is stored.
+        magnitude = scaled_to_one(site.weight.detach().float()).abs().contiguous()
         norm = float(magnitude.norm())
         return magnitude / norm if norm else magnitude
+
+
+def scaled_to_one(weight: Tensor) -> Tensor:
+    """A float32 weight times a power of two, its largest magnitude about one: squares lose no bits and leave no range."""
+    peak = float(weight.abs().max()) if weight.numel() else 0.0
+    if not 0 < peak < math.inf:
+        return weight
+    exponent = -math.frexp(peak)[1]
+    half = exponent // 2  # in two steps: what takes the smallest float32 to one is itself too large for one
+    return weight * 2.0**half * 2.0 ** (exponent - half)

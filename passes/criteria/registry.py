@@ -11,7 +11,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from mfcompile.errors import InputError
-from mfcompile.passes.criteria.base import Pruner
+from mfcompile.passes.allocation import ALLOCATIONS
+from mfcompile.passes.criteria.base import Need, Pruner
 
 ENTRY_POINT_GROUP = "mfcompile.criteria"
 """Other packages name their pruners under ``[project.entry-points."mfcompile.criteria"]``."""
@@ -51,7 +52,7 @@ def pruner(criterion: str | Pruner, options: Mapping[str, Any] | None = None) ->
     if isinstance(criterion, Pruner):
         if options:
             raise InputError(f"options of a criterion go with its name; {type(criterion).__name__} was given as an object")
-        return criterion
+        return _checked(criterion)
     if not isinstance(criterion, str):
         hint = "; make an object of it: " + criterion.__name__ + "()" if isinstance(criterion, type) else ""
         raise InputError(f"criterion must be a name or a Criterion object, got {criterion!r}{hint}")
@@ -61,7 +62,33 @@ def pruner(criterion: str | Pruner, options: Mapping[str, Any] | None = None) ->
         if key not in known:
             has = f"it has {', '.join(sorted(known))}" if known else "it has none"
             raise InputError(f"the criterion {criterion!r} has no option {key!r}; {has}")
-    return chosen(**(options or {}))
+    try:
+        made = chosen(**(options or {}))
+    except TypeError as error:  # an abstract method is left, or an option has no default
+        raise InputError(f"the criterion {criterion!r} cannot be made: {error}. Every option needs a default") from error
+    return _checked(made)
+
+
+def _checked(made: Pruner) -> Pruner:
+    """The pruner, whose class may be anyone's.
+
+    Raises:
+        InputError: its class says nothing, or something unknown, of its name, its needs or its allocation.
+    """
+    owner = type(made).__name__
+    name = getattr(made, "name", None)
+    if not isinstance(name, str) or not name:
+        raise InputError(f'the criterion {owner} has no name: give the class one, name = "mine"')
+    if isinstance(made.needs, str) or not set(made.needs) <= set(Need):
+        raise InputError(
+            f"the criterion {name!r} needs {made.needs!r}; needs is a frozenset of {', '.join(map(repr, map(str, Need)))}"
+        )
+    if made.allocation not in ALLOCATIONS:
+        raise InputError(
+            f"the criterion {name!r} is of the allocation {made.allocation!r}, which is unknown; choose one of "
+            f"{', '.join(ALLOCATIONS)}"
+        )
+    return made
 
 
 def _class_of(name: str) -> type[Pruner]:
@@ -82,7 +109,10 @@ def _class_of(name: str) -> type[Pruner]:
             f"({type(error).__name__}: {error}). Repair or uninstall the package that registers it"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Pruner)):
-        raise InputError(f"the criterion {name!r} is registered as {registered.value}, which is no subclass of Criterion")
+        raise InputError(
+            f"the criterion {name!r} is registered as {registered.value}, which is no subclass of mfcompile.Criterion. "
+            f"Register the class itself"
+        )
     return found
 
 
