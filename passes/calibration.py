@@ -82,10 +82,36 @@ def calibrate(
     """
     check_arguments(batches, num_samples, observe)
     plan = plan_padding(captured, regions, padding_mask)
-    total = _length(batches)
     collector = StatisticsCollector(regions.pruned_sites, plan, repeated_weights(regions))
-    runner = _runner(captured, regions, collector, observe, plan)
-    samples = 0
+    runner = run_batches(
+        captured, regions, collector, batches, plan, num_samples=num_samples, observe=observe, progress=progress
+    )
+    statistics = CalibrationStatistics(
+        collector.statistics(), collector.batch_count, source_of(captured, batches), "+".join(sorted(runner.observed_by)),
+        tuple(dict.fromkeys(item.mask for item in plan.masks)), runner.diagnostics,
+    )  # fmt: skip
+    statistics.check()
+    check_regions(regions, statistics)
+    return replace(statistics, diagnostics=(*statistics.diagnostics, *_unseen(regions, statistics)))
+
+
+def run_batches(
+    captured: CapturedGraph,
+    regions: RegionMap,
+    collector: StatisticsCollector,
+    batches: Iterable[Any] | None,
+    plan: PaddingPlan,
+    *,
+    num_samples: int | None = None,
+    observe: str = "auto",
+    progress: Progress | None = None,
+) -> Runner:
+    """Run batches and hand the activations that feed the collector's sites to it; the arguments are those of ``calibrate``.
+
+    Raises:
+        CalibrationError: there is no batch, or one that the model refuses.
+    """
+    runner, total, samples = _runner(captured, regions, collector, observe, plan), _length(batches), 0
     for index, batch in enumerate([captured.example_inputs] if batches is None else batches):
         inputs = normalize_batch(captured, batch, index)
         runner.run(inputs, index)
@@ -98,13 +124,7 @@ def calibrate(
         raise CalibrationError(
             "the calibration set is empty: no batch was given. Pass at least one batch, or None to use the example inputs"
         )
-    statistics = CalibrationStatistics(
-        collector.statistics(), collector.batch_count, source_of(captured, batches), "+".join(sorted(runner.observed_by)),
-        tuple(dict.fromkeys(item.mask for item in plan.masks)), runner.diagnostics,
-    )  # fmt: skip
-    statistics.check()
-    check_regions(regions, statistics)
-    return replace(statistics, diagnostics=(*statistics.diagnostics, *_unseen(regions, statistics)))
+    return runner
 
 
 def source_of(captured: CapturedGraph, batches: Iterable[Any] | None) -> str:
@@ -197,20 +217,22 @@ def _unseen(regions: RegionMap, statistics: CalibrationStatistics) -> Iterator[D
             )
 
 
-class _AnyRunner(Protocol):
+class Runner(Protocol):
     """Runs calibration batches, whatever the model came from."""
 
     observed_by: set[str]
 
     @property
-    def diagnostics(self) -> tuple[Diagnostic, ...]: ...
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """Where padding could not be followed."""
 
-    def run(self, inputs: ExampleInputs, index: int) -> None: ...
+    def run(self, inputs: ExampleInputs, index: int) -> None:
+        """One forward pass."""
 
 
 def _runner(
     captured: CapturedGraph, regions: RegionMap, collector: StatisticsCollector, observe: str, plan: PaddingPlan
-) -> _AnyRunner:
+) -> Runner:
     if captured.frontend != "onnx":
         return _Runner(captured, regions, collector, observe)
     from mfcompile.passes.onnx_calibration import OnnxRunner
