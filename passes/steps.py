@@ -104,5 +104,6 @@ class BatchCycle:
         if self._starts > 1:
             yield Diagnostic(
                 subject,
-                f"{steps} steps read {steps * self._most:,} batches, calibration has {self._length:,}: the set was read {self._starts} times",
+                f"{steps} steps read {steps * self._most:,} batches, calibration has {self._length:,}: the set was read "
+                f"{self._starts} times",
             )

@@ -103,7 +103,7 @@ def prune(options: Chita, run: PruningRun, steps: int, schedule: str) -> MaskSet
             f"the criterion {options.name!r} chooses single weights together, not in patterns: use pattern='unstructured', or "
             f"another criterion (snip, multiflow with update='sparsegpt')"
         )
-    weights = _Weights(run)
+    weights = FlatWeights(run)
     cycle, samples = BatchCycle(run.batches), options.samples
     runner = LossRunner(run.captured.module, run.loss_fn, run.sites_by_fqn)
     with runner.seeded(run.seed):
@@ -127,7 +127,7 @@ def prune(options: Chita, run: PruningRun, steps: int, schedule: str) -> MaskSet
     return replace(masks, diagnostics=(*masks.diagnostics, *cycle.diagnostics(options.name, steps, options.gradients)))
 
 
-class _Weights:
+class FlatWeights:
     """The weights of all sites in a row, and as parameters.
 
     Attributes:
