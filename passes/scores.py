@@ -2,36 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import ceil
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mfcompile.errors import InputError
+from mfcompile.passes.pieces import Magnitudes, Piece, scratch, spread
+
+_PARTS = 32
+"""Sums over a weight are made of so many, each over some rows in their order, added up in order: the same for every number
+of threads, and little memory even of the largest weight."""
 
 
-def node_saliencies(weight: Tensor, input_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Saliency of the input and output nodes of a linear layer, Eq. 4 and 5 of MULTIFLOW (CVPR 2024).
+class WeightScores(Magnitudes):
+    """S(l) |w_rl| S(r) of a linear layer, Eq. 6 of MULTIFLOW (CVPR 2024), computed where they are read.
 
-    S(l) = ||a_l|| * mean over outputs r of |w_rl|;  S(r) = mean over inputs l of ||a_l|| * |w_rl|.
+    Both saliencies are scaled to a maximum of one, so that no product leaves the range of float32: only the order inside
+    the layer means something. For what a selection needs of a score see ``mfcompile.passes.pieces.Values``.
 
-    Args:
-        weight: (out_features, in_features), any float dtype; not changed.
-        input_norm: (in_features,) L2 norm of each input feature over all calibration tokens.
-
-    Returns:
-        (S of the inputs (in_features,), S of the outputs (out_features,)), both float64.
+    Attributes:
+        scale: the factor that was taken out, so that scores of different layers can be compared.
     """
-    return _saliencies(weight.detach().abs().float(), input_norm)
 
+    def __init__(self, weight: Tensor, input_norm: Tensor) -> None:
+        """Sum up the saliencies of a layer.
 
-def _saliencies(magnitude: Tensor, input_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 4 and 5 from the float32 magnitudes."""
-    ones = torch.ones(magnitude.shape[0], dtype=torch.float32, device=magnitude.device)
-    mean_magnitude = (ones @ magnitude).double() / magnitude.shape[0]
-    norm = input_norm.double()
-    # Scaled to one before the float32 product: a common factor changes no ranking, but could overflow.
-    peak = float(norm.max()) or 1.0
-    outputs = (magnitude @ (norm / peak).float()).double() * (peak / magnitude.shape[1])
-    return norm * mean_magnitude, outputs
+        Args:
+            weight: (out_features, in_features), any float dtype; not changed, and read again with every score.
+            input_norm: (in_features,) L2 norm of each input feature over all calibration tokens.
+
+        Raises:
+            InputError: the shapes do not fit, or input_norm holds a NaN or an infinity (names the feature).
+        """
+        _check(weight, input_norm)
+        super().__init__(weight, by_rows=True)
+        inputs, outputs = (np.asarray(side) for side in _saliencies(self, input_norm))
+        peaks = [float(side.max(initial=0.0)) or 1.0 for side in (inputs, outputs)]
+        self.scale = peaks[0] * peaks[1]
+        self._inputs = (inputs / peaks[0]).astype(np.float32)
+        self._outputs = (outputs / peaks[1]).astype(np.float32)
+
+    def read(self, piece: Piece, out: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The scores of a piece, in ``out``."""
+        flat = super().read(piece, out)
+        scores = flat.reshape(piece.rows.stop - piece.rows.start, -1)
+        scores *= self._outputs[piece.rows, None]
+        scores *= self._inputs[piece.columns]
+        return flat
+
+    def at(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The scores at these flat indices."""
+        rows, columns = np.divmod(places, self.shape[1])
+        scores = super().at(places)
+        scores *= self._outputs[rows]
+        scores *= self._inputs[columns]
+        return scores
+
+    def whole(self) -> Tensor:
+        """(out_features, in_features) float32: all scores at once."""
+        scores = np.empty(self.shape, np.float32)
+
+        def fill(queue: Iterator[Piece]) -> None:
+            for piece in queue:
+                self.read(piece, scores.reshape(-1)[piece.start : piece.stop])
+
+        spread(fill, self.pieces())
+        return torch.from_numpy(scores)
 
 
 def score_weights(weight: Tensor, input_norm: Tensor) -> Tensor:
@@ -50,18 +90,61 @@ def score_weights(weight: Tensor, input_norm: Tensor) -> Tensor:
     Raises:
         InputError: the shapes do not fit, or input_norm holds a NaN or an infinity (names the feature).
     """
-    _check(weight, input_norm)
-    score = weight.detach().abs().float()
-    inputs, outputs = (side / (float(side.max()) or 1.0) for side in _saliencies(score, input_norm))
-    score *= outputs.float().unsqueeze(1)
-    score *= inputs.float().unsqueeze(0)
-    return score
+    return WeightScores(weight, input_norm).whole()
 
 
 def score_scale(weight: Tensor, input_norm: Tensor) -> float:
     """The factor that ``score_weights`` takes out of a layer, so that scores of different layers can be compared."""
-    inputs, outputs = node_saliencies(weight, input_norm)
-    return (float(inputs.max()) or 1.0) * (float(outputs.max()) or 1.0)
+    return WeightScores(weight, input_norm).scale
+
+
+def node_saliencies(weight: Tensor, input_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Saliency of the input and output nodes of a linear layer, Eq. 4 and 5 of MULTIFLOW (CVPR 2024).
+
+    S(l) = ||a_l|| * mean over outputs r of |w_rl|;  S(r) = mean over inputs l of ||a_l|| * |w_rl|.
+
+    Args:
+        weight: (out_features, in_features), any float dtype; not changed.
+        input_norm: (in_features,) L2 norm of each input feature over all calibration tokens.
+
+    Returns:
+        (S of the inputs (in_features,), S of the outputs (out_features,)), both float64: the same for every number of
+        threads and every memory layout of the weight.
+    """
+    return _saliencies(Magnitudes(weight, by_rows=True), input_norm)
+
+
+def _saliencies(magnitudes: Magnitudes, input_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 4 and 5, added up in float64."""
+    height, width = magnitudes.shape
+    norm: NDArray[np.float64] = input_norm.detach().cpu().double().numpy()
+    # Scaled to one before the float32 product: a common factor changes no ranking, but could overflow.
+    peak = float(norm.max(initial=0.0)) or 1.0
+    scaled = (norm / peak).astype(np.float32)
+    outputs = np.zeros(height)
+    parts = _parts(magnitudes.pieces(), height)
+    columns = np.zeros((len(parts), width))
+
+    def add(queue: Iterator[tuple[int, list[Piece]]]) -> None:
+        for index, pieces in queue:
+            for piece in pieces:
+                part = Magnitudes.read(magnitudes, piece, scratch.numbers).reshape(piece.rows.stop - piece.rows.start, -1)
+                columns[index, piece.columns] += np.add.reduce(part, axis=0, dtype=np.float64)
+                part *= scaled[piece.columns]
+                outputs[piece.rows] += np.add.reduce(part, axis=1, dtype=np.float64)
+
+    spread(add, list(enumerate(parts)))
+    inputs = norm * (np.add.reduce(columns, axis=0) / max(height, 1))
+    return torch.from_numpy(inputs), torch.from_numpy(outputs * (peak / max(width, 1)))
+
+
+def _parts(pieces: list[Piece], height: int) -> list[list[Piece]]:
+    """The pieces by ranges of rows, at most ``_PARTS`` of them."""
+    rows = ceil(height / min(_PARTS, len(pieces) or 1)) or 1
+    parts: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        parts.setdefault(piece.rows.start // rows, []).append(piece)
+    return list(parts.values())
 
 
 def _check(weight: Tensor, input_norm: Tensor) -> None:

@@ -1,14 +1,16 @@
-"""Exact selection of the smallest values, without a sort and without joining tensors.
+"""Exact selection of the smallest values of many tensors, without a sort and without joining them.
 
-The bits of non-negative float32 numbers, read as integers, are in the order of the numbers. Two histogram passes,
-one over the upper and one over the lower 16 bits, find the k-th smallest of any number of tensors; the counts add up
-over tensors (and could over processes). Ties are broken by position: the lower flat index goes first.
+A sample of all values gives two bounds that the k-th smallest lies between almost surely. One pass over the values counts
+what is below, and keeps the few in between, among which the k-th is found. The sample decides how fast this is and never
+what comes out: where the bounds miss, histograms over the bits find the value. Ties are broken by position: the lower flat
+index goes first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil, floor, isqrt
 
 import numpy as np
 import torch
@@ -16,21 +18,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfcompile.errors import InputError
+from mfcompile.passes.histograms import kth_by_histograms
+from mfcompile.passes.pieces import Magnitudes, Piece, StoredValues, Values, count_of, scratch, spread
 
-_CHUNK = 1 << 20
-"""Values handled at a time: small enough for the cache, large enough for NumPy."""
+_STEPS = (64, 1024)
+"""At least and at most so many values share one that is looked at for the bounds."""
 
-_BINS = 1 << 16
-_INFINITY_BIN = 0x7F80
+_DEVIATIONS = 4.0
+"""How far the bounds lie from the rank that is sought, in standard deviations of a random sample."""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The k-th smallest magnitude of a group of tensors.
+    """The k-th smallest value of a group of tensors.
 
     Attributes:
-        value: the magnitude.
-        below: per tensor, how many magnitudes are smaller.
+        value: the value; a magnitude where magnitudes were ranked.
+        below: per tensor, how many values are smaller.
         ties: per tensor, how many equal it.
     """
 
@@ -54,7 +58,7 @@ def magnitude_threshold(tensors: Sequence[Callable[[], Tensor]], k: int, names: 
 
     Args:
         tensors: one function per tensor that gives it, any shape and float dtype; called once per pass, so that
-            tensors may be loaded or computed when they are needed.
+            tensors may be loaded or computed when they are needed. There are two passes, seldom four.
         k: 1 <= k <= number of all values.
         names: what the tensors are called, for messages.
 
@@ -64,123 +68,272 @@ def magnitude_threshold(tensors: Sequence[Callable[[], Tensor]], k: int, names: 
     Raises:
         InputError: a value is NaN or infinite (names the tensor), or k is out of range.
     """
-    return _threshold(tensors, k, names, _magnitude_keys, [slice(_INFINITY_BIN, None)], lambda key: key)
+    return _threshold([_deferred(tensor, Magnitudes) for tensor in tensors], k, names)
 
 
-def score_threshold(tensors: Sequence[Callable[[], Tensor]], k: int, names: Sequence[str]) -> Threshold:
+def score_threshold(tensors: Sequence[Callable[[], Tensor | Values]], k: int, names: Sequence[str]) -> Threshold:
     """The k-th smallest value (1-based) over several tensors of any sign; otherwise like ``magnitude_threshold``."""
-    infinite = [slice(0x8000 | _INFINITY_BIN, None), slice(0, 0x8000 - _INFINITY_BIN)]
-    return _threshold(tensors, k, names, _score_keys, infinite, lambda key: key ^ (0x80000000 if key >> 31 else 0xFFFFFFFF))
+    return _threshold([_deferred(tensor, StoredValues) for tensor in tensors], k, names)
 
 
-def _threshold(
-    tensors: Sequence[Callable[[], Tensor]],
-    k: int,
-    names: Sequence[str],
-    keys: Callable[[NDArray[np.uint32]], NDArray[np.uint32]],
-    infinite: Sequence[slice],
-    bits_of: Callable[[int], int],
-) -> Threshold:
-    total, upper = np.zeros(_BINS, np.int64), []
-    for tensor, name in zip(tensors, names, strict=True):
-        histogram = np.zeros(_BINS, np.int64)
-        for bits in _bits(tensor()):
-            histogram += np.bincount(keys(bits) >> 16, minlength=_BINS)
-        broken = sum(int(histogram[bins].sum()) for bins in infinite)
-        if broken:
-            raise InputError(f"{name} holds {broken} NaN or infinite values: it cannot be ranked. Check the checkpoint")
-        total += histogram
-        upper.append(_Counts.of(histogram))
-    if not 1 <= k <= int(total.sum()):
-        raise InputError(f"cannot take the {k}-th smallest of {int(total.sum())} values")
-    cumulative = np.cumsum(total)
-    bucket = int(np.searchsorted(cumulative, k))
-    before = int(cumulative[bucket - 1]) if bucket else 0
-    total, lower = np.zeros(_BINS, np.int64), []
-    for counts, tensor in zip(upper, tensors, strict=True):
-        histogram = np.zeros(_BINS, np.int64)
-        if counts.at(bucket):
-            for bits in _bits(tensor()):
-                ordered = keys(bits)
-                inside = ordered[(ordered >> 16) == bucket]
-                histogram += np.bincount(inside & 0xFFFF, minlength=_BINS)
-        total += histogram
-        lower.append(_Counts.of(histogram))
-    place = int(np.searchsorted(np.cumsum(total), k - before))
-    below = tuple(high.below(bucket) + low.below(place) for high, low in zip(upper, lower, strict=True))
-    value = np.array([bits_of((bucket << 16) | place)], np.uint32).view(np.float32)[0]
-    return Threshold(float(value), below, tuple(low.at(place) for low in lower))
+def _deferred(tensor: Callable[[], Tensor | Values], kind: type[StoredValues]) -> Callable[[], Values]:
+    def make() -> Values:
+        given = tensor()
+        return kind(given) if isinstance(given, Tensor) else given
+
+    return make
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """A histogram without its empty bins: there may be thousands of experts, each with one."""
-
-    bins: NDArray[np.uint16]
-    counts: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, histogram: NDArray[np.int64]) -> _Counts:
-        filled = np.flatnonzero(histogram != 0)  # many times faster than on the counts themselves
-        return cls(filled.astype(np.uint16), histogram[filled])
-
-    def below(self, place: int) -> int:
-        """How many lie in bins under ``place``."""
-        return int(self.counts[: np.searchsorted(self.bins, place)].sum())
-
-    def at(self, place: int) -> int:
-        """How many lie in the bin ``place``."""
-        return self.below(place + 1) - self.below(place)
-
-
-def _magnitude_keys(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Integers in the order of the magnitudes."""
-    return bits & np.uint32(0x7FFFFFFF)
-
-
-def _score_keys(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Integers in the order of the values; both zeros are one value."""
-    bits = np.where(bits == np.uint32(0x80000000), np.uint32(0), bits)
-    return bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
-
-
-def _bits(tensor: Tensor) -> Iterator[NDArray[np.uint32]]:
-    """The bits of float32 values, in chunks; no copy of the tensor is made when it is float32 and contiguous."""
-    flat = tensor.detach().cpu().reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        part = flat[start : start + _CHUNK].to(torch.float32)
-        yield part.numpy().view(np.uint32)
-
-
-def smallest(scores: Tensor, k: int) -> Tensor:
-    """Mark exactly the k smallest scores; among equal scores the lower flat index first.
+def smallest(scores: Tensor | Values, k: int) -> Tensor:
+    """Mark exactly the k smallest scores; among equal scores the lower flat index first. Eq. 8 of MULTIFLOW (CVPR 2024).
 
     Args:
-        scores: any shape, float32, no NaN.
+        scores: any shape and sign, ranked as float32; infinities have their place in the order.
         k: 0 <= k <= number of scores.
 
     Returns:
         bool tensor of the same shape, True at the k smallest.
+
+    Raises:
+        InputError: a score is NaN.
     """
-    flat: NDArray[np.float32] = scores.detach().cpu().reshape(-1).numpy()
-    if k <= 0:
-        return torch.zeros(scores.shape, dtype=torch.bool)
-    if k >= flat.size:
-        return torch.ones(scores.shape, dtype=torch.bool)
-    threshold = np.partition(flat, k - 1)[k - 1]
-    chosen = flat < threshold
-    missing = k - int(np.count_nonzero(chosen))
-    chosen[np.flatnonzero(flat == threshold)[:missing]] = True
-    return torch.from_numpy(chosen.reshape(tuple(scores.shape)))
+    return _marked(scores, k, take_ties=False)
 
 
-def at_most(scores: Tensor, k: int) -> Tensor:
+def at_most(scores: Tensor | Values, k: int) -> Tensor:
     """Mark every score that is not above the k-th smallest (ties are all marked); none when k < 1.
 
     The rule of the published code; ``smallest`` is the exact one.
     """
+    return _marked(scores, k, take_ties=True)
+
+
+def kept_bits(scores: Tensor | Values, k: int, *, take_ties: bool = False) -> NDArray[np.uint8]:
+    """What ``smallest`` (with ``take_ties``, ``at_most``) leaves unmarked, as bits; no byte per score is needed for it.
+
+    Args:
+        scores: n of them, in any shape.
+        k: 0 <= k <= n.
+        take_ties: mark all that equal the k-th smallest.
+
+    Returns:
+        (ceil(n / 8),) as numpy.packbits has them, in the order of flat indices: 1 = not among the smallest.
+
+    Raises:
+        InputError: a score is NaN.
+    """
+    values = _values(scores)
+    if any(piece.start % 8 for piece in values.pieces()):
+        return np.packbits(~_marked(values, k, take_ties=take_ties).numpy().reshape(-1))
+    bits = np.empty((count_of(values) + 7) // 8, np.uint8)
+
+    def store(piece: Piece, marks: NDArray[np.bool_]) -> None:
+        bits[piece.start // 8 : (piece.stop + 7) // 8] = np.packbits(np.logical_not(marks, out=marks))
+
+    _mark(values, k, store, take_ties=take_ties)
+    return bits
+
+
+def _values(scores: Tensor | Values) -> Values:
+    return StoredValues(scores) if isinstance(scores, Tensor) else scores
+
+
+def _marked(scores: Tensor | Values, k: int, *, take_ties: bool) -> Tensor:
+    values = _values(scores)
+    marked = np.empty(count_of(values), bool)
+
+    def store(piece: Piece, marks: NDArray[np.bool_]) -> None:
+        marked[piece.start : piece.stop] = marks
+
+    _mark(values, k, store, take_ties=take_ties)
+    return torch.from_numpy(marked.reshape(values.shape))
+
+
+def _mark(values: Values, k: int, store: Callable[[Piece, NDArray[np.bool_]], None], *, take_ties: bool) -> None:
+    """Store the marks of the k smallest piece by piece, and once more where ties are taken one by one."""
+    count = count_of(values)
+    limit, taken, ties = np.float32(np.inf), 0, 0
     if k < 1:
-        return torch.zeros(scores.shape, dtype=torch.bool)
-    flat: NDArray[np.float32] = scores.detach().cpu().reshape(-1).numpy()
-    threshold = np.partition(flat, k - 1)[k - 1]
-    return torch.from_numpy((flat <= threshold).reshape(tuple(scores.shape)))
+        limit = np.float32(-np.inf)
+    elif k < count or (take_ties and count):
+        found = _threshold([lambda: values], k, None)
+        limit, ties = np.float32(found.value), found.ties[0]
+        taken = ties if take_ties else k - found.below[0]
+    compare = np.less if k < 1 or taken < ties else np.less_equal
+
+    def mark(queue: Iterator[Piece]) -> None:
+        for piece in queue:
+            marks = scratch.marks[0][: piece.stop - piece.start]
+            store(piece, compare(values.read(piece, scratch.numbers), limit, out=marks))
+
+    parts = values.pieces()
+    spread(mark, parts)
+    for piece in parts:
+        if not 0 < taken < ties:
+            break
+        numbers = values.read(piece, scratch.numbers)
+        chosen = np.flatnonzero(numbers == limit)[:taken]
+        marks = np.less(numbers, limit, out=scratch.marks[0][: numbers.size])
+        marks[chosen] = True
+        store(piece, marks)
+        taken -= chosen.size
+
+
+def _threshold(group: Sequence[Callable[[], Values]], k: int, names: Sequence[str] | None) -> Threshold:
+    """The k-th smallest of a group; infinities are refused where there are names to say of what."""
+    sample, total = _sample(group, min(max(isqrt(max(k, 0)) // 4, _STEPS[0]), _STEPS[1]))
+    if not 1 <= k <= total:
+        raise InputError(f"cannot take the {k}-th smallest of {total} values")
+    low, high = _bounds(sample, k / total)
+    found = _scan(group, low, high, names)
+    threshold = _from_counts(found, low, high, k)
+    if threshold is None:
+        threshold = Threshold(*kth_by_histograms(group, k))
+    return threshold
+
+
+def _sample(group: Sequence[Callable[[], Values]], step: int) -> tuple[NDArray[np.float32], int]:
+    """One value of every ``step`` of the joined tensors, and the number of all; the place within a step varies."""
+    total = 0
+
+    def offsets() -> Iterator[tuple[Values, int]]:
+        nonlocal total
+        for make in group:
+            values = make()
+            total += count_of(values)
+            yield values, total - count_of(values)
+
+    def look(queue: Iterator[tuple[Values, int]]) -> list[NDArray[np.float32]]:
+        return [values.at(_places(offset, count_of(values), step)) for values, offset in queue]
+
+    seen = spread(look, offsets() if len(group) > 1 else list(offsets()))
+    return np.concatenate([np.empty(0, np.float32), *(found for part in seen for found in part)]), total
+
+
+def _places(offset: int, size: int, step: int) -> NDArray[np.int64]:
+    """A place in each step of a tensor that begins at ``offset``; scattered, so that no pattern of rows is followed."""
+    steps = np.arange(offset // step, ceil((offset + size) / step), dtype=np.uint64)
+    mixed = steps * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(33)
+    places = (steps * np.uint64(step) + mixed % np.uint64(step)).astype(np.int64) - offset
+    return places[(places >= 0) & (places < size)]
+
+
+def _bounds(sample: NDArray[np.float32], fraction: float) -> tuple[np.float32, np.float32]:
+    """Values that the one at this fraction of all lies between, as far as a sample can tell."""
+    rank, size = fraction * sample.size, sample.size
+    reach = _DEVIATIONS * (size * fraction * (1 - fraction)) ** 0.5 + _DEVIATIONS
+    first, last = floor(rank - reach), ceil(rank + reach)
+    wanted = [place for place in (first, last) if 0 <= place < size]
+    if wanted:
+        sample = np.partition(sample, wanted)
+    low = sample[first] if first >= 0 else np.float32(-np.inf)
+    high = sample[last] if last < size else np.float32(np.inf)
+    return low, high
+
+
+@dataclass
+class _Counts:
+    """Where the values of one tensor lie.
+
+    Attributes:
+        below: how many are under the lower bound.
+        at_low: how many equal it.
+        between: those that lie between the bounds, in parts.
+        at_high: how many equal the upper bound, where that is another value.
+        is_sound: all of them can be ranked.
+    """
+
+    below: int = 0
+    at_low: int = 0
+    between: list[NDArray[np.float32]] = field(default_factory=list)
+    at_high: int = 0
+    is_sound: bool = True
+
+    def add(self, other: _Counts) -> None:
+        """Add the counts of other values of the same tensor."""
+        self.below += other.below
+        self.at_low += other.at_low
+        self.between += other.between
+        self.at_high += other.at_high
+        self.is_sound &= other.is_sound
+
+
+def _scan(
+    group: Sequence[Callable[[], Values]], low: np.float32, high: np.float32, names: Sequence[str] | None
+) -> list[_Counts]:
+    """Count the values of every tensor under, at and between the bounds; tensors are taken up in turn and let go again."""
+
+    def all_pieces() -> Iterator[tuple[int, Values, Piece]]:
+        for index, make in enumerate(group):
+            values = make()
+            for piece in values.pieces():
+                yield index, values, piece
+
+    def count(queue: Iterator[tuple[int, Values, Piece]]) -> list[tuple[int, _Counts]]:
+        return [(index, _count_piece(values, piece, low, high, names is None)) for index, values, piece in queue]
+
+    found = [_Counts() for _ in group]
+    for counted in spread(count, all_pieces() if len(group) > 1 else list(all_pieces())):
+        for index, counts in counted:
+            found[index].add(counts)
+    broken = next((index for index, counts in enumerate(found) if not counts.is_sound), None)
+    if broken is not None:
+        _refuse(group[broken](), names[broken] if names else None)
+    return found
+
+
+def _count_piece(values: Values, piece: Piece, low: np.float32, high: np.float32, may_be_infinite: bool) -> _Counts:
+    """The counts of a piece: everything in the cache, and in memory that is there already."""
+    numbers = values.read(piece, scratch.numbers)
+    under, over = (marks[: numbers.size] for marks in scratch.marks)
+    np.less(numbers, low, out=under)
+    np.greater(numbers, high, out=over)
+    inside = numbers[np.equal(under, over, out=over)]  # neither; a NaN is one of them
+    between = inside[(inside > low) & (inside < high)]
+    counts = _Counts(int(np.count_nonzero(under)), int(np.count_nonzero(inside == low)), [between] if between.size else [])
+    if high > low:
+        counts.at_high = int(np.count_nonzero(inside == high))
+    counts.is_sound = counts.at_low + between.size + counts.at_high == inside.size
+    if not may_be_infinite:
+        counts.is_sound &= bool(np.isfinite(numbers.max())) and not (values.is_signed and np.isinf(numbers.min()))
+    return counts
+
+
+def _refuse(values: Values, name: str | None) -> None:
+    """Say how many values of a tensor cannot be ranked.
+
+    Raises:
+        InputError: always.
+    """
+    with np.errstate(all="ignore"):
+        read = (values.read(piece, scratch.numbers) for piece in values.pieces())
+        broken = sum(int(np.count_nonzero(np.isnan(part) if name is None else ~np.isfinite(part))) for part in read)
+    if name is None:
+        raise InputError(f"{broken} of the scores are NaN: they cannot be ranked. Check what computed them")
+    raise InputError(f"{name} holds {broken} NaN or infinite values: it cannot be ranked. Check the checkpoint")
+
+
+def _from_counts(found: Sequence[_Counts], low: np.float32, high: np.float32, k: int) -> Threshold | None:
+    """The k-th smallest from counts and the values between the bounds; None where it lies outside of them."""
+    below = tuple(counts.below for counts in found)
+    not_above_low = tuple(counts.below + counts.at_low for counts in found)
+    rank = k - sum(below)
+    if rank < 1:
+        return None
+    if rank <= sum(counts.at_low for counts in found):
+        return Threshold(float(low), below, tuple(counts.at_low for counts in found))
+    rank = k - sum(not_above_low)
+    inner = np.concatenate([np.empty(0, np.float32), *(part for counts in found for part in counts.between)])
+    if rank <= inner.size:
+        inner.partition(rank - 1)
+        value = inner[rank - 1]
+        less = (sum(int(np.count_nonzero(part < value)) for part in counts.between) for counts in found)
+        ties = tuple(sum(int(np.count_nonzero(part == value)) for part in counts.between) for counts in found)
+        return Threshold(float(value), tuple(map(sum, zip(not_above_low, less, strict=True))), ties)
+    under_high = tuple(
+        known + sum(part.size for part in counts.between) for known, counts in zip(not_above_low, found, strict=True)
+    )
+    if k - sum(under_high) <= sum(counts.at_high for counts in found):
+        return Threshold(float(high), under_high, tuple(counts.at_high for counts in found))
+    return None
