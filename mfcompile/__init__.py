@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mfcompile.exporters.split_session import load_parts
     from mfcompile.graph import CapturedGraph
     from mfcompile.masks import MaskSet
-    from mfcompile.passes.criteria.base import Criterion, SiteData
+    from mfcompile.passes.criteria.base import Criterion, Need, SiteData
     from mfcompile.passes.masking import strip
     from mfcompile.region import PruneSite, RegionMap
     from mfcompile.statistics import CalibrationStatistics
@@ -47,6 +47,7 @@ __all__ = [
     "InputError",
     "MaskSet",
     "MfcompileError",
+    "Need",
     "ParityError",
     "ParityReport",
     "PassError",
@@ -74,7 +75,7 @@ _HOMES = {
     "mfcompile.exporters.split_session": ("load_parts",),
     "mfcompile.graph": ("CapturedGraph",),
     "mfcompile.masks": ("MaskSet",),
-    "mfcompile.passes.criteria.base": ("Criterion", "SiteData"),
+    "mfcompile.passes.criteria.base": ("Criterion", "Need", "SiteData"),
     "mfcompile.passes.masking": ("strip",),
     "mfcompile.region": ("PruneSite", "RegionMap"),
     "mfcompile.statistics": ("CalibrationStatistics",),

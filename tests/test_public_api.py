@@ -8,7 +8,7 @@ import mfcompile
 
 PUBLIC = {
     "CalibrationError", "CalibrationStatistics", "CaptureError", "CapturedGraph", "CompiledModel", "Criterion", "ExportError",
-    "ExportedArtifact", "InputError", "MaskSet", "MfcompileError", "ParityError", "ParityReport", "PassError",
+    "ExportedArtifact", "InputError", "MaskSet", "MfcompileError", "Need", "ParityError", "ParityReport", "PassError",
     "PostconditionError", "PreconditionError", "PruneSite", "RegionError", "RegionMap", "SiteData", "__version__", "apply_masks",
     "calibrate", "capture", "compile_pruned", "export_onnx", "infer_regions", "load_parts", "select_masks", "strip", "verify",
 }  # fmt: skip
