@@ -9,8 +9,9 @@ import mfcompile
 PUBLIC = {
     "CalibrationError", "CalibrationStatistics", "CaptureError", "CapturedGraph", "CompiledModel", "Criterion", "ExportError",
     "ExportedArtifact", "InputError", "MaskSet", "MfcompileError", "Need", "ParityError", "ParityReport", "PassError",
-    "PostconditionError", "PreconditionError", "PruneSite", "RegionError", "RegionMap", "SiteData", "__version__", "apply_masks",
-    "calibrate", "capture", "compile_pruned", "export_onnx", "infer_regions", "load_parts", "select_masks", "strip", "verify",
+    "PostconditionError", "PreconditionError", "PruneSite", "RegionError", "RegionMap", "SiteData", "__version__",
+    "apply_masks", "calibrate", "capture", "compile_pruned", "export_onnx", "infer_regions", "load_parts", "select_masks",
+    "strip", "verify",
 }  # fmt: skip
 
 
@@ -32,6 +33,6 @@ def test_compile_pruned_keeps_its_contract() -> None:
     parameters = inspect.signature(mfcompile.compile_pruned).parameters
     assert list(parameters)[:2] == ["model", "example_inputs"]
     defaults = {name: parameter.default for name, parameter in parameters.items()}
-    expected = {"sparsity": None, "criterion": "multiflow", "calibration": None, "regions": None, "targets": None, "ignore": None,
-                "padding_mask": None, "rounding": "exact", "seed": 0}  # fmt: skip
+    expected = {"sparsity": None, "criterion": "multiflow", "calibration": None, "regions": None, "targets": None,
+                "ignore": None, "padding_mask": None, "rounding": "exact", "seed": 0}  # fmt: skip
     assert {name: defaults[name] for name in expected} == expected
