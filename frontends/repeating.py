@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfcompile.control_flow import eager_code, run_eagerly
-from mfcompile.frontends.module_calls import eval_mode
 from mfcompile.frontends.recorder import Recording
 from mfcompile.inputs import ExampleInputs, output_tensors
-from mfcompile.module_copy import KeptState
+from mfcompile.undisturbed import undisturbed
 
 RTOL, ATOL = 1e-4, 1e-5
 """As for a replay: the same kernels in the same order."""
@@ -56,33 +49,10 @@ def find_differences(
     return tuple(notes)
 
 
-class _KeepingState(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
-    """Copies what the run is about to write into parameters and buffers, so that it can be put back."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.state = KeptState(module)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(func, HigherOrderOperator):
-            return run_eagerly(func, args, kwargs, self, "the model")
-        self.state.before(func, args, kwargs)
-        return func(*args, **kwargs)
-
-
 def _run(module: nn.Module, inputs: ExampleInputs) -> dict[str, Tensor]:
-    mode = _KeepingState(module)
-    try:
-        with eval_mode(module), eager_code(), torch.inference_mode(), mode:
-            found = output_tensors(inputs.map_tensors(lambda _, tensor: tensor.clone()).call(module))
-            return {name: tensor.clone() for name, tensor in found.items()}
-    finally:
-        mode.state.restore()
+    with undisturbed(module):
+        found = output_tensors(inputs.map_tensors(lambda _, tensor: tensor.clone()).call(module))
+        return {name: tensor.clone() for name, tensor in found.items()}
 
 
 def _differing(first: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

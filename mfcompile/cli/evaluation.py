@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfcompile.cli.console import StageProgress
-from mfcompile.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,22 +44,10 @@ class Evaluation:
         """
         if self._evaluate is None:
             return
-        import torch
+        from mfcompile.metrics import evaluated
 
-        was_training = model.training
-        model.eval()
-        try:
-            with self._progress.stage(f"evaluating: {variant}"), torch.no_grad():
-                result = self._evaluate(model)
-        except Exception as error:
-            cause = _first_cause(error)
-            raise InputError(
-                f"evaluate failed on the {variant} model: {type(cause).__name__}: {cause}. "
-                f"Correct it in model.py (--debug shows where), or pass --no-evaluate"
-            ) from error
-        finally:
-            model.train(was_training)
-        self.metrics[variant] = read_metrics(result)
+        with self._progress.stage(f"evaluating: {variant}"):
+            self.metrics[variant] = evaluated(self._evaluate, model, variant)
 
     def add_onnx(self, path: Path, module: nn.Module, example_inputs: ExampleInputs) -> None:
         """Evaluate the ONNX file through the module's forward; what cannot be done is noted, not refused."""
@@ -71,28 +58,7 @@ class Evaluation:
         try:
             self.add(ONNX, OnnxModule(path, module, example_inputs))
         except Exception as error:  # an evaluate may need more of a model than its forward
-            cause = _first_cause(error)
+            from mfcompile.metrics import first_cause
+
+            cause = first_cause(error)
             self.notes.append(f"evaluate does not run on the ONNX file ({type(cause).__name__}: {cause})")
-
-
-def read_metrics(result: Any) -> dict[str, float]:
-    """What ``evaluate`` returned as metric -> number.
-
-    Raises:
-        InputError: it is neither a number nor a mapping from names to numbers.
-    """
-    named = result if isinstance(result, Mapping) else {"score": result}
-    try:
-        return {str(name): float(value) for name, value in named.items()}
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"evaluate returned {type(result).__name__} {str(result)[:80]!r}: "
-            f"it must return a number, or a dict from metric names to numbers"
-        ) from error
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong first, below the explanations that were put around it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error

@@ -11,10 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from mfcompile.cli.console import LineProgress, Terminal
-from mfcompile.cli.evaluation import DENSE, ONNX, Evaluation, read_metrics
+from mfcompile.cli.evaluation import DENSE, ONNX, Evaluation
 from mfcompile.cli.onnx_module import OnnxModule
 from mfcompile.errors import InputError
 from mfcompile.inputs import ExampleInputs, normalize_inputs
+from mfcompile.metrics import read_metrics
 
 
 class Doubler(nn.Module):
