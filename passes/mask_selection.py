@@ -25,7 +25,7 @@ from mfcompile.region import PruneSite, RegionMap
 from mfcompile.statistics import CalibrationStatistics
 
 if TYPE_CHECKING:
-    from mfcompile.passes.pruning_run import Batches, LossFn, PruningRun
+    from mfcompile.passes.pruning_run import Batches, KnownGradients, LossFn, PruningRun
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def select_masks(
     *,
     batches: Batches | None = None,
     loss_fn: LossFn | None = None,
+    known: KnownGradients | None = None,
 ) -> MaskSet:
     """Choose the weights that stay: criterion x allocation x pattern.
 
@@ -98,6 +99,7 @@ def select_masks(
         progress: called with (weight tensors done, weight tensors in all).
         batches: gives the calibration batches, for criteria that need gradients.
         loss_fn: the loss of a batch, for criteria that need gradients.
+        known: gradients that several prunings of the model share; None takes them anew.
 
     Raises:
         InputError: an option is not valid, there is nothing to prune, or a weight holds NaN or infinity.
@@ -127,6 +129,7 @@ def select_masks(
         batches,
         loss_fn,
         progress,
+        known,
     )
     masks = chosen.choose(run)
     return masks if options.update is None else _update(run, masks)

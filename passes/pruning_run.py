@@ -31,6 +31,17 @@ Batches = Callable[[], Iterable[Any]]
 """Gives the calibration batches afresh at every call."""
 
 
+@dataclass
+class KnownGradients:
+    """Gradients of a dense model that several prunings of it use: the same loss, batches and seed are meant.
+
+    Attributes:
+        gradients: FQN -> gradient; None until the first pruning has taken them.
+    """
+
+    gradients: Mapping[str, Tensor] | None = None
+
+
 @dataclass(frozen=True)
 class PruningRun:
     """What a pruner is given.
@@ -47,6 +58,7 @@ class PruningRun:
         batches: gives the calibration batches; None where there are none.
         loss_fn: the loss of a batch; None where there is none.
         progress: called with (done, total or None) while masks are chosen.
+        known: where the gradients of the dense model are kept for other prunings; None keeps none.
     """
 
     captured: CapturedGraph
@@ -60,6 +72,7 @@ class PruningRun:
     batches: Batches | None = None
     loss_fn: LossFn | None = None
     progress: Callable[[int, int | None], None] | None = None
+    known: KnownGradients | None = None
 
     @cached_property
     def sites_by_fqn(self) -> dict[str, list[PruneSite]]:
@@ -86,14 +99,19 @@ class PruningRun:
         return other
 
     def gradients(self) -> Mapping[str, Tensor]:
-        """FQN -> mean gradient of the loss over the calibration batches, in the layout of the parameter."""
+        """FQN -> mean gradient of the dense model's loss over the calibration batches, in the layout of the parameter."""
         from mfcompile.passes.gradients import accumulate_gradients
 
+        if self.known is not None and self.known.gradients is not None:
+            return self.known.gradients
         assert self.batches is not None
         assert self.loss_fn is not None
-        return accumulate_gradients(
+        found = accumulate_gradients(
             self.captured.module, self.batches(), self.loss_fn, tuple(self.sites_by_fqn), seed=self.seed
         ).gradients
+        if self.known is not None:
+            self.known.gradients = found
+        return found
 
     def site_data(self, needs: frozenset[Need], gradients: Mapping[str, Tensor] | None) -> Iterator[tuple[PruneSite, SiteData]]:
         """Every site with what a criterion of these needs may see of it."""
