@@ -242,17 +242,7 @@ def compile_pruned(
     if example_inputs is None:
         example_inputs, given = first_batch(given)
     batches = calibration if callable(calibration) else given
-    if next(masked_parameters(model), None) is not None:
-        raise InputError(
-            "the model has masks in force, from an earlier pruning: bake their zeros in with mfcompile.strip(model) first, "
-            "then prune it further"
-        )
-    require_values(model)
-    if is_onnx(model) and (Need.GRADIENTS in needs or update is not None):
-        what = (
-            f"the criterion {criterion!r} needs gradients" if Need.GRADIENTS in needs else f"update={update!r} runs layers anew"
-        )
-        raise InputError(f"{what}, and an .onnx file cannot be trained: prune the PyTorch model, or take another criterion")
+    refuse_unprunable(model, options)
     stages = _Stages(progress)
     stages.step("capture")(0, 1)
     captured = capture(model, example_inputs)
@@ -272,6 +262,25 @@ def compile_pruned(
         statistics = statistics_of(statistics, captured, found)
     again = batches if callable(batches) else None
     return Pruning(captured, found, statistics, options, again, loss_fn).compile(progress)
+
+
+def refuse_unprunable(model: nn.Module, options: SelectionOptions) -> None:
+    """Refuse a model that cannot be pruned with these options, before anything is run.
+
+    Raises:
+        InputError: it has masks in force, or weights on the meta device, or is an ONNX file that would have to be trained.
+    """
+    if next(masked_parameters(model), None) is not None:
+        raise InputError(
+            "the model has masks in force, from an earlier pruning: bake their zeros in with mfcompile.strip(model) first, "
+            "then prune it further"
+        )
+    require_values(model)
+    chosen = check_options(options)
+    if is_onnx(model) and (Need.GRADIENTS in chosen.needs or options.update is not None):
+        needy = Need.GRADIENTS in chosen.needs
+        what = f"the criterion {chosen.name!r} needs gradients" if needy else f"update={options.update!r} runs layers anew"
+        raise InputError(f"{what}, and an .onnx file cannot be trained: prune the PyTorch model, or take another criterion")
 
 
 class _Stages:
