@@ -1,4 +1,4 @@
-"""The example that ``mfcompile`` loads: model, example inputs, calibration batches and a score.
+"""The example that ``mfcompile`` loads: model, example inputs, calibration batches, a loss and a score.
 
 mfcompile prune examples/emoji_xvlm/model.py --sparsity 0.63
 """
@@ -18,6 +18,7 @@ if str(HERE.parent) not in sys.path:
 
 from emoji_xvlm import evaluate as scoring  # noqa: E402 - needs the path above
 from emoji_xvlm.modeling import EmojiXvlm, ModelConfig  # noqa: E402
+from emoji_xvlm.objectives import calibration_loss  # noqa: E402
 from emoji_xvlm.scenes import SceneBatch, calibration_batch  # noqa: E402
 from emoji_xvlm.tokenizer import Tokenizer  # noqa: E402
 
@@ -50,6 +51,11 @@ def calibration_batches() -> Iterator[dict[str, Tensor]]:
     """24 batches of 32 scenes with their sentences; L differs from batch to batch, padding from row to row."""
     for index in range(CALIBRATION_BATCHES):
         yield tokenize(calibration_batch(index, CALIBRATION_BATCH_SIZE))
+
+
+def loss_fn(model: EmojiXvlm, batch: dict[str, Tensor]) -> Tensor:
+    """The losses of pretraining on a calibration batch, for criteria that need gradients."""
+    return calibration_loss(model, batch, Tokenizer.from_file().mask_id)
 
 
 def evaluate(model: nn.Module) -> dict[str, float]:

@@ -142,3 +142,33 @@ def masked_word_loss(
     fused = model.fuse(text_states, image_states[-count:], attention_mask)
     targets = input_ids.masked_fill(~is_masked, IGNORED)
     return F.cross_entropy(model.mlm_head(fused).float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def calibration_loss(model: EmojiXvlm, batch: dict[str, Tensor], mask_id: int, seed: int = 0) -> Tensor:
+    """Contrastive, matching and masked words on image-text pairs: what pruners that need gradients look at.
+
+    Args:
+        model: the model, or one of its copies.
+        batch: pixel_values (B, 3, 64, 64), input_ids and attention_mask (B, L).
+        mask_id: token that stands for a masked word.
+        seed: of the negatives and of the masked words, so that a batch has one loss.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    empty = torch.empty(0)
+    input_ids = batch["input_ids"]
+    is_same_text = (input_ids[:, None] == input_ids[None]).all(dim=-1)
+    is_same_text &= ~torch.eye(len(input_ids), dtype=torch.bool)
+    pairs = TrainingBatch(**batch, **dict.fromkeys(_REGIONS, empty), is_same_text=is_same_text)
+    image_states = model.encode_image(pairs.pixel_values)
+    text_states = model.encode_text(pairs.input_ids, pairs.attention_mask)
+    images, texts = model.embed_image(image_states[:, 0]), model.embed_text(text_states[:, 0])
+    similarity = model.logit_scale.exp() * images @ texts.T
+    count = len(input_ids)
+    return (
+        contrastive_loss(similarity, is_same_text)
+        + matching_loss(model, pairs, image_states, text_states, similarity, count, 0.5, generator)
+        + masked_word_loss(model, pairs, image_states, count, mask_id, generator)
+    )
+
+
+_REGIONS = ("region_weights", "region_images", "region_names", "name_ids", "name_mask")
