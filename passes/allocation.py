@@ -191,6 +191,9 @@ def _by_magnitude(groups: Mapping[str, Sequence[PruneSite]], request: Request) -
     thresholds: dict[str, float] = {}
     for group, sites in groups.items():
         k = request.units_to_prune(group, sites)
+        if not any(request.units(site) for site in sites):
+            pruned.update({site.name: 0 for site in sites})
+            continue
         found = magnitude_threshold(*_ranked(sites, request, request.magnitude_of, max(k, 1), "{}"))
         counts = _counts(found, k, sites, request)
         if request.rounding == "official" and request.is_budget:
