@@ -31,6 +31,9 @@ _HALVINGS, _CANDIDATES = 100, 10
 _NO_SLOPE = 1e-8
 """Norm of alpha up to which nothing pulls the weights, and magnitude alone decides."""
 
+_CHUNK = 1 << 16
+"""Columns that are added up at a time in float64, so that decisions do not hang on the last bits, or on the threads."""
+
 _LARGE = 1 << 20
 """Weights from which on ranking is shared out among threads."""
 
@@ -61,14 +64,14 @@ class SparseLeastSquares:
     def value(self, beta: Tensor, slope: Tensor) -> float:
         """F(beta)."""
         moved = self.weights - beta
-        residual = self.rows @ moved
-        return 0.5 * float(residual @ residual) + float(slope @ beta) + self.ridge * float(moved @ moved)
+        residual = _times(self.rows, moved)
+        return 0.5 * float(residual @ residual) + _dot(slope, beta) + self.ridge * _dot(moved, moved)
 
     def gradient(self, beta: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of F, (p,), and the residual A w - A beta, (n,)."""
+        """The gradient of F, (p,), and the residual A w - A beta, (n,) float64."""
         moved = self.weights - beta
-        residual = self.rows @ moved
-        return slope - self.rows.T @ residual - 2 * self.ridge * moved, residual
+        residual = _times(self.rows, moved)
+        return slope - self.rows.T @ residual.to(self.rows) - 2 * self.ridge * moved, residual
 
     def block(self, start: int, stop: int) -> SparseLeastSquares:
         """The problem of a range of weights alone, in float64."""
@@ -168,10 +171,10 @@ def threshold_step(problem: SparseLeastSquares, beta: Tensor, kept: int) -> tupl
 
 def _step_length(problem: SparseLeastSquares, beta: Tensor, slope: Tensor, direction: Tensor, residual: Tensor) -> float:
     """The minimum of F along a direction, in closed form."""
-    along = problem.rows @ direction
-    curvature = float(along @ along) + 2 * problem.ridge * float(direction @ direction)
-    pull = float((problem.weights - beta) @ direction)
-    descent = float(direction @ slope) - float(residual @ along) - 2 * problem.ridge * pull
+    along = _times(problem.rows, direction)
+    curvature = float(along @ along) + 2 * problem.ridge * _dot(direction, direction)
+    pull = _dot(problem.weights - beta, direction)
+    descent = _dot(direction, slope) - float(residual @ along) - 2 * problem.ridge * pull
     return descent / curvature if curvature else 0.0
 
 
@@ -239,6 +242,20 @@ def _solve(gram: Tensor, shift: float, target: Tensor) -> Tensor:
     eigenvalues, vectors = torch.linalg.eigh(gram)
     solution: Tensor = vectors @ ((vectors.T @ target) / (eigenvalues.clamp(min=0) + shift))
     return solution
+
+
+def _times(rows: Tensor, vector: Tensor) -> Tensor:
+    """A v, (n,) float64."""
+    total = torch.zeros(rows.shape[0], dtype=torch.float64)
+    for part, numbers in zip(torch.split(rows, _CHUNK, dim=1), torch.split(vector, _CHUNK), strict=True):
+        total += part.double() @ numbers.double()
+    return total
+
+
+def _dot(one: Tensor, two: Tensor) -> float:
+    """u.v in float64."""
+    parts = zip(torch.split(one, _CHUNK), torch.split(two, _CHUNK), strict=True)
+    return float(sum(float(left.double() @ right.double()) for left, right in parts))
 
 
 def _largest(values: Tensor, count: int, alive: Tensor | None) -> Tensor:

@@ -17,11 +17,11 @@ from mfcompile.passes.chita_solver import solve
 from mfcompile.passes.criteria.base import Need, Pruner
 from mfcompile.passes.gradient_rows import Columns, gradient_rows
 from mfcompile.passes.gradients import LossRunner
+from mfcompile.passes.iteration import BatchCycle, check_count, check_schedule, sparsity_at
 from mfcompile.passes.losses import sample_count
 from mfcompile.passes.mask_selection import parameter_mask, site_weight
 from mfcompile.passes.pruning_run import PruningRun
 from mfcompile.passes.sparsity_patterns import Unstructured
-from mfcompile.passes.steps import BatchCycle, check_count, check_schedule, sparsity_at
 from mfcompile.region import PruneSite
 
 

@@ -13,8 +13,8 @@ from mfcompile.masks import MaskSet
 from mfcompile.passes.criteria.base import Need, Pruner
 from mfcompile.passes.criteria.snip import Snip
 from mfcompile.passes.gradients import LossRunner
+from mfcompile.passes.iteration import BatchCycle, check_count, check_schedule, sparsity_at
 from mfcompile.passes.pruning_run import PruningRun
-from mfcompile.passes.steps import BatchCycle, check_count, check_schedule, sparsity_at
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def iterate(
     Args:
         run: the run, at the sparsity of the last step.
         steps: T.
-        schedule: see ``steps.sparsity_at``.
+        schedule: see ``iteration.sparsity_at``.
         gradients: (step, FQN -> mask in force) -> FQN -> mean gradient of the model under these masks.
     """
     masks: Mapping[str, Tensor] = {}

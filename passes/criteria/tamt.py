@@ -14,11 +14,11 @@ from mfcompile.masks import MaskSet
 from mfcompile.passes.criteria.base import Criterion, Need, Pruner, SiteData
 from mfcompile.passes.criteria.magnitude import Magnitude
 from mfcompile.passes.gradients import LossRunner
+from mfcompile.passes.iteration import BatchCycle, check_count
 from mfcompile.passes.mask_selection import site_weight
 from mfcompile.passes.pruning_run import PruningRun
 from mfcompile.passes.selection import magnitude_threshold
 from mfcompile.passes.sparsity_patterns import NOfM
-from mfcompile.passes.steps import BatchCycle, check_count
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,15 @@ class Tamt(Pruner):
     """Task-agnostic mask training (Liu et al., "Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic Mask
     Training", NAACL 2022), with one threshold over all layers.
 
-    Every weight has a trained score M; the largest |M| stay. In the forward pass the mask multiplies the weight, in the
-    backward pass |M| receives the mask's gradient as it is (straight-through): dL/dM = dL/d(m w) w sign(M). AdamW, the
-    learning rate falling to zero in a line, in training mode (dropout).
+    Every weight has a trained score M; the largest stay. In the forward pass the mask multiplies the weight, in the backward
+    pass M receives the mask's gradient as it is (straight-through): dL/dM = dL/d(m w) w. AdamW, the learning rate falling to
+    zero in a line, in training mode (dropout). M starts as 2 t where magnitude pruning of each layer keeps the weight, else 0,
+    with t the magnitude at which magnitude pruning of the whole model cuts.
 
-    M starts as 2 t where magnitude pruning of each layer keeps the weight, else 0, with t the magnitude at which magnitude
-    pruning of the whole model cuts. Where M is 0 its gradient is, too: what the start prunes does not return. The published
-    code compares these equal values with themselves, so that its first batch runs with no weight at all; here as many weights
-    as are to stay run from the first batch on.
+    Two defects of MULTIFLOW's published code are not reproduced. It compares equal scores with themselves, so that its first
+    batch runs with no weight at all; here as many weights as are to stay run from the first batch on. And it ranks |M|, whose
+    gradient is zero where M is: what the start prunes never returns, and training only drops the one weight per layer that its
+    start has too many. Here M keeps its sign, as in the method's own paper.
 
     Attributes:
         steps: batches to train on, read again from the start where calibration has fewer; None reads each once.
@@ -116,14 +117,14 @@ def _cuts(run: PruningRun) -> dict[str, float]:
 
 
 def score_gradient(gradient: Tensor | None, weight: Tensor, score: Tensor, fqn: str, step: int) -> Tensor:
-    """dL/dM = dL/d(m w) w sign(M), from the gradient with respect to the masked weight, which is used up.
+    """dL/dM = dL/d(m w) w, from the gradient with respect to the masked weight, which is used up.
 
     Raises:
         CalibrationError: it holds NaN or infinity.
     """
     if gradient is None:
         return torch.zeros_like(score)
-    found = gradient.float().mul_(weight.detach()).mul_(score.sign())
+    found = gradient.float().mul_(weight.detach())
     if not bool(torch.isfinite(found).all()):
         raise CalibrationError(
             f"the gradient of {fqn} holds NaN or infinity in batch {step}: its mask cannot be trained. Check this batch "
@@ -134,11 +135,11 @@ def score_gradient(gradient: Tensor | None, weight: Tensor, score: Tensor, fqn: 
 
 @dataclass(frozen=True)
 class _Trained(Criterion):
-    """|M|; what stands in the place of gradients is M."""
+    """M, which stands in the place of gradients."""
 
     name: ClassVar[str] = "tamt"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENTS})
 
     def score(self, site: SiteData) -> Tensor:
         assert site.gradient is not None
-        return site.gradient.abs()
+        return site.gradient

@@ -206,9 +206,9 @@ def test_tamt_starts_from_the_published_scores_with_as_many_weights_as_are_to_st
 
 @pytest.mark.parametrize("sparsity", recorded.SPARSITIES)
 def test_the_recorded_masks_of_tamt_lie_within_the_published_start(sparsity: str) -> None:
-    """What the start prunes has no gradient: all that training can do is to drop the few weights that it has too many.
+    """Published training only drops the few weights that its start has too many; ours begins a few weights away.
 
-    The recording's dropout cannot be drawn again; but whatever it drew, its mask and one of ours differ in no more.
+    The recording's dropout cannot be drawn again, and with it not its choice among these few.
     """
     expected, start = recorded.masks(f"tamt@{sparsity}"), published_start(sparsity)
     assert not any((expected[name] & ~start[name]).any() for name in expected)

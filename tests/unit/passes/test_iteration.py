@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from mfcompile.errors import CalibrationError, InputError
-from mfcompile.passes.steps import SCHEDULES, BatchCycle, check_count, check_schedule, sparsity_at
+from mfcompile.passes.iteration import SCHEDULES, BatchCycle, check_count, check_schedule, sparsity_at
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
