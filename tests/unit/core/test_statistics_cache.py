@@ -79,7 +79,7 @@ def test_all_entries_together_take_a_bounded_number_of_bytes(tmp_path: Path, mon
         os.utime(cache.store(str(age), "d", statistics()), (1000 + age, 1000 + age))
     assert sorted(path.name for path in (tmp_path / "statistics").iterdir()) == ["3", "4", "5"]
     large = cache.store("9", "d", statistics(width=10_000))  # more than all of it: the newest stays, alone
-    assert [path for path in (tmp_path / "statistics").glob("*/*")] == [large]
+    assert list((tmp_path / "statistics").glob("*/*")) == [large]
 
 
 def test_what_a_dead_writer_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
