@@ -33,8 +33,9 @@ class Lamp(Criterion):
         before = torch.zeros_like(ordered)
         before[1:] = ordered.cumsum(0)[:-1]
         left = _sum(squares) - before
-        # Rounding can take the last differences to zero or below: such a weight is the largest of its layer, or as good.
-        scores = torch.where(left > 0, ordered / left, torch.ones_like(ordered))
+        # Rounding can take the last differences to zero or below: such a weight is the largest of its layer, or as good; a
+        # zero is not. NaN is not below anything, and stays.
+        scores = torch.where(left <= 0, (ordered > 0).float(), ordered / left)
         return torch.empty_like(squares).scatter_(0, order, scores).reshape(site.weight.shape)
 
 
