@@ -1,0 +1,203 @@
+"""Variants: criterion x allocation x pattern x update in one word, as ``mfcompile compare`` takes them.
+
+The word is ``CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDATE]``: ``multiflow``, ``multiflow@score-global``,
+``wanda:2:4``, ``magnitude@uniform:4x1``, ``multiflow+sparsegpt``, ``itersnip,steps=20,batches_per_step=10``. A name may end
+in ``+`` (``chita++``, ``chita+++sparsegpt``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mfcompile.errors import InputError
+from mfcompile.passes.criteria.base import Need, Pruner
+from mfcompile.passes.criteria.registry import names, pruner
+from mfcompile.passes.mask_selection import SelectionOptions, check_options
+from mfcompile.passes.sparsity_patterns import UNSTRUCTURED, parse_pattern
+
+GRAMMAR = "CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDATE]"
+
+FLOOR = "random"
+"""What every other pruner must beat."""
+
+_LEFT_OUT = frozenset({"multiflow-inverted"})
+"""An ablation that shows what not to do: no choice for a user."""
+
+_WITH_GRADIENTS = ("snip",)
+"""Compared by default where there is a loss: one pass of gradients, while others take many."""
+
+_WORD = re.compile(
+    r"(?P<criterion>[^,@:]*?)(?P<options>(?:,[^,@:+]*)*)"
+    r"(?:@(?P<allocation>[^:+]+))?(?::(?P<pattern>[^@+]+))?(?:\+(?P<update>[^@:+]+))?"
+)
+
+_KEYS = ("criterion", "criterion_options", "allocation", "pattern", "update", "label")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of pruning, at any sparsity.
+
+    Attributes:
+        label: what tables call it; made of the other attributes where it is not given.
+        criterion, criterion_options, allocation, pattern, update: see ``mfcompile.select_masks``.
+    """
+
+    label: str
+    criterion: str | Pruner
+    criterion_options: Mapping[str, Any] = field(default_factory=dict)
+    allocation: str | Mapping[str, float] | None = None
+    pattern: str = UNSTRUCTURED
+    update: str | None = None
+
+    @property
+    def pruner(self) -> Pruner:
+        """What chooses the masks."""
+        return pruner(self.criterion, self.criterion_options)
+
+    @property
+    def sets_sparsity(self) -> bool:
+        """The pattern or the allocation says how much is removed: there is nothing to ask for."""
+        return parse_pattern(self.pattern).fixed_sparsity is not None or isinstance(self.allocation, Mapping)
+
+    def options(self, sparsity: float | Mapping[str, float] | None, seed: int) -> SelectionOptions:
+        """The options of one pruning; the sparsity is left out where the variant sets its own."""
+        return SelectionOptions(
+            None if self.sets_sparsity else sparsity,
+            self.criterion,
+            self.criterion_options,
+            self.allocation,
+            self.pattern,
+            self.update,
+            seed=seed,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The variant as JSON knows it, with what its criterion needs and the allocation that is in force."""
+        told = self.options(None, 0).describe()
+        published = "set by the pattern" if told["allocation"] is None and self.sets_sparsity else self.pruner.allocation
+        return {
+            "label": self.label,
+            **{key: told[key] for key in ("criterion", "criterion_options", "pattern", "update")},
+            "allocation": told["allocation"] or published,
+            "needs": sorted(need.value for need in self.pruner.needs),
+        }
+
+
+def read_variant(given: str | Pruner | Mapping[str, Any] | Variant) -> Variant:
+    """A variant from what a user names it by.
+
+    Args:
+        given: a word (see the module), a criterion object, or a mapping with ``criterion`` and, as ``compile_pruned`` takes
+            them, ``criterion_options``, ``allocation``, ``pattern``, ``update``; its ``label`` names it in tables.
+
+    Raises:
+        InputError: the word does not follow the grammar, or an option is not valid.
+    """
+    if isinstance(given, Variant):
+        found = given
+    elif isinstance(given, Pruner):
+        found = _of_parts({"criterion": given})
+    elif isinstance(given, Mapping):
+        unknown = [key for key in given if key not in _KEYS]
+        if unknown or "criterion" not in given:
+            what = f"has the unknown key {unknown[0]!r}" if unknown else "names no criterion"
+            raise InputError(f"criteria: {dict(given)!r} {what}; the keys are {', '.join(_KEYS)}")
+        found = _of_parts(given)
+    elif isinstance(given, str):
+        found = _of_parts(_parsed(given))
+    else:
+        hint = f"; make an object of it: {given.__name__}()" if isinstance(given, type) else ""
+        raise InputError(f"criteria: {given!r} is neither a word ({GRAMMAR}), a Criterion object nor a mapping{hint}")
+    try:
+        check_options(found.options(None, 0))
+    except InputError as error:
+        raise InputError(f"{found.label!r}: {error}") from error
+    return found
+
+
+def read_variants(
+    given: Iterable[Any] | None, *, has_loss: bool, own: Pruner | None = None, floor: bool = True
+) -> list[Variant]:
+    """All variants of a comparison.
+
+    Args:
+        given: what a user names them by; None for the defaults: every criterion without gradients, and SNIP where there is
+            a loss.
+        has_loss: a loss is defined.
+        own: a criterion object that the source brings along: first among the defaults, and meant where its name is given.
+        floor: random scores are compared too, last, whether or not they were named.
+
+    Raises:
+        InputError: none is named, one is named twice, or one is not valid.
+    """
+    if isinstance(given, (str, Mapping, Pruner)):
+        raise InputError(f"criteria is one pruner, {given!r}: give a list of them")
+    found = [_with_own(read_variant(item), own) for item in (default_criteria(has_loss, own) if given is None else given)]
+    if not found:
+        raise InputError("criteria is empty: name at least one, 'multiflow' say")
+    if floor and not any(item.pruner.name == FLOOR for item in found):
+        found.append(read_variant(FLOOR))
+    labels = [item.label for item in found]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise InputError(f"criteria: {twice!r} is there twice; leave one out, or tell them apart by a label")
+    return found
+
+
+def default_criteria(has_loss: bool, own: Pruner | None = None) -> list[str | Pruner]:
+    """What is compared where a user names nothing; random scores come last."""
+    without = [name for name in names() if name not in _LEFT_OUT and Need.GRADIENTS not in pruner(name).needs]
+    named = [name for name in without if name != FLOOR] + list(_WITH_GRADIENTS if has_loss else ())
+    mine = [] if own is None or (Need.GRADIENTS in own.needs and not has_loss) else [own]
+    return [*mine, *(name for name in named if own is None or name != own.name)]
+
+
+def _with_own(variant: Variant, own: Pruner | None) -> Variant:
+    """A name that the source's own criterion has means that one."""
+    if own is None or variant.criterion != own.name or variant.criterion_options:
+        return variant
+    return Variant(variant.label, own, {}, variant.allocation, variant.pattern, variant.update)
+
+
+def _parsed(word: str) -> dict[str, Any]:
+    match = _WORD.fullmatch(word.strip())
+    if match is None or not match["criterion"]:
+        raise InputError(
+            f"{word!r} names no pruner: the form is {GRAMMAR}, as in multiflow, multiflow@score-global, wanda:2:4 or "
+            f"multiflow+sparsegpt"
+        )
+    options: dict[str, Any] = {}
+    for item in match["options"].split(",")[1:]:
+        name, separator, value = item.partition("=")
+        if not (name and separator and value):
+            raise InputError(f"{word!r}: {item!r} is no option; write CRITERION,OPTION=VALUE, itersnip,steps=20 say")
+        options[name] = _value(value)
+    parts = {key: match[key] for key in ("criterion", "allocation", "pattern", "update") if match[key] is not None}
+    return {**parts, "criterion_options": options, "label": word.strip()}
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or null, else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _of_parts(parts: Mapping[str, Any]) -> Variant:
+    given = {key: value for key, value in parts.items() if value is not None}
+    return Variant(**{"label": _label(given), **given})
+
+
+def _label(parts: Mapping[str, Any]) -> str:
+    criterion, allocation = parts["criterion"], parts.get("allocation")
+    text = criterion if isinstance(criterion, str) else getattr(criterion, "name", type(criterion).__name__)
+    text += "".join(f",{name}={value}" for name, value in parts.get("criterion_options", {}).items())
+    text += "" if allocation is None else f"@{allocation}" if isinstance(allocation, str) else "@layers"
+    text += f":{parts['pattern']}" if parts.get("pattern", UNSTRUCTURED) != UNSTRUCTURED else ""
+    return text + (f"+{parts['update']}" if parts.get("update") else "")
