@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from mfcompile.passes.sparsity_patterns import NOfM, Pattern, Unstructured
 from mfcompile.region import PruneSite, RegionMap
 from mfcompile.statistics import CalibrationStatistics
 
+if TYPE_CHECKING:
+    from mfcompile.passes.gradients import Gradients
+
 LossFn = Callable[[Any, Any], Any]
 """``loss_fn(module, batch)``: a scalar tensor, or an object with ``.loss``."""
 
@@ -36,10 +39,10 @@ class KnownGradients:
     """Gradients of a dense model that several prunings of it use: the same loss, batches and seed are meant.
 
     Attributes:
-        gradients: FQN -> gradient; None until the first pruning has taken them.
+        gradients: None until the first pruning has taken them.
     """
 
-    gradients: Mapping[str, Tensor] | None = None
+    gradients: Gradients | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ class PruningRun:
         vars(other)["model_fingerprint"] = self.model_fingerprint  # the same model: do not hash it again
         return other
 
-    def gradients(self) -> Mapping[str, Tensor]:
-        """FQN -> mean gradient of the dense model's loss over the calibration batches, in the layout of the parameter."""
+    def gradients(self) -> Gradients:
+        """Mean gradient of the dense model's loss over the calibration batches, of every parameter that is pruned."""
         from mfcompile.passes.gradients import accumulate_gradients
 
         if self.known is not None and self.known.gradients is not None:
@@ -108,7 +111,7 @@ class PruningRun:
         assert self.loss_fn is not None
         found = accumulate_gradients(
             self.captured.module, self.batches(), self.loss_fn, tuple(self.sites_by_fqn), seed=self.seed
-        ).gradients
+        )
         if self.known is not None:
             self.known.gradients = found
         return found
@@ -152,7 +155,8 @@ class PruningRun:
             gradients: FQN -> gradient, for criteria that need them.
             pruned: FQN -> bool of the weights that are gone already and must not return; in the layout of the parameter.
         """
-        criterion.begin((data for _, data in self.site_data(criterion.needs, gradients)), self.seed)
+        with _blamed(criterion):
+            criterion.begin((data for _, data in self.site_data(criterion.needs, gradients)), self.seed)
         ranker = _Ranker(self, criterion, gradients, pruned)
         if isinstance(self.pattern, NOfM):
             budget = Budget({}, {})
@@ -293,16 +297,17 @@ class _Ranker:
 
 
 @contextlib.contextmanager
-def _blamed(criterion: Criterion, data: SiteData) -> Iterator[None]:
+def _blamed(criterion: Criterion, data: SiteData | None = None) -> Iterator[None]:
     """Name the criterion, which may be of anyone's making, and the layer in what goes wrong."""
     try:
         yield
     except MfcompileError:
         raise
     except Exception as error:
+        where = "" if data is None else f" on {data.name} of shape {tuple(data.weight.shape)}"
         raise InputError(
-            f"the criterion {criterion.name!r} failed on {data.name} of shape {tuple(data.weight.shape)} "
-            f"({type(error).__name__}: {error}). Correct the class {type(criterion).__name__}"
+            f"the criterion {criterion.name!r} failed{where} ({type(error).__name__}: {error}). Correct the class "
+            f"{type(criterion).__name__}"
         ) from error
 
 

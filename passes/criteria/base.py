@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
@@ -93,5 +93,8 @@ class Criterion(Pruner):
 
     def choose(self, run: PruningRun) -> MaskSet:
         """The best scores stay, as many as the allocation gives a site, in the shape of the pattern."""
-        gradients = run.gradients() if Need.GRADIENTS in self.needs else None
-        return run.select(self, gradients=gradients)
+        if Need.GRADIENTS not in self.needs:
+            return run.select(self)
+        found = run.gradients()
+        masks = run.select(self, gradients=found.gradients)
+        return replace(masks, diagnostics=(*masks.diagnostics, *found.diagnostics))
