@@ -188,6 +188,7 @@ def compile_pruned(
     allocation: str | Mapping[str, float] | None = None,
     pattern: str = "unstructured",
     update: str | None = None,
+    update_options: Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     statistics: CalibrationStatistics | Path | str | None = None,
@@ -209,7 +210,8 @@ def compile_pruned(
         example_inputs: a tensor, a tuple, or a mapping of keyword arguments; None takes the first calibration batch.
         sparsity: fraction of the prunable weights that is removed, in [0, 1), or region -> fraction; None for 0.63, or for
             what the pattern sets.
-        criterion, criterion_options, allocation, pattern, update: how weights are chosen; see ``mfcompile.select_masks``.
+        criterion, criterion_options, allocation, pattern, update, update_options: how weights are chosen; see
+            ``mfcompile.select_masks``.
         calibration: any iterable of batches (dicts, tuples, a DataLoader), or a function that gives them; None uses the
             example inputs.
         loss_fn: ``loss_fn(module, batch)`` gives the loss of a calibration batch, for criteria that need gradients.
@@ -231,7 +233,11 @@ def compile_pruned(
     Raises:
         MfcompileError: one of its kinds, with what happened, where, why, and what to do.
     """
-    options = SelectionOptions(sparsity, criterion, criterion_options or {}, allocation, pattern, update, rounding, seed)
+    shared = {} if update is None else {"padding_mask": padding_mask, "num_samples": num_calibration_samples}
+    rewriting = shared | dict(update_options or {})
+    options = SelectionOptions(
+        sparsity, criterion, criterion_options or {}, allocation, pattern, update, rounding, seed, rewriting
+    )
     needs = check_options(options).needs
     if isinstance(sparsity, Real):
         check_sparsity(sparsity)
@@ -320,9 +326,16 @@ class Pruning:
 
     def compile(self, progress: Progress | None = None) -> CompiledModel:
         """Choose masks, put them into graph and module, and report."""
-        step = _Stages(progress).step("select")
+        stages = _Stages(progress)
         masks = select_with_options(
-            self.captured, self.regions, self.statistics, self.options, step, batches=self.batches, loss_fn=self.loss_fn
+            self.captured,
+            self.regions,
+            self.statistics,
+            self.options,
+            stages.step("select"),
+            batches=self.batches,
+            loss_fn=self.loss_fn,
+            update_progress=stages.step("update"),
         )
         return self.assemble(masks)
 

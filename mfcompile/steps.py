@@ -159,6 +159,7 @@ def select_masks(
     allocation: str | Mapping[str, float] | None = None,
     pattern: str = "unstructured",
     update: str | None = None,
+    update_options: Mapping[str, Any] | None = None,
     rounding: str = "exact",
     seed: int = 0,
     batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
@@ -180,6 +181,7 @@ def select_masks(
             "uniform-rows", "erk", or pattern of weights -> fraction; None for what the criterion was published with.
         pattern: "unstructured", "N:M" of consecutive inputs ("2:4"), or blocks of outputs x inputs ("4x1", "16x1").
         update: "sparsegpt" rewrites the kept weights so that every layer's output changes least; None leaves them.
+        update_options: options of the update: damping, memory_mib, passes, ...; see ``passes.sparsegpt.SparseGptOptions``.
         rounding: "exact" (integer budgets that sum to the request) or "official" (the published truncation).
         seed: of random scores, and of what a loss draws.
         batches: calibration batches, or a function that gives them, for criteria and updates that run the model.
@@ -191,7 +193,9 @@ def select_masks(
         CalibrationError: what the criterion needs is missing.
     """
     require_values(captured.module)
-    options = SelectionOptions(sparsity, criterion, criterion_options or {}, allocation, pattern, update, rounding, seed)
+    options = SelectionOptions(
+        sparsity, criterion, criterion_options or {}, allocation, pattern, update, rounding, seed, update_options or {}
+    )
     again = None if batches is None else as_function(batches)
     return _select_masks(captured, regions, statistics, options, progress, batches=again, loss_fn=loss_fn)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import prod
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from mfcompile.region import PruneSite, RegionMap
 from mfcompile.statistics import CalibrationStatistics
 
 if TYPE_CHECKING:
-    from mfcompile.passes.pruning_run import Batches, KnownGradients, LossFn, PruningRun
+    from mfcompile.passes.pruning_run import Batches, KnownGradients, LossFn
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class SelectionOptions:
         update: "sparsegpt" rewrites the kept weights once the masks are chosen; None leaves them.
         rounding: "exact" or "official".
         seed: of random scores, and of what a loss draws.
+        update_options: options of the update.
     """
 
     sparsity: Sparsity | None = None
@@ -52,6 +53,7 @@ class SelectionOptions:
     update: str | None = None
     rounding: str = "exact"
     seed: int = 0
+    update_options: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """The options but for the sparsity, as JSON knows them; of a criterion object its name and its fields."""
@@ -65,6 +67,7 @@ class SelectionOptions:
             else dict(self.allocation),
             "pattern": self.pattern,
             "update": self.update,
+            "update_options": {key: value for key, value in self.update_options.items() if value is not None},
             "rounding": self.rounding,
             "seed": self.seed,
         }
@@ -88,6 +91,7 @@ def select_masks(
     batches: Batches | None = None,
     loss_fn: LossFn | None = None,
     known: KnownGradients | None = None,
+    update_progress: Callable[[int, int | None], None] | None = None,
 ) -> MaskSet:
     """Choose the weights that stay: criterion x allocation x pattern.
 
@@ -100,6 +104,7 @@ def select_masks(
         batches: gives the calibration batches, for criteria that need gradients.
         loss_fn: the loss of a batch, for criteria that need gradients.
         known: gradients that several prunings of the model share; None takes them anew.
+        update_progress: called with (passes over the batches done, passes in all) by a weight update; None calls progress.
 
     Raises:
         InputError: an option is not valid, there is nothing to prune, or a weight holds NaN or infinity.
@@ -132,13 +137,12 @@ def select_masks(
         known,
     )
     masks = chosen.choose(run)
-    return masks if options.update is None else _update(run, masks)
+    if options.update is None:
+        return masks
+    from mfcompile.passes.sparsegpt import SparseGptOptions, update_weights
 
-
-def _update(run: PruningRun, masks: MaskSet) -> MaskSet:
-    from mfcompile.passes.sparsegpt import update_weights
-
-    return update_weights(run, masks)
+    updating = run if update_progress is None else replace(run, progress=update_progress)
+    return update_weights(updating, masks, SparseGptOptions.from_mapping(options.update_options))
 
 
 def check_options(options: SelectionOptions) -> Pruner:
@@ -159,6 +163,7 @@ def check_options(options: SelectionOptions) -> Pruner:
         raise InputError(
             f"update={options.update!r} is unknown; choose {', '.join(UPDATES)}, or None to leave weights as they are"
         )
+    _check_update_options(options)
     if isinstance(pattern, NOfM) and options.allocation is not None:
         raise InputError(
             f"the pattern {options.pattern} removes the same from every layer, so there is nothing to allocate: leave "
@@ -180,6 +185,15 @@ def check_options(options: SelectionOptions) -> Pruner:
             f"leave one of them out"
         )
     return chosen
+
+
+def _check_update_options(options: SelectionOptions) -> None:
+    if options.update is not None:
+        from mfcompile.passes.sparsegpt import SparseGptOptions
+
+        SparseGptOptions.from_mapping(options.update_options)
+    elif options.update_options:
+        raise InputError(f"update_options={dict(options.update_options)} are options of a weight update, and none is asked for")
 
 
 def check_needs(

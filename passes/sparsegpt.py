@@ -7,8 +7,9 @@ layer come from the model whose earlier layers are pruned and rewritten already;
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,19 @@ class SparseGptOptions:
     passes: int | None = None
     padding_mask: str | None = None
     num_samples: int | None = None
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> SparseGptOptions:
+        """Options by name.
+
+        Raises:
+            InputError: one is unknown or not valid.
+        """
+        known = [item.name for item in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise InputError(f"sparsegpt has no option {name!r}; its options are {', '.join(known)}")
+        return cls(**given)
 
     def __post_init__(self) -> None:
         for name, least in (("damping", 0.0), ("memory_mib", 0.0)):

@@ -32,6 +32,7 @@ STAGES = {
     "regions": "finding the regions",
     "calibrate": "calibrating",
     "select": "selecting the masks",
+    "update": "rewriting the kept weights",
     "apply": "applying the masks",
     "evaluate": "evaluating",
     "onnx": "writing the ONNX file",
