@@ -34,6 +34,7 @@ MASK_OPTIONS = (
     "allocation",
     "pattern",
     "update",
+    "update_options",
     "rounding",
     "seed",
     "targets",
@@ -64,6 +65,7 @@ class Recipe:
         allocation: how budgets are shared out, by name, or pattern -> sparsity; None for the criterion's own.
         pattern: the shape in which weights are removed.
         update: how kept weights are rewritten; None leaves them.
+        update_options: options of the update.
         rounding: how budgets become integers, "exact" or "official".
         seed: seed of the selection.
         targets: patterns of the weights to prune; None for the default sites.
@@ -90,6 +92,7 @@ class Recipe:
     allocation: str | Mapping[str, float] | None = None
     pattern: str = "unstructured"
     update: str | None = None
+    update_options: Mapping[str, Any] = field(default_factory=dict)
     rounding: str = "exact"
     seed: int = 0
     targets: tuple[str, ...] | None = None
@@ -337,6 +340,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "allocation": _allocation_problem,
     "pattern": _is_string,
     "update": lambda value: None if value is None else _one_of(UPDATES)(value),
+    "update_options": _is_option_map,
     "rounding": _one_of(ROUNDINGS),
     "seed": _is_seed,
     "targets": _is_optional_pattern_list,

@@ -21,7 +21,7 @@ def option(args: argparse.Namespace, name: str) -> Any:
     """The value of an option in the form that a recipe keeps it; None where it was not given."""
     value = getattr(args, name, None)
     if isinstance(value, list):
-        return dict(value) if name in ("regions", "modalities", "criterion_options") else tuple(value)
+        return dict(value) if name in ("regions", "modalities", "criterion_options", "update_options") else tuple(value)
     return value
 
 

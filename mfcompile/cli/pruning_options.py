@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Sparsity = float | Mapping[str, float]
 
+DEFAULT_CRITERION = "multiflow"
+
 
 def add_selection_options(group: argparse._ArgumentGroup) -> None:
     """The options of criterion x allocation x pattern x update."""
@@ -50,6 +52,16 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
         "4x1 or 16x1 (default: unstructured)",
     )
     group.add_argument("--update", choices=UPDATES, help="rewrite the kept weights after masking (default: leave them)")
+    group.add_argument(
+        "--update-option",
+        "--update_option",
+        dest="update_options",
+        nargs="+",
+        action="extend",
+        type=pair("NAME=VALUE"),
+        metavar="NAME=VALUE",
+        help="an option of the update: damping=0.01, passes=8, memory_mib=512",
+    )
     group.add_argument(
         "--rounding",
         choices=ROUNDINGS,
@@ -98,8 +110,9 @@ def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
         InputError: the file of an allocation cannot be read.
     """
     changed = dict(options)
-    if "criterion_options" in changed:
-        changed["criterion_options"] = {name: yaml.safe_load(value) for name, value in changed["criterion_options"].items()}
+    for key in ("criterion_options", "update_options"):
+        if key in changed:
+            changed[key] = {name: yaml.safe_load(value) for name, value in changed[key].items()}
     if isinstance(changed.get("allocation"), str) and changed["allocation"].endswith((".yaml", ".yml", ".json")):
         changed["allocation"] = read_allocation(Path(changed["allocation"]))
     return changed
@@ -136,11 +149,12 @@ def selection_of(recipe: Recipe, criterion: Any = None) -> dict[str, Any]:
         )
     return {
         "sparsity": recipe.sparsity,
-        "criterion": recipe.criterion or criterion or "multiflow",
+        "criterion": recipe.criterion or criterion or DEFAULT_CRITERION,
         "criterion_options": dict(recipe.criterion_options),
         "allocation": recipe.allocation,
         "pattern": recipe.pattern,
         "update": recipe.update,
+        "update_options": dict(recipe.update_options),
         "rounding": recipe.rounding,
         "seed": recipe.seed,
     }

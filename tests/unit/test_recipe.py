@@ -28,6 +28,7 @@ def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
         allocation={"text.*": 0.5, "*": 0.75},
         pattern="4x1",
         update="sparsegpt",
+        update_options={"damping": 0.1},
         rounding="official",
         seed=3,
         targets=("text.*",),
