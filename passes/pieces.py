@@ -177,15 +177,27 @@ class Scratch(threading.local):
     """Memory of a thread that is used again for every piece: to get new pages from the system costs more than the work.
 
     Attributes:
-        numbers: (PIECE,) float32.
-        marks: two times (PIECE,) bool.
         is_shared_out: the thread is working on what ``spread`` shared out.
     """
 
     def __init__(self) -> None:
-        self.numbers = np.empty(PIECE, np.float32)
-        self.marks = (np.empty(PIECE, bool), np.empty(PIECE, bool))
         self.is_shared_out = False
+        self._numbers = np.empty(0, np.float32)
+        self._marks = (np.empty(0, bool), np.empty(0, bool))
+
+    @property
+    def numbers(self) -> NDArray[np.float32]:
+        """Place for the float32 numbers of a piece."""
+        if self._numbers.size < PIECE:
+            self._numbers = np.empty(PIECE, np.float32)
+        return self._numbers
+
+    @property
+    def marks(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Two places for marks of a piece."""
+        if self._marks[0].size < PIECE:
+            self._marks = (np.empty(PIECE, bool), np.empty(PIECE, bool))
+        return self._marks
 
 
 scratch = Scratch()

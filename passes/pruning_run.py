@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mfcompile.errors import CalibrationError, InputError, MfcompileError
@@ -18,8 +20,10 @@ from mfcompile.masks import MaskSet, PackedMask, fingerprint
 from mfcompile.passes.allocation import Budget, Request, Sparsity, allocate, check_sparsity
 from mfcompile.passes.criteria.base import Criterion, Need, SiteData
 from mfcompile.passes.criteria.magnitude import Magnitude
+from mfcompile.passes.mask_packing import kept_bits_by_site, packed_mask
 from mfcompile.passes.mask_selection import parameter_mask, pruned_by_row, site_weight
-from mfcompile.passes.selection import at_most, smallest
+from mfcompile.passes.pieces import Values
+from mfcompile.passes.selection import at_most, kept_bits, smallest
 from mfcompile.passes.sparsity_patterns import NOfM, Pattern, Unstructured
 from mfcompile.region import PruneSite, RegionMap
 from mfcompile.statistics import CalibrationStatistics
@@ -162,14 +166,33 @@ class PruningRun:
             budget = Budget({}, {})
         else:
             budget = allocate(self._allocation(criterion), self._request(criterion, ranker))
+        return self.mask_set(self._packed(ranker, budget))
+
+    def _packed(self, ranker: _Ranker, budget: Budget) -> dict[str, PackedMask]:
+        """FQN -> mask: in threads where scores are computed piece by piece, else parameter by parameter."""
+        groups = self.sites_by_fqn
+        if isinstance(self.pattern, Unstructured) and not budget.by_row and ranker.has_values:
+            bits = kept_bits_by_site(
+                groups,
+                lambda site: self._kept_bits(site, ranker, budget),
+                self.progress,
+                meanwhile=lambda: self.model_fingerprint,  # it takes as long as half of the masks, on one thread
+            )
+            return {fqn: packed_mask(self.captured, group, bits) for fqn, group in groups.items()}
         packed: dict[str, PackedMask] = {}
-        for index, (fqn, group) in enumerate(self.sites_by_fqn.items()):
+        for index, (fqn, group) in enumerate(groups.items()):
             packed[fqn] = PackedMask.pack(
                 parameter_mask(self.captured, group, lambda site: ~self._removed(site, ranker, budget))
             )
             if self.progress is not None:
-                self.progress(index + 1, len(self.sites_by_fqn))
-        return self.mask_set(packed)
+                self.progress(index + 1, len(groups))
+        return packed
+
+    def _kept_bits(self, site: PruneSite, ranker: _Ranker, budget: Budget) -> NDArray[np.uint8]:
+        """(ceil(n / 8),) bits of what a site keeps."""
+        values = ranker.values(site)
+        ranking = ranker.ranking(site) if values is None else values
+        return kept_bits(ranking, budget.pruned[site.name], take_ties=self.rounding != "exact")
 
     def mask_set(self, packed: Mapping[str, PackedMask], values: Mapping[str, Tensor] | None = None) -> MaskSet:
         """Masks (and new values of kept weights) with what is known of them."""
@@ -229,6 +252,20 @@ class _Ranker:
         pruned: Mapping[str, Tensor] | None,
     ) -> None:
         self._run, self._criterion, self._gradients, self._pruned = run, criterion, gradients, pruned
+
+    @property
+    def has_values(self) -> bool:
+        """The criterion computes scores piece by piece; not one that inherits how and has scores of its own."""
+        definers = [next(kind for kind in type(self._criterion).__mro__ if name in vars(kind)) for name in ("values", "score")]
+        return self._pruned is None and definers[0] is definers[1]
+
+    def values(self, site: PruneSite) -> Values | None:
+        """The ranking, computed where it is read; None where ``ranking`` is to be asked."""
+        data = self._data(site)
+        if self._ranks_by_magnitude(data):
+            return None
+        with _blamed(self._criterion, data):
+            return self._criterion.values(data)
 
     def ranking(self, site: PruneSite) -> Tensor:
         """(out_features, in_features) float32, finite; the smallest are removed first. Comparable inside the site."""

@@ -26,25 +26,30 @@ class WeightScores(Magnitudes):
 
     Attributes:
         scale: the factor that was taken out, so that scores of different layers can be compared.
+        is_finite: no weight is NaN or infinite; the scores of a layer with one mean nothing.
     """
 
-    def __init__(self, weight: Tensor, input_norm: Tensor) -> None:
+    def __init__(self, weight: Tensor, input_norm: Tensor, *, is_inverted: bool = False) -> None:
         """Sum up the saliencies of a layer.
 
         Args:
             weight: (out_features, in_features), any float dtype; not changed, and read again with every score.
             input_norm: (in_features,) L2 norm of each input feature over all calibration tokens.
+            is_inverted: give the negative scores.
 
         Raises:
             InputError: the shapes do not fit, or input_norm holds a NaN or an infinity (names the feature).
         """
         _check(weight, input_norm)
         super().__init__(weight, by_rows=True)
-        inputs, outputs = (np.asarray(side) for side in _saliencies(self, input_norm))
+        inputs, outputs = (side.numpy() for side in _saliencies(self, input_norm))
+        self.is_finite = bool(np.isfinite(inputs).all() and np.isfinite(outputs).all())
+        self.is_signed = is_inverted
         peaks = [float(side.max(initial=0.0)) or 1.0 for side in (inputs, outputs)]
         self.scale = peaks[0] * peaks[1]
-        self._inputs = (inputs / peaks[0]).astype(np.float32)
-        self._outputs = (outputs / peaks[1]).astype(np.float32)
+        with np.errstate(all="ignore"):
+            self._inputs = (inputs / peaks[0]).astype(np.float32)
+            self._outputs = (outputs / (-peaks[1] if is_inverted else peaks[1])).astype(np.float32)
 
     def read(self, piece: Piece, out: NDArray[np.float32]) -> NDArray[np.float32]:
         """The scores of a piece, in ``out``."""
@@ -134,8 +139,9 @@ def _saliencies(magnitudes: Magnitudes, input_norm: Tensor) -> tuple[Tensor, Ten
                 outputs[piece.rows] += np.add.reduce(part, axis=1, dtype=np.float64)
 
     spread(add, list(enumerate(parts)))
-    inputs = norm * (np.add.reduce(columns, axis=0) / max(height, 1))
-    return torch.from_numpy(inputs), torch.from_numpy(outputs * (peak / max(width, 1)))
+    with np.errstate(all="ignore"):
+        inputs = norm * (np.add.reduce(columns, axis=0) / max(height, 1))
+        return torch.from_numpy(inputs), torch.from_numpy(outputs * (peak / max(width, 1)))
 
 
 def _parts(pieces: list[Piece], height: int) -> list[list[Piece]]:

@@ -24,7 +24,7 @@ from mfcompile.passes.pieces import Magnitudes, Piece, StoredValues, Values, cou
 _STEPS = (64, 1024)
 """At least and at most so many values share one that is looked at for the bounds."""
 
-_DEVIATIONS = 4.0
+_DEVIATIONS = 5.0
 """How far the bounds lie from the rank that is sought, in standard deviations of a random sample."""
 
 
@@ -213,9 +213,10 @@ def _sample(group: Sequence[Callable[[], Values]], step: int) -> tuple[NDArray[n
 def _places(offset: int, size: int, step: int) -> NDArray[np.int64]:
     """A place in each step of a tensor that begins at ``offset``; scattered, so that no pattern of rows is followed."""
     steps = np.arange(offset // step, ceil((offset + size) / step), dtype=np.uint64)
-    mixed = steps * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(33)
-    places = (steps * np.uint64(step) + mixed % np.uint64(step)).astype(np.int64) - offset
+    mixed = steps * np.uint64(0x9E3779B97F4A7C15)  # splitmix64 (Steele et al., OOPSLA 2014)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    places = (steps * np.uint64(step) + (mixed >> np.uint64(31)) % np.uint64(step)).astype(np.int64) - offset
     return places[(places >= 0) & (places < size)]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from mfcompile.masks import MaskSet
+    from mfcompile.passes.pieces import Values
     from mfcompile.passes.pruning_run import PruningRun
 
 
@@ -86,6 +87,13 @@ class Criterion(Pruner):
 
         Called several times for a site, and must give the same each time.
         """
+
+    def values(self, site: SiteData) -> Values | None:
+        """The numbers of ``score``, computed piece by piece where they are read, or None: a faster way to the same masks.
+
+        Not asked of a class that inherits it and has a ``score`` of its own. Called in threads.
+        """
+        return None
 
     def scale(self, site: SiteData) -> float:
         """A positive factor that makes scores of different sites comparable, for allocations by score."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mfcompile.passes.criteria.base import Criterion, Need, SiteData
-from mfcompile.passes.scores import score_scale, score_weights
+from mfcompile.passes.scores import WeightScores, score_scale, score_weights
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class Multiflow(Criterion):
         assert site.input_norm is not None
         return score_weights(site.weight, site.input_norm)
 
+    def values(self, site: SiteData) -> WeightScores | None:
+        """The same, computed where it is read; None where weights are not finite, which ``score`` leads to a message."""
+        assert site.input_norm is not None
+        scores = WeightScores(site.weight, site.input_norm)
+        return scores if scores.is_finite else None
+
     def scale(self, site: SiteData) -> float:
         """That factor, with norms per sample: layers may have seen different numbers of them."""
         assert site.input_norm is not None
@@ -42,3 +48,9 @@ class InvertedMultiflow(Multiflow):
     def score(self, site: SiteData) -> Tensor:
         """The negative score; defined where the score is zero, unlike its inverse."""
         return -super().score(site)
+
+    def values(self, site: SiteData) -> WeightScores | None:
+        """The same, computed where it is read."""
+        assert site.input_norm is not None
+        scores = WeightScores(site.weight, site.input_norm, is_inverted=True)
+        return scores if scores.is_finite else None
