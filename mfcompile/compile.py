@@ -22,7 +22,7 @@ from mfcompile.onnx_ladder import FLOAT32_KEY, FLOAT32_VALUE, export_accepted, f
 from mfcompile.parameter_checks import refuse_broken_parameters, require_values
 from mfcompile.passes.allocation import Sparsity, check_sparsity
 from mfcompile.passes.criteria.base import Need, Pruner
-from mfcompile.passes.mask_selection import SelectionOptions, check_options
+from mfcompile.passes.mask_selection import SelectionOptions, check_needs, check_options
 from mfcompile.passes.mask_selection import select_masks as select_with_options
 from mfcompile.passes.masking import mask_module, masked_parameters, strip
 from mfcompile.region import RegionMap
@@ -249,6 +249,8 @@ def compile_pruned(
         example_inputs, given = first_batch(given)
     batches = calibration if callable(calibration) else given
     refuse_unprunable(model, options)
+    if Need.GRADIENTS in needs and loss_fn is None:
+        check_needs(check_options(options), NO_STATISTICS, None, None)
     stages = _Stages(progress)
     stages.step("capture")(0, 1)
     captured = capture(model, example_inputs)

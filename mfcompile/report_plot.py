@@ -154,8 +154,7 @@ def _draw_bars(axes: Axes, bands: Sequence[Band], gap: float) -> None:
 
 
 def _draw_frame(axes: Axes, bands: Sequence[Band], report: Mapping[str, Any], is_labelled: bool) -> None:
-    requested = 100 * report["options"]["sparsity"]
-    axes.axhline(requested, color=INK, linestyle=(0, (5, 3)), linewidth=1.1, label=f"requested: {requested:g} %", zorder=3)
+    _draw_request(axes, bands, report["options"]["sparsity"])
     axes.set_ylim(0, 100)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("sparsity: weights removed (%)")
@@ -188,6 +187,18 @@ def _draw_frame(axes: Axes, bands: Sequence[Band], report: Mapping[str, Any], is
             )
     if not bands:
         axes.text(0.5, 50, "no weight was pruned", ha="center", va="center", transform=axes.get_yaxis_transform())
+
+
+def _draw_request(axes: Axes, bands: Sequence[Band], sparsity: float | Mapping[str, float]) -> None:
+    """A line at what was asked for: through all layers, or through those of each region."""
+    style: dict[str, Any] = {"color": INK, "linestyle": (0, (5, 3)), "linewidth": 1.1, "zorder": 3}
+    if not isinstance(sparsity, Mapping):
+        axes.axhline(100 * sparsity, label=f"requested: {100 * sparsity:g} %", **style)
+        return
+    for index, band in enumerate(bands):
+        label = "requested, by region" if index == 0 else None
+        height = 100 * sparsity[band.region]
+        axes.hlines(height, band.positions[0] - 0.5, band.positions[-1] + 0.5, label=label, **style)
 
 
 def _draw_title(figure: Figure, axes: Axes, report: Mapping[str, Any], columns: int) -> None:

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from mfcompile.cli import plan
 from mfcompile.cli.console import StageProgress, Terminal
-from mfcompile.cli.loading import load_recipe, merged, option
+from mfcompile.cli.loading import announce, load_recipe, merged, option
 from mfcompile.cli.parser import (
     Subparsers,
+    add_calibration_options,
     add_debug_option,
     add_format_options,
     add_region_options,
     whole_number,
 )
 from mfcompile.cli.pruning_options import (
+    DEFAULT_CRITERION,
     Sparsity,
     add_selection_options,
     read_options,
@@ -83,32 +85,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "REGION=S,REGION=S gives every region its own (default: 0.63, or what the pattern sets)",
     )
     add_selection_options(how)
-    how.add_argument(
-        "--num-calibration-samples",
-        "--num_calibration_samples",
-        type=whole_number,
-        metavar="N",
-        help="stop calibrating at the batch that reaches N samples (default: all that the source gives)",
-    )
-    how.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="PATH",
-        help="calibration data: an .npz file of arrays named like the inputs, a directory of such files, or a Python file that "
-        "defines calibration_batches (default: what the source gives)",
-    )
-    how.add_argument(
-        "--statistics",
-        type=Path,
-        metavar="FILE",
-        help="calibration statistics of an earlier run of this model (statistics.safetensors), to be used again",
-    )
-    how.add_argument(
-        "--no-cache",
-        dest="cache",
-        action="store_false",
-        help="calibrate anew, and keep no statistics for later runs (default: those of the same model and data are reused)",
-    )
+    add_calibration_options(how)
     add_region_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -164,7 +141,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
             place = directory / sparsity_name(one) if len(asked) > 1 else directory
             own = evaluation.of_dense()
             own.add(PRUNED, compiled.module)
-            ran = replace(recipe, sparsity=one)
+            # A criterion that model.py brings has no name that another file would know: it stays the file's own.
+            ran = replace(recipe, sparsity=one, criterion=recipe.criterion or (None if source.criterion else DEFAULT_CRITERION))
             reports[str(place)] = outputs.publish(place, args.overwrite, source, ran, compiled, own, progress)
     for place, report in reports.items():
         results.show(report, Path(place), args.source, terminal)
@@ -207,25 +185,6 @@ def _stem(source: Path) -> str:
     return resolved.name if resolved.is_dir() else resolved.stem
 
 
-def _announce(source: ModelSource, terminal: Terminal) -> None:
-    """Say what is worth knowing before the long work begins."""
-    for note in source.notes:
-        terminal.note(f"note: {note}")
-    if source.calibration is None:
-        if source.kind == "onnx":
-            terminal.warn(
-                "there is no calibration data: RANDOM inputs, made from the types of the file's inputs, stand in for it. Which "
-                "weights matter on noise says little of real data: pass --calibration batches.npz, with a few hundred samples"
-            )
-            return
-        loads = "file" if source.kind == "pt2" else "directory"
-        where = "in model.py" if source.kind == "python" else f"in a model.py that loads this {loads}"
-        terminal.warn(
-            f"there is no calibration data, so the example inputs stand in for it. Masks are only as good as the data: "
-            f"define calibration_batches {where}, with a few hundred real samples"
-        )
-
-
 def _compile(
     source: ModelSource, recipe: Recipe, args: argparse.Namespace, terminal: Terminal, progress: StageProgress
 ) -> CompiledModel:
@@ -236,7 +195,7 @@ def _compile(
     selection = selection_of(recipe, source.criterion)
     chosen = pruner(selection["criterion"], selection["criterion_options"])
     if chosen.needs or recipe.update:
-        _announce(source, terminal)
+        announce(source, terminal)
     options: dict[str, Any] = merged(source, vars(recipe))
     return compile_pruned(
         source.model,

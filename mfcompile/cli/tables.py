@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ FILES = {
     "model.safetensors": "the pruned weights under their own names, zeros included",
     "model.pt2": "the pruned program of torch.export, zeros included",
     "config.json": "the configuration, for its own library",
-    "masks.safetensors": "one bit per prunable weight, 1 = kept",
+    "masks.safetensors": "one bit per prunable weight, 1 = kept; new values, where kept weights were rewritten",
     "statistics.safetensors": "what calibration saw; --statistics prunes from it again",
     "recipe.yaml": "every option, and the digest of the masks; prune it to repeat this run",
     "report.json": "everything above, and every site",
@@ -36,7 +36,15 @@ FILES = {
 }
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, emphasis: int = 0) -> RenderableType:
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    emphasis: int = 0,
+    bold: Collection[int] = (),
+    ends: Collection[int] = (),
+) -> RenderableType:
     """A titled table; a column whose header begins with ``>`` is aligned to the right.
 
     Args:
@@ -44,6 +52,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
         columns: headers.
         rows: cells; text is shown as it is, brackets included.
         emphasis: how many rows at the end are set off as totals.
+        bold: further rows that stand out.
+        ends: rows after which a line is drawn.
     """
     view = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for column in columns:
@@ -51,9 +61,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
         view.add_column(column.removeprefix(">"), justify="right" if is_number else "left", overflow="fold")
     cells = list(rows)
     for index, row in enumerate(cells):
-        is_total = index >= len(cells) - emphasis
+        is_total = index >= len(cells) - emphasis or index in bold
         styled = (Text(cell, style="bold" if is_total else REGION_STYLES.get(cell, "")) for cell in row)
-        view.add_row(*styled, end_section=index == len(cells) - emphasis - 1)
+        view.add_row(*styled, end_section=index == len(cells) - emphasis - 1 or index in ends)
     return Group(Text(title, style="bold underline"), Padding(view, (0, 0, 1, 1), expand=False))
 
 

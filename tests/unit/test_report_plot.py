@@ -72,3 +72,12 @@ def test_global_settings_of_matplotlib_are_left_alone(tmp_path: Path) -> None:
     before = dict(rcParams)
     plot_sparsity(_report({"vision": 2}), tmp_path)
     assert dict(rcParams) == before
+
+
+def test_a_sparsity_per_region_is_drawn_through_its_layers(tmp_path: Path) -> None:
+    report = _report({"vision": 3, "text": 2})
+    one, _ = plot_sparsity(report, tmp_path, stem="one")
+    report["options"] = {"sparsity": {"vision": 0.5, "text": 0.75}}
+    both, drawn = plot_sparsity(report, tmp_path, stem="both")
+    assert "requested, by region" in drawn.read_text()
+    assert one.read_bytes() != both.read_bytes()
