@@ -8,6 +8,7 @@ from math import prod
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -261,14 +262,21 @@ def pruned_by_row(scores: Tensor, counts: Sequence[int]) -> Tensor:
     Returns:
         bool tensor of the same shape.
     """
-    marked = torch.zeros(scores.shape, dtype=torch.bool)
-    limits = torch.tensor(counts).unsqueeze(1)
+    marked = np.zeros(scores.shape, bool)
+    if not scores.numel():
+        return torch.from_numpy(marked)
+    limits = np.asarray(counts)[:, None]
     for start in range(0, scores.shape[0], _ROWS):
-        order = scores[start : start + _ROWS].argsort(dim=1, stable=True)
-        taken = (torch.arange(scores.shape[1]) < limits[start : start + _ROWS]).expand(order.shape)
-        marked[start : start + _ROWS].scatter_(1, order, taken)
-    return marked
+        rows, limit = scores[start : start + _ROWS].numpy(), limits[start : start + _ROWS]
+        last = np.maximum(limit - 1, 0)
+        ordered = np.partition(rows, np.unique(last), axis=1)
+        threshold = np.take_along_axis(ordered, last, axis=1)
+        below, ties = rows < threshold, rows == threshold
+        left = limit - below.sum(1, keepdims=True)
+        marked[start : start + _ROWS] = below | (ties & (ties.cumsum(1) <= left))
+        marked[start : start + _ROWS] &= limit > 0
+    return torch.from_numpy(marked)
 
 
 _ROWS = 256
-"""Rows that are ranked at a time, so that no index of the size of a weight is kept."""
+"""Rows that are ranked at a time, so that no copy of the size of a weight is kept."""

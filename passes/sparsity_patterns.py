@@ -108,11 +108,6 @@ class NOfM(Pattern):
         """The fraction that is removed."""
         return 1 - self.kept / self.of
 
-    def pruned_count(self, out_features: int, in_features: int) -> int:
-        """Weights that a site loses."""
-        whole, left = divmod(in_features, self.of)
-        return out_features * (whole * (self.of - self.kept) + max(left - self.kept, 0))
-
     def unit_scores(self, scores: Tensor) -> Tensor:
         """The scores as they are."""
         return scores
@@ -126,10 +121,17 @@ class NOfM(Pattern):
         out_features, in_features = scores.shape
         groups = ceil(in_features / self.of)
         padded = functional.pad(scores, (0, groups * self.of - in_features), value=float("-inf"))  # pruned, and cut off
-        order = padded.reshape(out_features, groups, self.of)
-        # Padding is on the right and equal scores go by position: -inf that is real cannot occur, scores are finite.
-        ranks = order.argsort(dim=2, stable=True).argsort(dim=2, stable=True)
-        return (ranks < self.of - self.kept).reshape(out_features, -1)[:, :in_features]
+        # Group by group it would be a sort of a few numbers; place by place it is a few comparisons of all groups.
+        places = padded.reshape(out_features, groups, self.of).permute(2, 0, 1).contiguous()
+        removed = torch.empty_like(places, dtype=torch.bool)
+        for place in range(self.of):
+            rank = torch.zeros(places.shape[1:], dtype=torch.uint8)
+            for other in range(self.of):
+                if other != place:
+                    first = places[other] <= places[place] if other < place else places[other] < places[place]
+                    rank += first
+            removed[place] = rank < self.of - self.kept
+        return removed.permute(1, 2, 0).reshape(out_features, -1)[:, :in_features]
 
     def remainder(self, out_features: int, in_features: int) -> str | None:
         """Inputs after the last whole group."""
