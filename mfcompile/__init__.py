@@ -13,6 +13,8 @@ from mfcompile._version import __version__
 
 if TYPE_CHECKING:
     from mfcompile.artifact import ExportedArtifact, ParityReport
+    from mfcompile.comparison import compare
+    from mfcompile.comparison_result import Comparison
     from mfcompile.compile import CompiledModel, compile_pruned, export_onnx, verify
     from mfcompile.errors import (
         CalibrationError,
@@ -40,6 +42,7 @@ __all__ = [
     "CalibrationStatistics",
     "CaptureError",
     "CapturedGraph",
+    "Comparison",
     "CompiledModel",
     "Criterion",
     "ExportError",
@@ -61,6 +64,7 @@ __all__ = [
     "apply_masks",
     "calibrate",
     "capture",
+    "compare",
     "compile_pruned",
     "export_onnx",
     "infer_regions",
@@ -72,6 +76,8 @@ __all__ = [
 
 _HOMES = {
     "mfcompile.artifact": ("ExportedArtifact", "ParityReport"),
+    "mfcompile.comparison": ("compare",),
+    "mfcompile.comparison_result": ("Comparison",),
     "mfcompile.exporters.split_session": ("load_parts",),
     "mfcompile.graph": ("CapturedGraph",),
     "mfcompile.masks": ("MaskSet",),

@@ -129,11 +129,11 @@ def compare(
             statistics = calibrated(captured, data.calibration, found, cache, options)
     else:
         statistics = statistics_of(statistics, captured, found)
-    step("dense", 0, None)
+    step("running the dense model", 0, None)
     dense = DenseOutputs(captured, found, data.compared, padding_mask=padding_mask, seed=seed)
     bench = _Bench(captured, found, statistics, data, dense, evaluate, loss_fn, seed)
     metrics = bench.metrics(captured.module, "dense")
-    step("dense", 1, 1)
+    step("running the dense model", 1, 1)
     rows, agreements = bench.run(_sections(variants, asked), step)
     choice = _choose_metric(name, wanted, metrics, rows)
     return _result(bench, variants, rows, agreements, metrics, choice)

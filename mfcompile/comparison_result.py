@@ -151,10 +151,9 @@ class Comparison:
 
     @property
     def middle(self) -> int:
-        """Index of the agreement that one would look at first: among those of the most pruners, the middle one."""
-        most = max(len(item.labels) for _, item in self.agreements)
-        largest = [index for index, (_, item) in enumerate(self.agreements) if len(item.labels) == most]
-        return largest[len(largest) // 2]
+        """Index of the agreement that one would look at first: the middle one of those between several pruners."""
+        several = [index for index, (_, item) in enumerate(self.agreements) if len(item.labels) > 1]
+        return several[len(several) // 2] if several else 0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON knows it; the same comparison gives the same but for ``seconds``."""

@@ -103,7 +103,7 @@ def split_batches(
         )
     last = list(read.last)
     compared = last[len(last) - held :] if held else last[-MOST:]
-    source = f"{held} held-out calibration batches" if held else "calibration batches that the pruners have seen"
+    source = f"{held} held-out calibration {'batch' if held == 1 else 'batches'}" if held else "calibration data, none held out"
     samples = (sum(read.sizes[:count]), sum(sample_count(item) for item in compared))
     return SplitData(FirstBatches(batches, count), tuple(compared), held > 0, source, samples)
 

@@ -77,14 +77,16 @@ class Variant:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The variant as JSON knows it, with what its criterion needs and the allocation that is in force."""
+        """The variant as JSON knows it, with the allocation that is in force, and what its criterion needs."""
         told = self.options(None, 0).describe()
         published = "set by the pattern" if told["allocation"] is None and self.sets_sparsity else self.pruner.allocation
         return {
             "label": self.label,
             **{key: told[key] for key in ("criterion", "criterion_options", "pattern", "update")},
             "allocation": told["allocation"] or published,
+            "is_allocation_chosen": told["allocation"] is not None,
             "needs": sorted(need.value for need in self.pruner.needs),
+            "is_floor": self.pruner.name == FLOOR,
         }
 
 
@@ -109,7 +111,7 @@ def read_variant(given: str | Pruner | Mapping[str, Any] | Variant) -> Variant:
             raise InputError(f"criteria: {dict(given)!r} {what}; the keys are {', '.join(_KEYS)}")
         found = _of_parts(given)
     elif isinstance(given, str):
-        found = _of_parts(_parsed(given))
+        found = _of_parts(parse_word(given))
     else:
         hint = f"; make an object of it: {given.__name__}()" if isinstance(given, type) else ""
         raise InputError(f"criteria: {given!r} is neither a word ({GRAMMAR}), a Criterion object nor a mapping{hint}")
@@ -164,7 +166,12 @@ def _with_own(variant: Variant, own: Pruner | None) -> Variant:
     return Variant(variant.label, own, {}, variant.allocation, variant.pattern, variant.update)
 
 
-def _parsed(word: str) -> dict[str, Any]:
+def parse_word(word: str) -> dict[str, Any]:
+    """The parts of a word, as ``read_variant`` takes them.
+
+    Raises:
+        InputError: the word does not follow the grammar.
+    """
     match = _WORD.fullmatch(word.strip())
     if match is None or not match["criterion"]:
         raise InputError(

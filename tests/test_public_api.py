@@ -7,11 +7,11 @@ import inspect
 import mfcompile
 
 PUBLIC = {
-    "CalibrationError", "CalibrationStatistics", "CaptureError", "CapturedGraph", "CompiledModel", "Criterion", "ExportError",
-    "ExportedArtifact", "InputError", "MaskSet", "MfcompileError", "Need", "ParityError", "ParityReport", "PassError",
-    "PostconditionError", "PreconditionError", "PruneSite", "RegionError", "RegionMap", "SiteData", "__version__",
-    "apply_masks", "calibrate", "capture", "compile_pruned", "export_onnx", "infer_regions", "load_parts", "select_masks",
-    "strip", "verify",
+    "CalibrationError", "CalibrationStatistics", "CaptureError", "CapturedGraph", "Comparison", "CompiledModel", "Criterion",
+    "ExportError", "ExportedArtifact", "InputError", "MaskSet", "MfcompileError", "Need", "ParityError", "ParityReport",
+    "PassError", "PostconditionError", "PreconditionError", "PruneSite", "RegionError", "RegionMap", "SiteData", "__version__",
+    "apply_masks", "calibrate", "capture", "compare", "compile_pruned", "export_onnx", "infer_regions", "load_parts",
+    "select_masks", "strip", "verify",
 }  # fmt: skip
 
 

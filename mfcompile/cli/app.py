@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from mfcompile.cli import export, inspect, prune, verify
+from mfcompile.cli import compare, export, inspect, prune, verify
 from mfcompile.cli.console import Terminal
 from mfcompile.cli.parser import build_parser
 from mfcompile.errors import MfcompileError, ParityError
@@ -20,6 +20,7 @@ from mfcompile.recipe import ReproductionError
 
 COMMANDS = {
     "prune": prune.add_parser,
+    "compare": compare.add_parser,
     "inspect": inspect.add_parser,
     "export": export.add_parser,
     "verify": verify.add_parser,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mfcompile.cli.console import StageProgress
+    from mfcompile.cli.console import StageProgress, Terminal
     from mfcompile.frontends.sources import ModelSource
     from mfcompile.graph import CapturedGraph
     from mfcompile.masks import MaskSet
@@ -56,6 +56,25 @@ def load_recipe(recipe: Recipe, progress: StageProgress) -> ModelSource:
 
     fixed_batch = getattr(source.model, "fixed_batch", None) if source.kind == "onnx" else None
     return replace(source, calibration=load_calibration(recipe.calibration, fixed_batch))
+
+
+def announce(source: ModelSource, terminal: Terminal) -> None:
+    """Say what is worth knowing before the long work begins."""
+    for note in source.notes:
+        terminal.note(f"note: {note}")
+    if source.calibration is None:
+        if source.kind == "onnx":
+            terminal.warn(
+                "there is no calibration data: RANDOM inputs, made from the types of the file's inputs, stand in for it. Which "
+                "weights matter on noise says little of real data: pass --calibration batches.npz, with a few hundred samples"
+            )
+            return
+        loads = "file" if source.kind == "pt2" else "directory"
+        where = "in model.py" if source.kind == "python" else f"in a model.py that loads this {loads}"
+        terminal.warn(
+            f"there is no calibration data, so the example inputs stand in for it. Masks are only as good as the data: "
+            f"define calibration_batches {where}, with a few hundred real samples"
+        )
 
 
 def example_of(source: ModelSource) -> Any:

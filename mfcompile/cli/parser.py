@@ -142,6 +142,36 @@ def add_region_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_calibration_options(group: argparse._ArgumentGroup) -> None:
+    """The options that say what statistics are taken from."""
+    group.add_argument(
+        "--num-calibration-samples",
+        "--num_calibration_samples",
+        type=whole_number,
+        metavar="N",
+        help="stop calibrating at the batch that reaches N samples (default: all that the source gives)",
+    )
+    group.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="PATH",
+        help="calibration data: an .npz file of arrays named like the inputs, a directory of such files, or a Python file that "
+        "defines calibration_batches (default: what the source gives)",
+    )
+    group.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="calibration statistics of an earlier run of this model (statistics.safetensors), to be used again",
+    )
+    group.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="calibrate anew, and keep no statistics for later runs (default: those of the same model and data are reused)",
+    )
+
+
 def add_override_options(group: argparse._ArgumentGroup) -> None:
     """The options that overrule what dataflow found."""
     group.add_argument(

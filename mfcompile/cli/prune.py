@@ -17,7 +17,6 @@ from mfcompile.cli.parser import (
     add_debug_option,
     add_format_options,
     add_region_options,
-    whole_number,
 )
 from mfcompile.cli.pruning_options import (
     DEFAULT_CRITERION,
