@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 import mfcompile
 from mfcompile.passes.allocation import ALLOCATIONS
 from mfcompile.passes.criteria import registry
-from mfcompile.passes.mask_selection import UPDATES
 from mfcompile.passes.sparsity_patterns import BLOCK_PATTERNS, UNSTRUCTURED
+from mfcompile.recipe import UPDATES
 from tests.models import tiny_vlm, vlm_batch, vlm_captured, vlm_regions, vlm_statistics
 
 PAGE = (Path(__file__).parents[2] / "docs" / "criteria.md").read_text(encoding="utf-8")

@@ -28,8 +28,8 @@ def loss_fn(module: nn.Module, batch: Batch) -> Tensor:
 
 
 def select(batches: Any = BATCHES, **options: Any) -> mfcompile.MaskSet:
-    options = {"criterion": "snip", "loss_fn": loss_fn, "sparsity": 0.63} | options
-    return mfcompile.select_masks(vlm_captured(), vlm_regions(), None, batches=batches, **options)
+    chosen: dict[str, Any] = {"criterion": "snip", "loss_fn": loss_fn, "sparsity": 0.63} | options
+    return mfcompile.select_masks(vlm_captured(), vlm_regions(), None, batches=batches, **chosen)
 
 
 def sensitivities(batches: Sequence[Batch] = BATCHES) -> dict[str, NDArray[np.float32]]:
