@@ -26,12 +26,12 @@ from mfcompile.onnx_entry import first_batch, opened
 from mfcompile.parameter_checks import refuse_broken_parameters
 from mfcompile.passes.allocation import Sparsity, check_sparsity
 from mfcompile.passes.criteria.base import Need, Pruner
+from mfcompile.passes.dense_facts import DenseFacts
 from mfcompile.passes.held_out import SplitData, split_batches
 from mfcompile.passes.mask_agreement import Agreement, agreement
 from mfcompile.passes.mask_selection import check_needs, select_masks
 from mfcompile.passes.masking import mask_module
 from mfcompile.passes.output_error import DenseOutputs, seeded
-from mfcompile.passes.pruning_run import KnownGradients
 from mfcompile.passes.sparsity_patterns import parse_pattern
 from mfcompile.passes.variants import Variant, read_variants
 from mfcompile.passes.weight_values import set_values
@@ -75,9 +75,10 @@ def compare(
     Args:
         model: any ``nn.Module``, or the path of an .onnx file; it is not changed.
         example_inputs: a tensor, a tuple, or a mapping of keyword arguments; None takes the first calibration batch.
-        criteria: words of the form ``CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDATE]`` ("multiflow",
-            "multiflow@score-global", "wanda:2:4", "multiflow+sparsegpt"), Criterion objects, or mappings with the arguments
-            of ``compile_pruned``; None for every criterion that needs no gradients, and SNIP where there is a ``loss_fn``.
+        criteria: words of the form ``CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDATE[,OPTION=VALUE...]]``
+            ("multiflow", "multiflow@score-global", "wanda:2:4", "multiflow+sparsegpt"), Criterion objects, or mappings with
+            arguments of ``compile_pruned``; None for every criterion that needs no gradients, and SNIP where there is a
+            ``loss_fn``.
         sparsities: fractions removed, or one mapping region -> fraction. A pattern that sets its own is pruned to that.
         calibration: any iterable of batches, or a function that gives them; None uses the example inputs.
         evaluate: ``evaluate(module)`` gives a number, or metric -> number.
@@ -131,7 +132,7 @@ def compare(
         statistics = statistics_of(statistics, captured, found)
     step("running the dense model", 0, None)
     dense = DenseOutputs(captured, found, data.compared, padding_mask=padding_mask, seed=seed)
-    bench = _Bench(captured, found, statistics, data, dense, evaluate, loss_fn, seed)
+    bench = _Bench(captured, found, statistics, data, dense, evaluate, loss_fn, seed, padding_mask)
     metrics = bench.metrics(captured.module, "dense")
     step("running the dense model", 1, 1)
     rows, agreements = bench.run(_sections(variants, asked), step)
@@ -164,7 +165,8 @@ class _Bench:
     evaluate: Callable[[Any], Any] | None
     loss_fn: Callable[[Any, Any], Any] | None
     seed: int
-    known: KnownGradients = field(default_factory=KnownGradients)
+    padding_mask: str | None
+    known: DenseFacts = field(default_factory=DenseFacts)
 
     def metrics(self, module: nn.Module, what: str) -> dict[str, float]:
         """The user's own metrics; every model meets the same random numbers."""
@@ -196,7 +198,7 @@ class _Bench:
                 self.captured,
                 self.regions,
                 self.statistics,
-                variant.options(sparsity, self.seed),
+                variant.options(sparsity, self.seed, padding_mask=self.padding_mask),
                 batches=lambda: batches,
                 loss_fn=self.loss_fn,
                 known=self.known,

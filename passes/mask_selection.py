@@ -26,7 +26,8 @@ from mfcompile.region import PruneSite, RegionMap
 from mfcompile.statistics import CalibrationStatistics
 
 if TYPE_CHECKING:
-    from mfcompile.passes.pruning_run import Batches, KnownGradients, LossFn
+    from mfcompile.passes.dense_facts import DenseFacts
+    from mfcompile.passes.pruning_run import Batches, LossFn
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def select_masks(
     *,
     batches: Batches | None = None,
     loss_fn: LossFn | None = None,
-    known: KnownGradients | None = None,
+    known: DenseFacts | None = None,
     update_progress: Callable[[int, int | None], None] | None = None,
 ) -> MaskSet:
     """Choose the weights that stay: criterion x allocation x pattern.
@@ -104,7 +105,7 @@ def select_masks(
         progress: called with (weight tensors done, weight tensors in all).
         batches: gives the calibration batches, for criteria that need gradients.
         loss_fn: the loss of a batch, for criteria that need gradients.
-        known: gradients that several prunings of the model share; None takes them anew.
+        known: what several prunings of the model share, its gradients say; None finds it out anew.
         update_progress: called with (passes over the batches done, passes in all) by a weight update; None calls progress.
 
     Raises:

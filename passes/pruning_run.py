@@ -20,6 +20,7 @@ from mfcompile.masks import MaskSet, PackedMask, fingerprint
 from mfcompile.passes.allocation import Budget, Request, Sparsity, allocate, check_sparsity
 from mfcompile.passes.criteria.base import Criterion, Need, SiteData
 from mfcompile.passes.criteria.magnitude import Magnitude
+from mfcompile.passes.dense_facts import DenseFacts
 from mfcompile.passes.mask_packing import kept_bits_by_site, packed_mask
 from mfcompile.passes.mask_selection import parameter_mask, pruned_by_row, site_weight
 from mfcompile.passes.pieces import Values
@@ -38,17 +39,6 @@ Batches = Callable[[], Iterable[Any]]
 """Gives the calibration batches afresh at every call."""
 
 
-@dataclass
-class KnownGradients:
-    """Gradients of a dense model that several prunings of it use: the same loss, batches and seed are meant.
-
-    Attributes:
-        gradients: None until the first pruning has taken them.
-    """
-
-    gradients: Gradients | None = None
-
-
 @dataclass(frozen=True)
 class PruningRun:
     """What a pruner is given.
@@ -65,7 +55,7 @@ class PruningRun:
         batches: gives the calibration batches; None where there are none.
         loss_fn: the loss of a batch; None where there is none.
         progress: called with (done, total or None) while masks are chosen.
-        known: where the gradients of the dense model are kept for other prunings; None keeps none.
+        known: what other prunings of the model share with this one; None keeps nothing for them.
     """
 
     captured: CapturedGraph
@@ -79,7 +69,7 @@ class PruningRun:
     batches: Batches | None = None
     loss_fn: LossFn | None = None
     progress: Callable[[int, int | None], None] | None = None
-    known: KnownGradients | None = None
+    known: DenseFacts | None = None
 
     @cached_property
     def sites_by_fqn(self) -> dict[str, list[PruneSite]]:
@@ -92,7 +82,10 @@ class PruningRun:
     @cached_property
     def model_fingerprint(self) -> str:
         """Fingerprint of the dense model."""
-        return fingerprint(self.captured.module)
+        found = (self.known.fingerprint if self.known else None) or fingerprint(self.captured.module)
+        if self.known is not None:
+            self.known.fingerprint = found
+        return found
 
     def at_sparsity(self, factor: Callable[[float], float]) -> PruningRun:
         """The same run at another sparsity: ``factor`` of each that was asked for, by region or by layer too."""

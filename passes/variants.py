@@ -1,6 +1,7 @@
 """Variants: criterion x allocation x pattern x update in one word, as ``mfcompile compare`` takes them.
 
-The word is ``CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDATE]``: ``multiflow``, ``multiflow@score-global``,
+The word is ``CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDATE[,OPTION=VALUE...]]``: ``multiflow``,
+``multiflow@score-global``,
 ``wanda:2:4``, ``magnitude@uniform:4x1``, ``multiflow+sparsegpt``, ``itersnip,steps=20,batches_per_step=10``. A name may end
 in ``+`` (``chita++``, ``chita+++sparsegpt``).
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mfcompile.errors import InputError
@@ -19,7 +20,7 @@ from mfcompile.passes.criteria.registry import names, pruner
 from mfcompile.passes.mask_selection import SelectionOptions, check_options
 from mfcompile.passes.sparsity_patterns import UNSTRUCTURED, parse_pattern
 
-GRAMMAR = "CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDATE]"
+GRAMMAR = "CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDATE[,OPTION=VALUE...]]"
 
 FLOOR = "random"
 """What every other pruner must beat."""
@@ -32,10 +33,10 @@ _WITH_GRADIENTS = ("snip",)
 
 _WORD = re.compile(
     r"(?P<criterion>[^,@:]*?)(?P<options>(?:,[^,@:+]*)*)"
-    r"(?:@(?P<allocation>[^:+]+))?(?::(?P<pattern>[^@+]+))?(?:\+(?P<update>[^@:+]+))?"
+    r"(?:@(?P<allocation>[^,:+]+))?(?::(?P<pattern>[^,@+]+))?(?:\+(?P<update>[^,@:+]+)(?P<update_options>(?:,[^,@:+]*)*))?"
 )
 
-_KEYS = ("criterion", "criterion_options", "allocation", "pattern", "update", "label")
+_KEYS = ("criterion", "criterion_options", "allocation", "pattern", "update", "update_options", "label")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Variant:
 
     Attributes:
         label: what tables call it; made of the other attributes where it is not given.
-        criterion, criterion_options, allocation, pattern, update: see ``mfcompile.select_masks``.
+        criterion, criterion_options, allocation, pattern, update, update_options: see ``mfcompile.select_masks``.
     """
 
     label: str
@@ -53,6 +54,7 @@ class Variant:
     allocation: str | Mapping[str, float] | None = None
     pattern: str = UNSTRUCTURED
     update: str | None = None
+    update_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pruner(self) -> Pruner:
@@ -64,8 +66,17 @@ class Variant:
         """The pattern or the allocation says how much is removed: there is nothing to ask for."""
         return parse_pattern(self.pattern).fixed_sparsity is not None or isinstance(self.allocation, Mapping)
 
-    def options(self, sparsity: float | Mapping[str, float] | None, seed: int) -> SelectionOptions:
-        """The options of one pruning; the sparsity is left out where the variant sets its own."""
+    def options(
+        self, sparsity: float | Mapping[str, float] | None, seed: int, *, padding_mask: str | None = None
+    ) -> SelectionOptions:
+        """The options of one pruning; the sparsity is left out where the variant sets its own.
+
+        Args:
+            sparsity: what is asked for.
+            seed: of everything random.
+            padding_mask: name of the mask input of the text, for an update that runs the model; None finds it.
+        """
+        shared = {} if self.update is None or padding_mask is None else {"padding_mask": padding_mask}
         return SelectionOptions(
             None if self.sets_sparsity else sparsity,
             self.criterion,
@@ -74,6 +85,7 @@ class Variant:
             self.pattern,
             self.update,
             seed=seed,
+            update_options={**shared, **self.update_options},
         )
 
     def describe(self) -> dict[str, Any]:
@@ -82,7 +94,7 @@ class Variant:
         published = "set by the pattern" if told["allocation"] is None and self.sets_sparsity else self.pruner.allocation
         return {
             "label": self.label,
-            **{key: told[key] for key in ("criterion", "criterion_options", "pattern", "update")},
+            **{key: told[key] for key in ("criterion", "criterion_options", "pattern", "update", "update_options")},
             "allocation": told["allocation"] or published,
             "is_allocation_chosen": told["allocation"] is not None,
             "needs": sorted(need.value for need in self.pruner.needs),
@@ -95,7 +107,8 @@ def read_variant(given: str | Pruner | Mapping[str, Any] | Variant) -> Variant:
 
     Args:
         given: a word (see the module), a criterion object, or a mapping with ``criterion`` and, as ``compile_pruned`` takes
-            them, ``criterion_options``, ``allocation``, ``pattern``, ``update``; its ``label`` names it in tables.
+            them, ``criterion_options``, ``allocation``, ``pattern``, ``update``, ``update_options``; its ``label`` names it in
+            tables.
 
     Raises:
         InputError: the word does not follow the grammar, or an option is not valid.
@@ -163,7 +176,7 @@ def _with_own(variant: Variant, own: Pruner | None) -> Variant:
     """A name that the source's own criterion has means that one."""
     if own is None or variant.criterion != own.name or variant.criterion_options:
         return variant
-    return Variant(variant.label, own, {}, variant.allocation, variant.pattern, variant.update)
+    return replace(variant, criterion=own)
 
 
 def parse_word(word: str) -> dict[str, Any]:
@@ -178,14 +191,20 @@ def parse_word(word: str) -> dict[str, Any]:
             f"{word!r} names no pruner: the form is {GRAMMAR}, as in multiflow, multiflow@score-global, wanda:2:4 or "
             f"multiflow+sparsegpt"
         )
-    options: dict[str, Any] = {}
-    for item in match["options"].split(",")[1:]:
+    parts = {key: match[key] for key in ("criterion", "allocation", "pattern", "update") if match[key] is not None}
+    options = {"criterion_options": match["options"], "update_options": match["update_options"] or ""}
+    return {**parts, **{key: _options(text, word) for key, text in options.items()}, "label": word.strip()}
+
+
+def _options(text: str, word: str) -> dict[str, Any]:
+    """The options of ``,NAME=VALUE,NAME=VALUE``."""
+    found: dict[str, Any] = {}
+    for item in text.split(",")[1:]:
         name, separator, value = item.partition("=")
         if not (name and separator and value):
-            raise InputError(f"{word!r}: {item!r} is no option; write CRITERION,OPTION=VALUE, itersnip,steps=20 say")
-        options[name] = _value(value)
-    parts = {key: match[key] for key in ("criterion", "allocation", "pattern", "update") if match[key] is not None}
-    return {**parts, "criterion_options": options, "label": word.strip()}
+            raise InputError(f"{word!r}: {item!r} is no option; write NAME,OPTION=VALUE, itersnip,steps=20 say")
+        found[name] = _value(value)
+    return found
 
 
 def _value(text: str) -> Any:
@@ -202,9 +221,13 @@ def _of_parts(parts: Mapping[str, Any]) -> Variant:
 
 
 def _label(parts: Mapping[str, Any]) -> str:
-    criterion, allocation = parts["criterion"], parts.get("allocation")
-    text = criterion if isinstance(criterion, str) else getattr(criterion, "name", type(criterion).__name__)
-    text += "".join(f",{name}={value}" for name, value in parts.get("criterion_options", {}).items())
+    criterion, allocation, update = parts["criterion"], parts.get("allocation"), parts.get("update")
+
+    def with_options(name: str, options: str) -> str:
+        return name + "".join(f",{key}={value}" for key, value in parts.get(options, {}).items())
+
+    named = criterion if isinstance(criterion, str) else getattr(criterion, "name", type(criterion).__name__)
+    text = with_options(named, "criterion_options")
     text += "" if allocation is None else f"@{allocation}" if isinstance(allocation, str) else "@layers"
     text += f":{parts['pattern']}" if parts.get("pattern", UNSTRUCTURED) != UNSTRUCTURED else ""
-    return text + (f"+{parts['update']}" if parts.get("update") else "")
+    return text + (f"+{with_options(update, 'update_options')}" if update else "")

@@ -32,7 +32,7 @@ Prune a model with several pruners, on one capture and one calibration, and show
 evaluate, the error of its outputs against the dense model, the sparsity of every region and of the least and the most
 pruned layer, and how far the masks agree. Nothing is exported; without -o nothing is written.
 
-A PRUNER is one word:  CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDATE]
+A PRUNER is one word:  CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDATE[,OPTION=VALUE...]]
   multiflow                    as published
   multiflow@score-global       one threshold over all scores: the paper's "without distribution"
   multiflow@magnitude-global   budgets from all layers together: the paper's "without multimodality"

@@ -114,6 +114,8 @@ def next_step(document: Mapping[str, Any], source: Path) -> str | None:
         words += ["--pattern", pruner["pattern"]]
     if pruner["update"]:
         words += ["--update", pruner["update"]]
+    if pruner["update_options"]:
+        words += ["--update-option", *(f"{name}={value}" for name, value in pruner["update_options"].items())]
     given = (
         ",".join(f"{name}={value}" for name, value in sparsity.items()) if isinstance(sparsity, Mapping) else f"{sparsity:g}"
     )
