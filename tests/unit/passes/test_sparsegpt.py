@@ -1,0 +1,446 @@
+"""The weight update ``sparsegpt``: its order, its kinds of weights, what it leaves alone, and everything downstream of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mfcompile
+from mfcompile.compile import with_masks
+from mfcompile.errors import CalibrationError, InputError
+from mfcompile.masks import MaskSet, fingerprint
+from mfcompile.passes.mask_selection import site_weight
+from mfcompile.passes.pruning_run import PruningRun
+from mfcompile.passes.reconstruction import Reconstructor
+from mfcompile.passes.sparsegpt import SiteUpdate, SparseGptOptions, updated
+from mfcompile.passes.weight_values import set_values
+from tests.models import Batch, TwoLayers, rows, tiny_vlm, vlm_batch, vlm_captured, vlm_regions, vlm_statistics
+from tests.unit.passes.test_experts import Mixture, image
+from tests.unit.passes.test_observers import Repeat, linear_inputs
+
+# The same sums of float32 products in another order, and what a linear system makes of them.
+RTOL, ATOL = 1e-3, 1e-4
+
+
+def vlm_batches() -> list[Batch]:
+    return [vlm_batch((6, 3, 5, 2, 6), seed=seed) for seed in (1, 2, 3)]
+
+
+def vlm_run(**changes: Any) -> PruningRun:
+    return replace(PruningRun(vlm_captured(), vlm_regions(), 0.63, statistics=vlm_statistics(), batches=vlm_batches), **changes)
+
+
+def vlm_masks(sparsity: float = 0.63) -> MaskSet:
+    return mfcompile.select_masks(vlm_captured(), vlm_regions(), vlm_statistics(), sparsity=sparsity)
+
+
+def update_of(
+    model: nn.Module,
+    batches: list[Any],
+    sparsity: float = 0.5,
+    *,
+    example: Any = None,
+    regions: Mapping[str, Any] | None = None,
+) -> tuple[mfcompile.CapturedGraph, MaskSet, list[SiteUpdate]]:
+    """A model pruned by magnitude, then updated."""
+    captured = mfcompile.capture(model.eval(), batches[0] if example is None else example)
+    found = mfcompile.infer_regions(captured, **(regions or {}))
+    masks = mfcompile.select_masks(captured, found, sparsity=sparsity, criterion="magnitude", allocation="uniform")
+    run = PruningRun(captured, found, sparsity, batches=lambda: batches)
+    return captured, *updated(run, masks, SparseGptOptions(passes=None))
+
+
+def two_layers(seed: int = 0, width: int = 8) -> TwoLayers:
+    torch.manual_seed(seed)
+    return TwoLayers(width).eval()
+
+
+def pixels(seed: int = 1, width: int = 8, samples: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, 9, 4, generator=generator) @ torch.randn(4, width, generator=generator)
+
+
+class TestTheOrderOfTheLayers:
+    def reconstructed(self, one_pass: bool) -> dict[str, Tensor]:
+        """Layer after layer by hand: plain hooks, plain products, the model pruned so far put in place."""
+        model, batch = two_layers(), pixels()
+        weights = dict(model.named_parameters())
+        dense = {name: weights[name].detach().clone() for name in weights}
+        _, masks, _ = update_of(two_layers(), [batch])
+        first = {name: inputs for name, (inputs,) in linear_inputs(model, {"image": batch}).items()}
+        for name in masks:
+            inputs = (first[name] if one_pass else linear_inputs(model, {"image": batch})[name][0]).flatten(0, -2)
+            result = Reconstructor(inputs.mT @ inputs).reconstruct(dense[name], masks[name])
+            with torch.no_grad():
+                weights[name].copy_(result.weight)
+        return {name: weights[name].detach() for name in masks}
+
+    def test_a_layer_gets_the_inputs_that_the_pruned_model_gives_it(self) -> None:
+        captured, masks, updates = update_of(two_layers(), [pixels()])
+        expected = self.reconstructed(one_pass=False)
+        assert [item.name for item in updates] == list(expected)
+        for name, weight in expected.items():
+            found = torch.where(masks[name], masks.updated_weight(name, captured.parameter(name)), 0.0)
+            torch.testing.assert_close(found, weight, rtol=RTOL, atol=ATOL)
+
+    def test_in_one_pass_all_layers_get_those_of_the_dense_model(self) -> None:
+        captured, masks, _ = update_of(two_layers(), [pixels()])
+        run = PruningRun(captured, mfcompile.infer_regions(captured), 0.5, batches=lambda: [pixels()])
+        once, _ = updated(run, replace(masks, new_values={}), SparseGptOptions(passes=1))
+        dense, pruned = self.reconstructed(one_pass=True), self.reconstructed(one_pass=False)
+        name = "blocks.1.down.weight"
+        found = torch.where(once[name], once.updated_weight(name, captured.parameter(name)), 0.0)
+        torch.testing.assert_close(found, dense[name], rtol=RTOL, atol=ATOL)
+        assert not torch.allclose(dense[name], pruned[name], rtol=RTOL, atol=ATOL)
+
+    def test_the_number_of_passes_is_said_beforehand(self) -> None:
+        said: list[tuple[int, int | None]] = []
+        updated(vlm_run(progress=lambda done, total: said.append((done, total))), vlm_masks(), SparseGptOptions(passes=3))
+        assert said == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+    def test_less_memory_makes_more_passes(self) -> None:
+        said: list[int | None] = []
+        options = SparseGptOptions(passes=1, memory_mib=3 * 4 * 16 * 16 / 2**20)
+        updated(vlm_run(progress=lambda done, total: said.append(total)), vlm_masks(), options)
+        assert said[0] is not None
+        assert said[0] >= 10
+
+
+def test_masks_stay_and_every_layer_comes_closer() -> None:
+    before = vlm_masks()
+    after, updates = updated(vlm_run(), before)
+    assert {name: mask.bits.tobytes() for name, mask in after.packed.items()} == {
+        name: mask.bits.tobytes() for name, mask in before.packed.items()
+    }
+    assert sorted(item.name for item in updates) == sorted(site.name for site in vlm_regions().pruned_sites)
+    assert all(item.error < item.masked_error for item in updates)
+    assert list(after.new_values) == list(after.packed)
+    for name, values in after.new_values.items():
+        assert values.shape == (after.packed[name].kept_count,)
+    assert after.digest() != before.digest()
+
+
+def test_the_output_of_the_model_comes_closer() -> None:
+    inputs = vlm_batch((5, 6, 3), seed=9)
+    outputs = {}
+    after, _ = updated(vlm_run(), vlm_masks(0.4))
+    for name, masks in (("masked", vlm_masks(0.4)), ("updated", after)):
+        graph = mfcompile.apply_masks(vlm_captured(), masks)
+        with torch.no_grad():
+            outputs[name] = mfcompile.passes.masking.mask_module(graph.module, masks)(**inputs)
+            dense = tiny_vlm()(**inputs)
+    for key in ("image", "text"):
+        assert (outputs["updated"][key] - dense[key]).norm() < 0.95 * (outputs["masked"][key] - dense[key]).norm()
+
+
+def test_batches_may_be_cut_otherwise() -> None:
+    one, two = vlm_batches()[0], vlm_batches()[1]
+    whole, _ = updated(vlm_run(batches=lambda: [one, two]), vlm_masks())
+    parts = [rows(two, [4, 0]), rows(one, [1]), rows(two, [1, 2, 3]), rows(one, [0, 2, 3, 4])]
+    cut, _ = updated(vlm_run(batches=lambda: parts), vlm_masks())
+    for name, values in whole.new_values.items():
+        torch.testing.assert_close(cut.new_values[name], values, rtol=RTOL, atol=ATOL, msg=name)
+
+
+def test_the_same_run_gives_the_same_bits() -> None:
+    assert updated(vlm_run(), vlm_masks())[0].digest() == updated(vlm_run(), vlm_masks())[0].digest()
+
+
+class TestKindsOfWeights:
+    def test_a_weight_that_is_stored_the_other_way_round(self) -> None:
+        class Turned(nn.Module):
+            def __init__(self, plain: nn.Module) -> None:
+                super().__init__()
+                for name in ("up", "down"):
+                    linear = getattr(plain, name)
+                    self.register_parameter(name, nn.Parameter(linear.weight.detach().mT.contiguous()))
+                    self.register_buffer(f"{name}_bias", linear.bias.detach())
+
+            def forward(self, states: Tensor) -> Tensor:
+                inner = torch.relu(states @ self.up + self.up_bias)
+                result: Tensor = states + inner @ self.down + self.down_bias
+                return result
+
+        plain = two_layers()
+        turned = two_layers()
+        turned.blocks = nn.ModuleList(Turned(block) for block in plain.blocks)
+        (plain_graph, plain_masks, _), (graph, masks, _) = (update_of(model, [pixels()]) for model in (plain, turned))
+        for name in plain_masks:
+            other = name.removesuffix(".weight")
+            assert torch.equal(masks[other].mT, plain_masks[name])
+            found = masks.updated_weight(other, graph.parameter(other))
+            torch.testing.assert_close(
+                found.mT, plain_masks.updated_weight(name, plain_graph.parameter(name)), rtol=RTOL, atol=ATOL
+            )
+
+    def test_rows_of_a_fused_weight_have_their_own_inputs(self) -> None:
+        class Fused(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = nn.Parameter(torch.randn(16, 8) / 2)
+
+            def forward(self, image: Tensor) -> Tensor:
+                return torch.tanh(nn.functional.linear(torch.tanh(nn.functional.linear(image, self.w[:8])), self.w[8:]))
+
+        torch.manual_seed(0)
+        captured, masks, updates = update_of(
+            Repeat(Fused), [pixels()], regions={"targets": ["*"], "modalities": {"image": "vision"}}
+        )
+        assert [item.name for item in updates] == [f"items.{i}.w[{part}]" for i in (0, 1) for part in ("0:8", "8:16")]
+        inputs = pixels().flatten(0, 1)
+        dense = captured.parameter("items.0.w").detach()
+        upper = Reconstructor(inputs.mT @ inputs).reconstruct(dense[:8], masks["items.0.w"][:8]).weight
+        found = torch.where(masks["items.0.w"], masks.updated_weight("items.0.w", dense), 0.0)
+        torch.testing.assert_close(found[:8], upper, rtol=RTOL, atol=ATOL)
+        inner = torch.tanh(inputs @ upper.mT)
+        lower = Reconstructor(inner.mT @ inner).reconstruct(dense[8:], masks["items.0.w"][8:]).weight
+        torch.testing.assert_close(found[8:], lower, rtol=RTOL, atol=ATOL)
+
+    @pytest.mark.parametrize(("way", "is_turned"), [("grouped", True), ("looked up", False)])
+    def test_experts_are_updated_from_their_own_tokens(self, way: str, is_turned: bool) -> None:
+        example = image(length=24)
+        found = {}
+        for kind in ((way, is_turned), ("loop", False)):
+            captured, masks, updates = update_of(
+                Mixture(*kind), [example], example=example, regions={"modalities": {"image": "vision"}}
+            )
+            assert len([item for item in updates if item.error < item.masked_error]) > 12
+            found[kind] = {
+                site.name: site_weight(set_values(captured, masks), site)
+                for site in mfcompile.infer_regions(captured, modalities={"image": "vision"}).pruned_sites
+            }
+        for name, weight in found["loop", False].items():
+            torch.testing.assert_close(found[way, is_turned][name], weight, rtol=1e-2, atol=1e-3, msg=name)
+
+    def test_an_expert_without_a_token_is_left_and_said(self) -> None:
+        batch = image(length=1)[:1]
+        captured, masks, updates = update_of(
+            Mixture("looked up"), [batch], example=image(), regions={"modalities": {"image": "vision"}}
+        )
+        left = [item.name for item in updates if item.left == "it received no calibration token"]
+        assert len(left) == 2 * 2 * 2  # two of four experts, up and down, in two layers
+        regions = mfcompile.infer_regions(captured, modalities={"image": "vision"})
+        for site in regions.pruned_sites:
+            if site.name in left:
+                assert torch.equal(site_weight(set_values(captured, masks), site), site_weight(captured, site))
+        said = [str(item) for item in masks.diagnostics if "no calibration token" in item.reason]
+        assert len(said) == 4
+        assert "experts.up: 2 of its 4 experts (" in said[0]
+
+    def test_patches_of_a_convolution(self) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.convolution = nn.Conv2d(3, 8, 4, 4)
+                self.layers = two_layers()
+
+            def forward(self, image: Tensor) -> Tensor:
+                result: Tensor = self.layers(self.convolution(image).flatten(2).mT)
+                return result
+
+        torch.manual_seed(0)
+        seen = torch.nn.functional.interpolate(torch.randn(20, 3, 4, 4), size=(16, 16), mode="bilinear")
+        captured, masks, _ = update_of(Net(), [seen], regions={"targets": ["convolution"], "modalities": {"image": "vision"}})
+        (name,) = masks
+        inputs = torch.nn.functional.unfold(seen, 4, stride=4).mT.flatten(0, 1)
+        dense = captured.parameter(name).detach()
+        expected = Reconstructor(inputs.mT @ inputs).reconstruct(dense.flatten(1), masks[name].flatten(1)).weight
+        found = torch.where(masks[name], masks.updated_weight(name, dense), 0.0)
+        torch.testing.assert_close(found.flatten(1), expected, rtol=RTOL, atol=ATOL)
+
+    def test_a_tied_weight_is_updated_once_for_all_its_calls(self) -> None:
+        model = two_layers()
+        model.blocks[1] = model.blocks[0]
+        captured, masks, updates = update_of(model, [pixels()])
+        assert len(updates) == len(masks) == 2
+        inputs = torch.cat([item.flatten(0, -2) for item in linear_inputs(model, {"image": pixels()})["blocks.0.up.weight"]])
+        dense = captured.parameter("blocks.0.up.weight").detach()
+        expected = Reconstructor(inputs.mT @ inputs).reconstruct(dense, masks["blocks.0.up.weight"]).weight
+        found = torch.where(masks["blocks.0.up.weight"], masks.updated_weight("blocks.0.up.weight", dense), 0.0)
+        torch.testing.assert_close(found, expected, rtol=RTOL, atol=ATOL)
+        module = set_values(captured, masks).module
+        assert module.blocks[0].up.weight is module.blocks[1].up.weight  # type: ignore[index,union-attr]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_values_have_the_dtype_of_the_weight(self, dtype: torch.dtype) -> None:
+        _, masks, updates = update_of(two_layers().to(dtype), [pixels().to(dtype)])
+        assert {values.dtype for values in masks.new_values.values()} == {dtype}
+        assert all(item.error < item.masked_error for item in updates)
+
+
+class TestWhatIsLeftAlone:
+    def test_inputs_that_cannot_be_used_are_said(self) -> None:
+        for poison, reason in ((float("nan"), "its input holds NaN or infinity"), (0.0, "its input is zero in every")):
+            model, batch = two_layers(), pixels()
+            _, masks, updates = update_of(model, [batch * poison], example=batch)
+            assert updates[0].left is not None
+            assert updates[0].left.startswith(reason)
+            assert any(item.subject == "blocks.0.up.weight" and reason in item.reason for item in masks.diagnostics)
+            assert "blocks.0.up.weight" not in masks.new_values
+
+    def test_nothing_pruned_runs_nothing(self) -> None:
+        def refuse() -> list[Any]:
+            raise AssertionError("the batches were asked for")
+
+        masks, updates = updated(vlm_run(batches=refuse), vlm_masks(0.0))
+        assert (dict(masks.new_values), updates) == ({}, [])
+
+    def test_a_layer_of_which_nothing_is_kept_is_zero_for_those_after_it(self) -> None:
+        captured, masks, _ = update_of(two_layers(), [pixels()])
+        gone = {**{name: masks[name] for name in masks}, "blocks.0.down.weight": torch.zeros(8, 16, dtype=torch.bool)}
+        packed = {name: mfcompile.masks.PackedMask.pack(mask) for name, mask in gone.items()}
+        run = PruningRun(captured, mfcompile.infer_regions(captured), 0.5, batches=lambda: [pixels()])
+        found, updates = updated(run, replace(masks, packed=packed, new_values={}))
+        assert "blocks.0.down.weight" not in found.new_values
+        model = two_layers()
+        with torch.no_grad():
+            model.blocks[0].down.weight.zero_()  # type: ignore[union-attr]
+        inputs = linear_inputs(model, {"image": pixels()})["blocks.1.up.weight"][0].flatten(0, 1)
+        dense = captured.parameter("blocks.1.up.weight").detach()
+        expected = Reconstructor(inputs.mT @ inputs).reconstruct(dense, gone["blocks.1.up.weight"]).masked_error
+        (update,) = [item for item in updates if item.name == "blocks.1.up.weight"]
+        assert update.masked_error == pytest.approx(expected, rel=1e-4)
+
+    def test_values_of_another_update_stay_where_they_are_better(self) -> None:
+        captured, masks, _ = update_of(two_layers(), [pixels()])
+        name, inputs = "blocks.0.up.weight", pixels().flatten(0, 1).double()
+        dense = captured.parameter(name).detach()
+        best = torch.zeros_like(dense)
+        for row, mask, values in zip(dense.double(), masks[name], best, strict=True):
+            if bool(mask.any()):
+                values[mask] = (
+                    torch.linalg.lstsq(inputs[:, mask], (inputs @ row).unsqueeze(1), driver="gelsd").solution[:, 0].float()
+                )
+        run = PruningRun(captured, mfcompile.infer_regions(captured), 0.5, batches=lambda: [pixels()])
+        given = replace(masks, new_values={name: best[masks[name]]})
+        found, _ = updated(run, given, SparseGptOptions(damping=0.1))
+        assert torch.equal(found.new_values[name], given.new_values[name])
+
+    def test_the_users_model_and_random_numbers(self) -> None:
+        model = tiny_vlm()
+        before, state = fingerprint(model), torch.get_rng_state()
+        parameters = dict(model.named_parameters())
+        mfcompile.compile_pruned(model, vlm_batch(), update="sparsegpt", calibration=vlm_batches())
+        assert fingerprint(model) == before
+        assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"dampening": 1}, "sparsegpt has no option 'dampening'; its options are damping, block_columns"),
+            ({"damping": -0.1}, "damping is a number of at least 0, got -0.1"),
+            ({"damping": float("nan")}, "damping is a number of at least 0, got nan"),
+            ({"memory_mib": "much"}, "memory_mib is a number of at least 0, got 'much'"),
+            ({"passes": 0}, "passes is a positive integer, got 0"),
+            ({"block_columns": None}, "block_columns is a positive integer, got None"),
+            ({"num_samples": 2.5}, "num_samples is a positive integer, got 2.5"),
+        ],
+    )
+    def test_what_is_not_valid_is_refused_before_anything_runs(self, options: dict[str, Any], message: str) -> None:
+        def calibration() -> list[Any]:
+            raise AssertionError("the batches were asked for")
+
+        with pytest.raises(InputError, match=message):
+            mfcompile.compile_pruned(
+                tiny_vlm(), vlm_batch(), update="sparsegpt", update_options=options, calibration=calibration
+            )
+
+    def test_options_without_an_update_are_refused(self) -> None:
+        with pytest.raises(InputError, match="are options of a weight update, and none is asked for"):
+            mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), update_options={"damping": 0.1})
+
+    def test_calibration_options_hold_for_the_update_too(self) -> None:
+        batches = vlm_batches()
+        few = mfcompile.compile_pruned(
+            tiny_vlm(), vlm_batch(), update="sparsegpt", calibration=batches, num_calibration_samples=5
+        )
+        one = mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), update="sparsegpt", calibration=batches[:1])
+        assert few.masks == one.masks
+        assert few.report["options"]["update_options"] == {"num_samples": 5}
+        with pytest.raises(InputError, match="padding_mask='nothing' is no"):
+            mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), criterion="magnitude", update="sparsegpt", padding_mask="nothing")
+
+    def test_no_batch_is_one_error(self) -> None:
+        with pytest.raises(CalibrationError, match="the calibration set is empty"):
+            mfcompile.select_masks(vlm_captured(), vlm_regions(), criterion="magnitude", update="sparsegpt", batches=[])
+
+    def test_an_onnx_file_is_refused(self) -> None:
+        captured = replace(vlm_captured(), frontend="onnx")
+        with pytest.raises(InputError, match=r"this model is an \.onnx file\. Prune the module that the file was made from"):
+            updated(vlm_run(captured=captured), vlm_masks())
+
+
+class TestDownstream:
+    @pytest.fixture(scope="class")
+    def compiled(self) -> mfcompile.CompiledModel:
+        return mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), update="sparsegpt", calibration=vlm_batches())
+
+    @staticmethod
+    def outputs(module: Callable[..., Any]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            found: dict[str, Tensor] = module(**vlm_batch((4, 6), seed=8))
+        return found
+
+    def test_the_module_has_the_new_weights(self, compiled: mfcompile.CompiledModel) -> None:
+        weights = dict(tiny_vlm().named_parameters())
+        for name in compiled.masks:
+            found = compiled.module.get_submodule(name.rpartition(".")[0]).weight
+            assert isinstance(found, Tensor)
+            expected = torch.where(compiled.masks[name], compiled.masks.updated_weight(name, weights[name]), 0.0)
+            assert torch.equal(found, expected)
+            assert not torch.equal(found, torch.where(compiled.masks[name], weights[name], 0.0))
+
+    def test_strip_keeps_them(self, compiled: mfcompile.CompiledModel) -> None:
+        for key, value in self.outputs(compiled.strip()).items():
+            torch.testing.assert_close(value, self.outputs(compiled.module)[key])
+
+    def test_a_saved_directory_reloads(self, compiled: mfcompile.CompiledModel, tmp_path: Path) -> None:
+        from safetensors.torch import load_file
+
+        compiled.save(tmp_path / "out", onnx=False)
+        fresh = tiny_vlm(seed=5)
+        fresh.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+        for key, value in self.outputs(fresh).items():
+            torch.testing.assert_close(value, self.outputs(compiled.module)[key])
+        masks = MaskSet.load(tmp_path / "out" / "masks.safetensors")
+        assert masks == compiled.masks
+        again = with_masks(mfcompile.capture(tiny_vlm(), vlm_batch()), masks)
+        for key, value in self.outputs(mfcompile.passes.masking.mask_module(again.module, masks)).items():
+            assert torch.equal(value, self.outputs(compiled.module)[key])
+
+    def test_onnx_computes_the_same(self, compiled: mfcompile.CompiledModel, tmp_path: Path) -> None:
+        path = tmp_path / "model.onnx"
+        artifact = mfcompile.export_onnx(compiled.captured, path)
+        assert compiled.verify(artifact).passed
+        session = onnxruntime.InferenceSession(path)
+        batch = vlm_batch((4, 6), seed=8)
+        found = session.run(None, {item.name: batch[item.name].numpy() for item in session.get_inputs()})
+        expected = self.outputs(compiled.module)
+        for item, value in zip(session.get_outputs(), found, strict=True):
+            torch.testing.assert_close(torch.from_numpy(value), expected[item.name], rtol=1e-3, atol=1e-4)
+
+    def test_another_sparsity_starts_from_the_dense_model(self, compiled: mfcompile.CompiledModel) -> None:
+        other = compiled.at_sparsity(0.8)
+        direct = mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), sparsity=0.8, update="sparsegpt", calibration=vlm_batches())
+        assert other.masks == direct.masks
+        assert other.masks.new_values
+
+    @pytest.mark.parametrize("pattern", ["2:4", "4x1"])
+    def test_patterns_stay(self, pattern: str) -> None:
+        done = mfcompile.compile_pruned(
+            tiny_vlm(), vlm_batch(), criterion="wanda", pattern=pattern, update="sparsegpt", calibration=vlm_batches()
+        )
+        plain = mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), criterion="wanda", pattern=pattern, calibration=vlm_batches())
+        assert done.masks.new_values
+        for name in plain.masks:
+            assert torch.equal(done.masks[name], plain.masks[name])
