@@ -20,7 +20,8 @@ def loss(module: nn.Module, batches: tuple[Batch, ...]) -> Tensor:
     assert isinstance(module, Xvlm)
     with torch.no_grad():
         module.temp.clamp_(0.001, 0.5)
-    return torch.stack([loss_of_one(module, batch) for batch in batches]).mean()
+    losses = [loss_of_one(module, batch) for batch in batches]
+    return torch.stack(losses).mean()
 
 
 def loss_of_one(module: Xvlm, batch: Batch) -> Tensor:
@@ -69,7 +70,7 @@ def hard_negatives(similarity: Tensor) -> tuple[Tensor, Tensor]:
 def encode_text(module: Xvlm, ids: Tensor, atts: Tensor) -> Tensor:
     """The text layers: (B, L) to (B, L, D)."""
     bert = module.text_encoder.bert
-    states = bert.embeddings(ids, None)
+    states: Tensor = bert.embeddings(ids, None)
     for layer in bert.encoder.layer[: bert.encoder.fusion_layer]:
         states = layer(states, key_bias(atts), None, None)
     return states

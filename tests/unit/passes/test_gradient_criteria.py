@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import mfcompile
 from mfcompile.errors import CalibrationError, InputError
-from tests.models import Batch, tiny_vlm, vlm_batch, vlm_captured, vlm_regions
+from mfcompile.passes.masking import mask_module
+from tests.models import Batch, TwoLayers, tiny_vlm, vlm_batch, vlm_captured, vlm_regions
 from tests.oracle import chita_reference
 
 BATCHES = [vlm_batch((6, 3, 5), seed=seed) for seed in range(4)]
@@ -359,3 +360,36 @@ def test_the_first_batch_of_tamt_runs_with_as_many_weights_as_are_to_stay() -> N
         criterion_options={"learning_rate": 0.01}, rounding="official",
     )  # fmt: skip
     assert living == [TOTAL - int(0.75 * TOTAL)] * 4
+
+
+def test_tamt_trains_a_mask_that_fits_the_task_better_than_its_start() -> None:
+    """A network that was trained on a task, and masks chosen for it: the start knows magnitudes only, training the loss."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(8, 8, generator=generator)
+    inputs = torch.randn(8, 32, 1, 8, generator=generator)
+    batches = [{"image": part, "target": torch.tanh(part @ target)} for part in inputs]
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        result: Tensor = (module(batch["image"]) - batch["target"]).pow(2).mean()
+        return result
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TwoLayers(8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for batch in batches * 40:
+        optimizer.zero_grad()
+        loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    captured = mfcompile.capture(model, {"image": inputs[0]})
+    regions = mfcompile.infer_regions(captured, modalities={"image": "vision"})
+
+    def pruned_loss(rate: float) -> float:
+        masks = mfcompile.select_masks(
+            captured, regions, None, criterion="tamt", batches=batches, loss_fn=loss, sparsity=0.7,
+            criterion_options={"learning_rate": rate, "steps": 60},
+        )  # fmt: skip
+        pruned = mask_module(model, masks)
+        return sum(float(loss(pruned, batch).detach()) for batch in batches) / len(batches)
+
+    assert pruned_loss(0.05) < 0.6 * pruned_loss(0.0)
