@@ -64,6 +64,7 @@ def calibrate_cached(
     padding_mask: str | None = None,
     num_samples: int | None = None,
     observe: str = "auto",
+    precision: str = "model",
     progress: Progress | None = None,
     cache_dir: Path | str | None = None,
 ) -> CachedCalibration:
@@ -87,6 +88,7 @@ def calibrate_cached(
         padding_mask: see calibrate.
         num_samples: see calibrate.
         observe: see calibrate.
+        precision: see calibrate.
         progress: see calibrate; not called where statistics are reused.
         cache_dir: the cache directory; None takes the one that MFCOMPILE_CACHE names, or the user's.
 
@@ -95,10 +97,11 @@ def calibrate_cached(
             that cannot be written, is a diagnostic.
     """
     source = _Source(batches)
-    check_arguments(source.first, num_samples, observe)
+    check_arguments(source.first, num_samples, observe, precision)
     own = fingerprint(captured.module)
     masks = plan_padding(captured, regions, padding_mask).masks
-    model_key = _model_key(captured, regions, own, masks, {"num_samples": num_samples, "observe": observe})
+    options: dict[str, Any] = {"num_samples": num_samples, "observe": observe, "precision": precision}
+    model_key = _model_key(captured, regions, own, masks, options)
     cache, notes, looked_at = StatisticsCache(cache_dir), list[Diagnostic](), 0
     if cache.has_model(model_key) and source.is_single:
         notes.append(Diagnostic(_SUBJECT, "the batches can be read only once, so that they were not looked up"))
@@ -111,9 +114,7 @@ def calibrate_cached(
     reading = _HashedBatches(captured, source)
     given = None if source.first is None else reading
     try:
-        statistics = calibrate(
-            captured, regions, given, padding_mask=padding_mask, num_samples=num_samples, observe=observe, progress=progress
-        )
+        statistics = calibrate(captured, regions, given, padding_mask=padding_mask, progress=progress, **options)
     except CalibrationError as error:
         if looked_at and not reading.count:
             raise CalibrationError(

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import mfcompile
 from mfcompile.errors import CalibrationError, InputError
-from mfcompile.passes.calibration import fits_any_values, repeated_weights
+from mfcompile.passes.calibration import repeated_weights
+from mfcompile.passes.runner import fits_any_values
 from tests.models import IMAGE_TOKENS, Batch, Mlp, TwoLayers, tiny_vlm, vlm_batch, vlm_captured, vlm_regions
 
 SAMPLES = [(6, 3), (5, 6), (2, 4)]
