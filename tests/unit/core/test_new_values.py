@@ -68,8 +68,8 @@ def test_values_are_part_of_what_masks_are() -> None:
     others = [
         replace(masks, new_values={}),
         replace(masks, new_values={name: masks.new_values[name]}),
-        replace(masks, new_values=masks.new_values | {name: changed}),
-        replace(masks, new_values=masks.new_values | {name: masks.new_values[name].double()}),
+        replace(masks, new_values=dict(masks.new_values) | {name: changed}),
+        replace(masks, new_values=dict(masks.new_values) | {name: masks.new_values[name].double()}),
     ]
     assert len({masks.digest(), *(other.digest() for other in others)}) == 5
     assert all(other != masks for other in others)
