@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import mfcompile
-from mfcompile.errors import CalibrationError, InputError
+from mfcompile.errors import CalibrationError, InputError, PreconditionError
+from mfcompile.passes import runner
 from mfcompile.passes.calibration import repeated_weights
 from mfcompile.passes.runner import fits_any_values
 from tests.models import IMAGE_TOKENS, Batch, Mlp, TwoLayers, tiny_vlm, vlm_batch, vlm_captured, vlm_regions
@@ -359,3 +361,35 @@ def test_a_tied_weight_counts_what_reaches_it_under_all_its_names(how: str) -> N
     expected = torch.cat([image, text], 1).double().square().sum((0, 1))
     torch.testing.assert_close(site.sum_of_squares, expected, rtol=1e-6, atol=0.0)
     assert site.token_count == 16
+
+
+def test_the_graph_is_observed_and_the_module_is_copied_only_where_a_batch_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(runner, name)
+
+        def call(*args: Any) -> Any:
+            done.append(name)
+            return original(*args)
+
+        return call
+
+    for name in ("run_transform", "share_weights_copy"):
+        monkeypatch.setattr(runner, name, counted(name))
+    for given, expected in (
+        ([vlm_batch()], ["run_transform"]),
+        ([vlm_batch((6, 3, 5))], ["share_weights_copy"]),
+        ([vlm_batch(), vlm_batch((6, 3, 5)), vlm_batch()], ["run_transform", "share_weights_copy"]),
+    ):
+        done.clear()
+        calibrate(given)
+        assert sorted(done) == expected
+
+
+def test_regions_of_another_graph_are_refused_whatever_is_run() -> None:
+    deeper = mfcompile.infer_regions(mfcompile.capture(tiny_vlm(layers=3), vlm_batch()))
+    other = replace(vlm_regions(), evidence=deeper.evidence)
+    for batch in (vlm_batch(), vlm_batch((6, 3, 5))):
+        with pytest.raises(PreconditionError, match="made for another graph"):
+            mfcompile.calibrate(vlm_captured(), [batch], regions=other)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mfcompile.passes import reduction
 from mfcompile.passes.reduction import Reduction, distinct, reduce_activation
 
 # Each sample is one float32 sum of at most 600 squares; samples are added in float64.
@@ -102,6 +106,66 @@ def test_long_sums_keep_their_digits() -> None:
     """A plain float32 accumulation of 2^22 equal numbers would be off by percents."""
     found = reduce_activation(torch.full((64, 1 << 16, 1), 0.1))
     np.testing.assert_allclose(found.sum_of_squares.numpy(), [(1 << 22) * np.float64(np.float32(0.1)) ** 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("elements", [1, 600, 5000, 1 << 30])
+@pytest.mark.parametrize("shape", [(5, 300, 7), (3, 2, 300, 7), (1, 1, 7), (9, 7)])
+def test_the_pieces_that_are_squared_at_a_time_change_no_bit(
+    shape: tuple[int, ...], elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither does the number of samples in one of them."""
+    activation, keep = draw(*shape), torch.rand(shape[:-1], generator=torch.Generator().manual_seed(1)) > 0.3
+    expected = [reduced(activation, mask) for mask in (None, keep)]
+    monkeypatch.setattr(reduction, "_PIECE_ELEMENTS", elements)
+    for mask, whole in zip((None, keep), expected, strict=True):
+        found = reduced(activation, mask)
+        assert torch.equal(found.sum_of_squares, whole.sum_of_squares)
+        assert found.by_sample is not None
+        assert whole.by_sample is not None
+        assert torch.equal(found.by_sample.sums, whole.by_sample.sums)
+
+
+def test_no_temporary_is_of_the_size_of_the_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduction, "_PIECE_ELEMENTS", 1 << 10)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and all(result.untyped_storage()._cdata != one for one in known):
+                largest = max(largest, result.untyped_storage().nbytes() // result.element_size())
+            return result
+
+    for dtype in (torch.float32, torch.bfloat16):
+        activation = draw(64, 50, 16).to(dtype)
+        known = {activation.untyped_storage()._cdata}
+        with Sizes():  # type: ignore[no-untyped-call]
+            reduce_activation(activation)
+    assert 0 < largest <= 1 << 11
+
+
+@pytest.mark.parametrize("shape", [(8, 197, 96), (2, 600, 40), (5, 3, 7)])
+def test_threads_change_no_bit(shape: tuple[int, ...]) -> None:
+    activation, before, found = draw(*shape), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(reduced(activation))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].sum_of_squares, found[1].sum_of_squares)
+
+
+def test_what_is_float64_is_summed_in_float64() -> None:
+    activation = draw(4, 300, 5).double() * (1 + 2.0**-40)
+    keep = torch.ones(4, 300, dtype=torch.bool)
+    for mask in (None, keep):
+        found = reduce_activation(activation, keep=mask).sum_of_squares
+        np.testing.assert_allclose(found.numpy(), activation.square().sum((0, 1)).numpy(), rtol=1e-14)
+    wide = torch.tensor([[1e30], [1e-30]], dtype=torch.float64)  # neither fits into float32 once squared
+    np.testing.assert_allclose(reduce_activation(wide[:1]).sum_of_squares.numpy(), [1e60], rtol=1e-14)
+    np.testing.assert_allclose(reduce_activation(wide[1:]).sum_of_squares.numpy(), [1e-60], rtol=1e-14)
 
 
 def reduced(activation: Tensor, keep: Tensor | None = None, by_sample: bool = True) -> Reduction:
