@@ -236,3 +236,43 @@ def test_rows_that_are_not_pruned_are_kept() -> None:
     masks = mfcompile.select_masks(captured, replace(regions, sites=sites), statistics, sparsity=0.9)
     assert bool(masks["items.0.fused"][:6].all())
     assert not bool(masks["items.0.fused"][6:].all())
+
+
+def test_n_of_m_runs_along_the_inputs_of_a_weight_however_it_is_stored() -> None:
+    """(4, 6) is (inputs, outputs): of the four inputs of an output two stay; rows of a fused weight have four inputs each."""
+    captured, regions, statistics = odd()
+    masks = mfcompile.select_masks(captured, regions, statistics, pattern="2:4")
+    for index in (0, 1):
+        assert masks[f"items.{index}.turned"].sum(0).tolist() == [2] * 6
+        assert masks[f"items.{index}.fused"].sum(1).tolist() == [2] * 12
+
+
+def test_blocks_run_along_the_outputs_of_a_weight_however_it_is_stored() -> None:
+    """Six outputs hold one block of four; a range of six rows of a fused weight too, from its own start."""
+    captured, regions, statistics = odd()
+    masks = mfcompile.select_masks(captured, regions, statistics, pattern="4x1", sparsity=0.5)
+    assert masks.weight_count - masks.kept_count == int(0.5 * masks.weight_count) // 4 * 4
+    for index in (0, 1):
+        turned, fused = masks[f"items.{index}.turned"], masks[f"items.{index}.fused"]
+        assert all(row[:4].sum() in (0, 4) and bool(row[4:].all()) for row in turned)
+        for start in (0, 6):
+            assert set(fused[start : start + 4].sum(0).tolist()) <= {0, 4}
+            assert bool(fused[start + 4 : start + 6].all())
+    assert {item.subject for item in masks.diagnostics} == {site.name for site in regions.pruned_sites}
+
+
+def test_patches_are_read_as_the_inputs_that_they_are() -> None:
+    """A (3, 2, 2) kernel has twelve inputs, read in this order: three groups of four."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Flatten(2))
+    captured = mfcompile.capture(model.eval(), torch.randn(2, 3, 4, 4))
+    regions = mfcompile.infer_regions(captured, modalities={"input": "vision"}, targets=["Conv2d"])
+    weight = captured.parameter("0.weight").detach().abs()
+    mask = mfcompile.select_masks(captured, regions, criterion="magnitude", pattern="2:4")["0.weight"]
+    assert mask.shape == (8, 3, 2, 2)
+    for output in range(8):
+        for channel in range(3):
+            kept, sizes = mask[output, channel].flatten(), weight[output, channel].flatten()
+            assert int(kept.sum()) == 2
+            assert float(sizes[kept].min()) > float(sizes[~kept].max())
+    blocks = mfcompile.select_masks(captured, regions, criterion="magnitude", pattern="4x1", sparsity=0.5)["0.weight"]
+    assert set(blocks.reshape(2, 4, -1).sum(1).flatten().tolist()) == {0, 4}

@@ -23,8 +23,8 @@ class Block(nn.Module):
 
     def __init__(self, shared: Block | None = None) -> None:
         super().__init__()
-        self.down = nn.Linear(2 * WIDTH, WIDTH) if shared is None else shared.down
-        self.up = nn.Linear(WIDTH, 2 * WIDTH) if shared is None else shared.up
+        self.down: nn.Module = nn.Linear(2 * WIDTH, WIDTH) if shared is None else shared.down
+        self.up: nn.Module = nn.Linear(WIDTH, 2 * WIDTH) if shared is None else shared.up
         self.attention = Attention()
 
     def forward(self, states: Tensor, context: Tensor) -> Tensor:
@@ -105,7 +105,8 @@ def scores_of(criterion: str) -> dict[str, Any]:
             (loss_fn(module, batch(seed)) / 2).backward()  # type: ignore[no-untyped-call]
         gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
         return {name: np.abs(gradients[name].numpy() * weight) for name, weight in weights().items()}  # type: ignore[union-attr]
-    score = {"magnitude": np.abs, "lamp": reference.score_lamp, "l2": reference.score_l2}[criterion]
+    by_weight: dict[str, Any] = {"magnitude": np.abs, "lamp": reference.score_lamp, "l2": reference.score_l2}
+    score = by_weight[criterion]
     return {name: score(weight) for name, weight in weights().items()}
 
 
