@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from torch import fx
+
 from mfcompile.graph import CapturedGraph
-from mfcompile.passes.operators import written_arguments
+from mfcompile.passes.operators import is_view, written_arguments
 from mfcompile.region import PruneSite, RegionMap, WeightUse
 
 _GRAM_BYTES = 4
@@ -74,14 +76,17 @@ def _order(captured: CapturedGraph, regions: RegionMap, fqns: set[str]) -> tuple
     """Name of every node -> its place, and how many pruned layers are on the longest way to it."""
     using = {use.node for fqn in fqns for use in regions.evidence.get(fqn, ())}
     places: dict[str, int] = {}
-    reached: dict[str, int] = {}  # with the node itself
+    reached: dict[fx.Node, int] = {}  # with the node itself
+    memory: dict[fx.Node, fx.Node] = {}  # node -> the node that it is a view of, or itself
     depths: dict[str, int] = {}
     for place, node in enumerate(captured.graph.nodes):
-        depth = max((reached[source.name] for source in node.all_input_nodes), default=0)
+        sources = node.all_input_nodes
+        depth = max((max(reached[source], reached[memory[source]]) for source in sources), default=0)
         places[node.name], depths[node.name] = place, depth
-        reached[node.name] = depth + (node.name in using)
+        reached[node] = depth + (node.name in using)
+        memory[node] = memory[sources[0]] if sources and is_view(node) else node
         for written in written_arguments(node):
-            reached[written.name] = max(reached[written.name], reached[node.name])
+            reached[memory[written]] = max(reached[memory[written]], reached[node])
     return places, depths
 
 

@@ -80,7 +80,7 @@ def test_nan_in_padding_is_left_out() -> None:
             self.blocks = nn.ModuleList([Mlp(), Mlp()])
 
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            states = self.embedding(input_ids) / attention_mask[..., None]
+            states: Tensor = self.embedding(input_ids) / attention_mask[..., None]
             for block in self.blocks:
                 states = block(states)
             return states
@@ -103,29 +103,55 @@ def test_query_key_and_value_share_one_matrix() -> None:
     assert len({id(gram) for gram in found.values()}) == len(activations)
 
 
-def test_sites_that_shared_until_now_part_without_disturbing_each_other() -> None:
-    class Gated(nn.Module):
-        """The second weight is only used where the first pixel says so: a graph of its own for such batches."""
+class Gated(nn.Module):
+    """The second weight is only used where the first pixel says so: it sees fewer batches than the first."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
 
-        def forward(self, image: Tensor) -> Tensor:
-            states: Tensor = self.first(image)
-            return states + self.second(image) if float(image[0, 0, 0]) > 0 else states
+    def forward(self, image: Tensor) -> Tensor:
+        states: Tensor = self.first(image)
+        return states + self.second(image) if float(image[0, 0, 0]) > 0 else states
 
+
+def gated() -> nn.Module:
+    """Two of them; positive images stay positive, negative ones negative."""
     torch.manual_seed(0)
-    both, one = torch.rand(2, 3, 4), -torch.rand(2, 3, 4)
     model = Repeat(Gated)
     with torch.no_grad():
         for linear in (item for item in model.modules() if isinstance(item, nn.Linear)):
             linear.weight.abs_()
-    captured = mfcompile.capture(model, both)
+            linear.bias.zero_()
+    return model
+
+
+def test_sites_that_shared_until_now_part_without_disturbing_each_other() -> None:
+    both, one = torch.rand(2, 3, 4), -torch.rand(2, 3, 4)
+    captured = mfcompile.capture(gated(), both)
     regions = mfcompile.infer_regions(captured)
     found = grams(collect(captured, regions, [both, both / 2, one, both]))
     torch.testing.assert_close(found["items.0.first.weight"], product(torch.cat([both, both / 2, one, both])))
     torch.testing.assert_close(found["items.0.second.weight"], product(torch.cat([both, both / 2, both])))
+
+
+@pytest.mark.parametrize("how", ["graph", "module"])
+def test_a_sample_that_comes_again_counts_once(how: str) -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, image: Tensor) -> Tensor:
+            changed = torch.cat([torch.tanh(image[:1]), image[1:]])
+            result: Tensor = self.linear(image) + self.linear(changed)
+            return result
+
+    seen = torch.randn(3, 5, 4)
+    captured = mfcompile.capture(Repeat(Partly), seen)
+    found = grams(collect(captured, mfcompile.infer_regions(captured), [seen], how))
+    expected = product(torch.cat([seen, torch.tanh(seen[:1])]))
+    torch.testing.assert_close(found["items.0.linear.weight"], expected, rtol=RTOL, atol=ATOL)
 
 
 def test_batches_may_be_cut_otherwise() -> None:

@@ -23,6 +23,7 @@ from mfcompile.passes.sparsegpt import SiteUpdate, SparseGptOptions, updated
 from mfcompile.passes.weight_values import set_values
 from tests.models import Batch, TwoLayers, rows, tiny_vlm, vlm_batch, vlm_captured, vlm_regions, vlm_statistics
 from tests.unit.passes.test_experts import Mixture, image
+from tests.unit.passes.test_gram import gated
 from tests.unit.passes.test_observers import Repeat, linear_inputs
 
 # The same sums of float32 products in another order, and what a linear system makes of them.
@@ -55,6 +56,10 @@ def update_of(
     masks = mfcompile.select_masks(captured, found, sparsity=sparsity, criterion="magnitude", allocation="uniform")
     run = PruningRun(captured, found, sparsity, batches=lambda: batches)
     return captured, *updated(run, masks, SparseGptOptions(passes=None))
+
+
+def sites_of(captured: mfcompile.CapturedGraph) -> tuple[mfcompile.PruneSite, ...]:
+    return mfcompile.infer_regions(captured, modalities={"image": "vision"}).pruned_sites
 
 
 def two_layers(seed: int = 0, width: int = 8) -> TwoLayers:
@@ -156,6 +161,11 @@ def test_the_same_run_gives_the_same_bits() -> None:
 class TestKindsOfWeights:
     def test_a_weight_that_is_stored_the_other_way_round(self) -> None:
         class Turned(nn.Module):
+            up: Tensor
+            down: Tensor
+            up_bias: Tensor
+            down_bias: Tensor
+
             def __init__(self, plain: nn.Module) -> None:
                 super().__init__()
                 for name in ("up", "down"):
@@ -301,7 +311,7 @@ class TestWhatIsLeftAlone:
         assert "blocks.0.down.weight" not in found.new_values
         model = two_layers()
         with torch.no_grad():
-            model.blocks[0].down.weight.zero_()  # type: ignore[union-attr]
+            model.get_parameter("blocks.0.down.weight").zero_()
         inputs = linear_inputs(model, {"image": pixels()})["blocks.1.up.weight"][0].flatten(0, 1)
         dense = captured.parameter("blocks.1.up.weight").detach()
         expected = Reconstructor(inputs.mT @ inputs).reconstruct(dense, gone["blocks.1.up.weight"]).masked_error
@@ -331,6 +341,39 @@ class TestWhatIsLeftAlone:
         assert fingerprint(model) == before
         assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
         assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_that_some_batches_tell_apart_have_their_own_inputs() -> None:
+    both, one = torch.rand(6, 9, 4) @ torch.rand(4, 4), -torch.rand(6, 9, 4)
+    captured, masks, updates = update_of(gated(), [both, one])
+    assert len(updates) == 4
+    for name, inputs in (("first", torch.cat([both, one])), ("second", both)):
+        flat, fqn = inputs.flatten(0, 1), f"items.0.{name}.weight"
+        dense = captured.parameter(fqn).detach()
+        expected = Reconstructor(flat.mT @ flat).reconstruct(dense, masks[fqn]).weight
+        found = site_weight(set_values(captured, masks), next(site for site in sites_of(captured) if site.fqn == fqn))
+        torch.testing.assert_close(torch.where(masks[fqn], found, 0.0), expected, rtol=RTOL, atol=ATOL)
+
+
+def test_the_seed_decides_what_a_random_model_sees() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = two_layers()
+
+        def forward(self, image: Tensor) -> Tensor:
+            result: Tensor = self.layers(image + torch.rand_like(image))
+            return result
+
+    captured = mfcompile.capture(Noisy(), pixels())
+    regions = mfcompile.infer_regions(captured)
+    masks = mfcompile.select_masks(captured, regions, sparsity=0.5, criterion="magnitude")
+    digests = []
+    for outside, seed in ((1, 3), (2, 3), (2, 4)):
+        torch.manual_seed(outside)
+        run = PruningRun(captured, regions, 0.5, seed=seed, batches=lambda: [pixels()])
+        digests.append(updated(run, masks)[0].digest())
+    assert digests[0] == digests[1] != digests[2]
 
 
 class TestOptions:
@@ -380,11 +423,12 @@ class TestOptions:
             updated(vlm_run(captured=captured), vlm_masks())
 
 
-class TestDownstream:
-    @pytest.fixture(scope="class")
-    def compiled(self) -> mfcompile.CompiledModel:
-        return mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), update="sparsegpt", calibration=vlm_batches())
+@pytest.fixture(scope="module")
+def compiled() -> mfcompile.CompiledModel:
+    return mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), update="sparsegpt", calibration=vlm_batches())
 
+
+class TestDownstream:
     @staticmethod
     def outputs(module: Callable[..., Any]) -> dict[str, Tensor]:
         with torch.no_grad():
