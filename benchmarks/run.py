@@ -23,7 +23,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def pruning() -> dict[str, Any]:
     """Cost of calibration and of selection."""
-    return {"calibration": pruning_cost.calibration_cost(), "selection": pruning_cost.selection_cost()}
+    return {
+        "calibration": pruning_cost.calibration_cost(),
+        "selection": pruning_cost.selection_cost(),
+        "selection_scaling": pruning_cost.selection_scaling(),
+    }
 
 
 BENCHMARKS = {"pruning": pruning, "capture": capture_cost.capture_cost}

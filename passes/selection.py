@@ -21,7 +21,7 @@ from mfcompile.errors import InputError
 from mfcompile.passes.histograms import kth_by_histograms
 from mfcompile.passes.pieces import Magnitudes, Piece, StoredValues, Values, count_of, scratch, spread
 
-_STEPS = (64, 1024)
+_STEPS = (64, 256)
 """At least and at most so many values share one that is looked at for the bounds."""
 
 _DEVIATIONS = 5.0
@@ -185,6 +185,7 @@ def _threshold(group: Sequence[Callable[[], Values]], k: int, names: Sequence[st
     if not 1 <= k <= total:
         raise InputError(f"cannot take the {k}-th smallest of {total} values")
     low, high = _bounds(sample, k / total)
+    del sample
     found = _scan(group, low, high, names)
     threshold = _from_counts(found, low, high, k)
     if threshold is None:
