@@ -17,6 +17,7 @@ from mfcompile.files import staged_directory
 from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import as_function
 from mfcompile.masks import MaskSet
+from mfcompile.module_copy import share_weights_copy
 from mfcompile.onnx_entry import export_file, first_batch, is_onnx, opened
 from mfcompile.onnx_ladder import FLOAT32_KEY, FLOAT32_VALUE, export_accepted, float32_inputs, float32_module
 from mfcompile.parameter_checks import refuse_broken_parameters, require_values
@@ -154,7 +155,7 @@ class CompiledModel:
 
     def strip(self) -> nn.Module:
         """A plain module with zeros baked in and no masks in force; ``module`` stays as it is."""
-        return strip(mask_module(self.captured.module, self.masks))
+        return strip(share_weights_copy(self.module))  # of what was trained, whatever became of its parameters since
 
     def save(self, output_dir: Path | str, *, onnx: bool = True, split: str | None = None, overwrite: bool = False) -> Path:
         """Write weights, masks, report and the packed ONNX file into a new directory, complete or not at all.

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch import fx, nn
 
 from mfcompile.errors import InputError, PostconditionError, PreconditionError
 from mfcompile.graph import CapturedGraph
+from mfcompile.masked_weights import WeightMask, mask_weight, masked_parameters, put_masks, strip
 from mfcompile.masks import MaskSet
 from mfcompile.module_copy import share_weights_copy
 from mfcompile.passes.base import PassResult
 from mfcompile.passes.weights import parameter_views
+
+__all__ = ["ApplyMasks", "WeightMask", "mask_module", "mask_weight", "masked_parameters", "strip"]
 
 
 @dataclass(frozen=True)
@@ -77,44 +76,6 @@ class ApplyMasks:
                     raise PostconditionError(f"{view.fqn} is still read unmasked, by {[user.name for user in stray]}")
 
 
-def mask_weight(weight: Tensor, mask: Tensor) -> Tensor:
-    """The weight with zeros at its pruned places: exact (+0.0), also where the stored value is NaN.
-
-    Args:
-        weight: any shape and dtype; not changed.
-        mask: bool, of the same shape, 1 = kept.
-
-    Returns:
-        A new tensor of the weight's shape and dtype; no gradient flows to pruned places.
-    """
-    if not weight.requires_grad or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.where(mask, weight, 0.0)
-    # Without autograd torch still picks the kernel of a linear layer by whether its weight is trainable: this one is
-    # as much as the dense one, so that both round alike to the last bit. An inference tensor could not say so.
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.where(mask, weight, 0.0).requires_grad_()
-
-
-class WeightMask(nn.Module):
-    """A parametrization that holds a weight's pruned places at zero.
-
-    Args:
-        mask: bool, shape of the weight, 1 = kept.
-        order: parameter names of the module that owns the weight, in order of registration.
-    """
-
-    mask: Tensor
-
-    def __init__(self, mask: Tensor, order: tuple[str, ...] = ()) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-        self.order = order
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight with zeros at its pruned places; see ``mask_weight``."""
-        return mask_weight(weight, self.mask)
-
-
 def mask_module(module: nn.Module, masks: MaskSet) -> nn.Module:
     """The user's module with its masks in force: a second object of the same class over the same weights.
 
@@ -135,65 +96,5 @@ def mask_module(module: nn.Module, masks: MaskSet) -> nn.Module:
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}): masks are put on a copy so that your "
             f"model stays as it is. Remove the attribute that deepcopy refuses"
         ) from error
-    named = dict(copy.named_parameters())
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    orders = {id(owner): tuple(name for name, _ in owner._parameters.items()) for owner in copy.modules()}
-    for owner in copy.modules():
-        for leaf, parameter in owner.named_parameters(recurse=False):
-            places.setdefault(id(parameter), []).append((owner, leaf))
-    for fqn, packed in masks.packed.items():
-        if fqn not in named or tuple(named[fqn].shape) != packed.shape:
-            raise InputError(
-                f"the masks hold {fqn} {packed.shape}, but the model has no such weight: they belong to another model"
-            )
-        mask = packed.unpack().to(named[fqn].device)
-        for owner, leaf in places[id(named[fqn])]:
-            parametrization = WeightMask(mask, orders[id(owner)])
-            parametrize.register_parametrization(owner, leaf, parametrization, unsafe=True)
+    put_masks(copy, masks, shared=True)
     return copy
-
-
-def masked_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(FQN without parametrization, dense original, mask) of every masked weight of a module, each name once."""
-    for path, owner in module.named_modules():
-        for leaf, stack in getattr(owner, "parametrizations", {}).items():
-            for item in stack:
-                if isinstance(item, WeightMask):
-                    yield f"{path}.{leaf}" if path else leaf, stack.original, item.mask
-
-
-def strip(module: nn.Module) -> nn.Module:
-    """Bake the zeros into plain parameters and stop enforcing them, in place; tied weights stay tied.
-
-    The dense values are not overwritten: masked weights become new parameters.
-
-    Args:
-        module: a module from ``mask_module`` (``compiled.module``).
-
-    Returns:
-        The same object, without parametrizations of mfcompile.
-    """
-    baked: dict[int, nn.Parameter] = {}
-    owners: list[tuple[nn.Module, str, Any]] = [
-        (owner, leaf, stack)
-        for owner in module.modules()
-        for leaf, stack in list(getattr(owner, "parametrizations", {}).items())
-    ]
-    for owner, leaf, stack in owners:
-        masks = [item for item in stack if isinstance(item, WeightMask)]
-        if not masks:
-            continue
-        original: Tensor = stack.original
-        if id(original) not in baked:
-            baked[id(original)] = nn.Parameter(getattr(owner, leaf).detach(), requires_grad=original.requires_grad)
-        parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
-        setattr(owner, leaf, baked[id(original)])
-        _reorder(owner, masks[0].order)
-    return module
-
-
-def _reorder(owner: nn.Module, order: tuple[str, ...]) -> None:
-    """Bring parameters back into their order of registration, which ``named_parameters`` and optimizers follow."""
-    found = dict(owner._parameters)
-    owner._parameters.clear()
-    owner._parameters.update({name: found.pop(name) for name in order if name in found} | found)
