@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfcompile.passes.chita_solver import SparseLeastSquares, blocks, refit, solve
+from mfcompile.passes.chita_solver import SparseLeastSquares, blocks, refit, solve, threshold_step
 from tests.oracle import chita_reference
 
 
@@ -100,6 +100,25 @@ def test_it_is_the_reference(case: str, seed: int) -> None:
     mask, values = chita_reference.solve(whole, LAYERS, 33, 15, loses_blocks=False)
     assert np.array_equal(found.support.numpy(), mask)
     np.testing.assert_allclose(found.weights.numpy(), values, rtol=1e-4, atol=1e-4 * np.abs(values).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_the_reference_step(case: str) -> None:
+    """Values too, from the dense weights and from pruned ones, on which blocks start."""
+    kept, found_nothing = 3, 0
+    scale, power, ridge, samples = CASES[case]
+    for seed in range(10):
+        rows, weights = drawn(6, 15, seed, scale, power)
+        other = chita_reference.problem(rows.numpy(), weights.numpy(), ridge, samples)
+        this = SparseLeastSquares(rows.double(), weights.double(), other.ridge, samples)
+        start = torch.from_numpy(np.where(chita_reference.largest(other.weights, kept), other.weights, 0.0))
+        for beta in (weights.double(), start):
+            values, support = threshold_step(this, beta, kept)
+            expected, mask = chita_reference.threshold_step(other, beta.numpy(), kept, loses_blocks=False)
+            assert np.array_equal(support.numpy(), mask)
+            np.testing.assert_allclose(values.numpy(), expected, rtol=1e-9, atol=1e-12)
+            found_nothing += not chita_reference.threshold_step(other, beta.numpy(), kept, loses_blocks=True)[1].any()
+    assert found_nothing >= 3 or case != "line searches that find nothing"
 
 
 def outcomes(case: str) -> tuple[int, int]:

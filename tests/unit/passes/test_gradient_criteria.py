@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 import mfcompile
 from mfcompile.errors import CalibrationError, InputError
+from mfcompile.passes.criteria.itersnip import iterate
 from mfcompile.passes.masking import mask_module
+from mfcompile.passes.pruning_run import PruningRun
 from tests.models import Batch, TwoLayers, tiny_vlm, vlm_batch, vlm_captured, vlm_regions
 from tests.oracle import chita_reference
 
@@ -181,6 +184,22 @@ def test_one_step_is_snip() -> None:
     assert one == snip
     assert one != select("itersnip")
     assert select("itersnip", criterion_options={"steps": 3, "batches_per_step": 2, "schedule": "const"}) != one
+
+
+def test_what_is_gone_does_not_return_when_nothing_has_a_gradient_any_more() -> None:
+    run = PruningRun(vlm_captured(), vlm_regions(), 0.75)
+    seen: list[Mapping[str, Tensor]] = []
+
+    def gradients(step: int, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        seen.append(masks)
+        weights = {name: vlm_captured().parameter(name).detach() for name in NAMES}
+        # The first step removes the last weights, of equal scores the first ones would go.
+        return {name: float(step == 1 and index < 18) / weight for index, (name, weight) in enumerate(weights.items())}
+
+    masks = iterate(run, 3, "linear", gradients)
+    for before, after in pairwise([*seen[1:], masks]):
+        assert not (flat_mask(after) & ~flat_mask(before)).any()
+    assert masks.kept_count == TOTAL - int(0.75 * TOTAL)
 
 
 def test_a_pattern_that_sets_the_sparsity_leaves_one_step() -> None:
