@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | zoo -- each sets up what it needs in .venv
+# make demo | test | lint | sanitize | bench | zoo -- each sets up what it needs in .venv
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint bench zoo train clean
+.PHONY: demo test lint sanitize bench zoo train clean
 
 # timm and open_clip without torchvision, whose default wheel is built for CUDA: see tests/zoo/without_torchvision.py.
 $(STAMP): pyproject.toml constraints.txt
@@ -24,6 +24,9 @@ lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: $(STAMP) ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python tests/unit/runtime/sanitize.py
 
 bench: $(STAMP) ## every figure of the README and the docs, measured here
 	$(BIN)/python benchmarks/run.py

@@ -11,7 +11,8 @@
     │   ├── PreconditionError
     │   └── PostconditionError
     ├── ExportError             an artefact could not be written
-    └── ParityError             an artefact does not compute what the model computes
+    ├── ParityError             an artefact does not compute what the model computes
+    └── RuntimeLibraryError     the sparse runtime cannot be built or loaded here
 
 A message says what happened, where (node, parameter name, shape), why it is refused, and what to do.
 """
@@ -57,3 +58,7 @@ class ExportError(MfcompileError):
 
 class ParityError(MfcompileError):
     """The exported artefact and the PyTorch module disagree beyond the stated tolerance."""
+
+
+class RuntimeLibraryError(MfcompileError):
+    """The library of sparse kernels cannot be built or loaded on this machine; models still run as dense ones."""

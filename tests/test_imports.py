@@ -1,4 +1,4 @@
-"""Arrows of imports: core <- {frontends, passes, exporters} <- compile <- cli, and what a plain import may load."""
+"""Arrows of imports: core <- {frontends, passes, exporters, runtime} <- compile <- cli, and what a plain import may load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("frontends", "passes", "exporters")
+STAGES = ("frontends", "passes", "exporters", "runtime")
 TOP = {"mfcompile.compile", "mfcompile.steps", "mfcompile.onnx_ladder", "mfcompile.cli"}
 ABOVE_CORE = {
     "compile.py", "comparison.py", "comparison_result.py", "steps.py", "onnx_ladder.py", "onnx_entry.py", "__init__.py",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAPPED = ("frontends", "passes", "exporters")
+MAPPED = ("frontends", "passes", "exporters", "runtime")
 
 
 def build_settings() -> dict[str, object]:

@@ -17,7 +17,7 @@ def main() -> None:
     """Import everything, prune a small model, write it."""
     assert not (Path.cwd() / "mfcompile").exists(), "run this away from the checkout"
     names = [item.name for item in pkgutil.walk_packages(mfcompile.__path__, "mfcompile.")]
-    for subpackage in ("cli", "exporters", "frontends", "passes"):
+    for subpackage in ("cli", "exporters", "frontends", "passes", "runtime"):
         assert f"mfcompile.{subpackage}" in names, f"mfcompile.{subpackage} is missing from the wheel"
     for name in names:
         if not name.endswith("__main__"):

@@ -1,0 +1,308 @@
+// mfcompile::SparseLinear and mfcompile::SparseLinearGap4 as custom operators of onnxruntime.
+//
+// Inputs: X (..., K) float32; gaps (bytes,) uint8 and values (entries,) float32 or float16, both constant; bias (N,) float32,
+// optional. Attribute shape = [N, K]. Output: (..., N) float32 = X W^T + bias.
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "abi.h"
+#include "sparse_linear.h"
+
+namespace mfcompile {
+namespace {
+
+using namespace abi;
+
+constexpr const char* kCapVariable = "MFCOMPILE_RUNTIME_CPU";
+
+Api g_api;  // filled once by RegisterCustomOps, before any kernel exists
+
+// An error on its way to onnxruntime.
+struct Refusal {
+  ErrorCode code;
+  std::string message;
+};
+
+void check(Status* status) {
+  if (!status) return;
+  Refusal refusal{g_api.get_error_code.call(status), g_api.get_error_message.call(status)};
+  g_api.release_status.call(status);
+  throw refusal;
+}
+
+// Runs a body that may throw; nothing may be thrown into onnxruntime, which is compiled by another compiler.
+template <class Body>
+Status* guard(Body body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const Refusal& refusal) {
+    return g_api.create_status.call(refusal.code, refusal.message.c_str());
+  } catch (const std::exception& error) {
+    return g_api.create_status.call(kFail, error.what());
+  }
+}
+
+struct Tensor {
+  ElementType type;
+  std::vector<int64_t> shape;
+  size_t count;
+  const void* data;
+};
+
+Tensor read_tensor(const Value* value) {
+  TypeAndShape* info = nullptr;
+  check(g_api.get_shape.call(value, &info));
+  const std::unique_ptr<TypeAndShape, void (*)(TypeAndShape*)> owner(info, g_api.release_shape.call);
+  Tensor tensor{};
+  size_t rank = 0;
+  check(g_api.get_element_type.call(info, &tensor.type));
+  check(g_api.get_rank.call(info, &rank));
+  tensor.shape.resize(rank);
+  check(g_api.get_dimensions.call(info, tensor.shape.data(), rank));
+  check(g_api.get_element_count.call(info, &tensor.count));
+  void* data = nullptr;
+  check(g_api.get_tensor_data.call(const_cast<Value*>(value), &data));
+  tensor.data = data;
+  return tensor;
+}
+
+std::string text_of(const std::vector<int64_t>& shape) {
+  std::string text = "(";
+  for (size_t axis = 0; axis < shape.size(); ++axis) text += (axis ? ", " : "") + std::to_string(shape[axis]);
+  return text + ")";
+}
+
+std::string name_of(const KernelInfo* info) {
+  char name[256] = "";
+  size_t size = sizeof name;
+  Status* status = g_api.get_node_name.call(info, name, &size);
+  if (!status) return name;
+  g_api.release_status.call(status);
+  return "";
+}
+
+class OrtParallel final : public Parallel {
+ public:
+  explicit OrtParallel(const KernelContext* context) : context_(context) {}
+  void run(void (*task)(void*, size_t), size_t count, void* argument) const override {
+    Work work{task, argument, {}, {}};
+    check(g_api.parallel_for.call(context_, run_one, count, 0, &work));
+    if (work.error) std::rethrow_exception(work.error);
+  }
+
+ private:
+  struct Work {
+    void (*task)(void*, size_t);
+    void* argument;
+    std::mutex mutex;
+    std::exception_ptr error;
+  };
+  static void run_one(void* held, size_t index) {
+    Work& work = *static_cast<Work*>(held);
+    try {
+      work.task(work.argument, index);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(work.mutex);
+      work.error = std::current_exception();
+    }
+  }
+  const KernelContext* context_;
+};
+
+class Kernel {
+ public:
+  Kernel(const KernelInfo* info, Encoding encoding) : name_("SparseLinear node '" + name_of(info) + "'") {
+    int64_t shape[2] = {};
+    size_t rank = 2;
+    Status* status = g_api.get_attribute_ints.call(info, "shape", shape, &rank);
+    if (status || rank != 2) {
+      if (status) g_api.release_status.call(status);
+      refuse("needs an attribute shape = [N, K]");
+    }
+    const Tensor gaps = read_constant(info, 1, "gaps"), values = read_constant(info, 2, "values");
+    if (gaps.type != kUint8 || gaps.shape.size() != 1) refuse("needs gaps of type uint8 and rank 1");
+    if ((values.type != kFloat && values.type != kFloat16) || values.shape.size() != 1) {
+      refuse("needs values of type float32 or float16 and rank 1");
+    }
+    const PackedWeight weight{encoding, values.type == kFloat ? ValueType::kFloat : ValueType::kHalf,
+                              static_cast<const uint8_t*>(gaps.data), gaps.count, values.data, values.count, shape[0], shape[1]};
+    const std::string fault = find_fault(weight);
+    if (!fault.empty()) refuse("has a packed weight that is damaged: " + fault + ". Export the model again");
+    const char* cap = std::getenv(kCapVariable);
+    const Kernels* kernels = choose_kernels(cap);
+    if (!kernels) {
+      refuse(std::string("cannot use the instruction set that ") + kCapVariable + "=" + cap +
+             " names: it is not one of portable, avx2, avx512, or this machine does not have it. Unset the variable");
+    }
+    rows_ = shape[0];
+    columns_ = shape[1];
+    linear_ = std::make_unique<SparseLinear>(weight, *kernels);
+  }
+
+  void compute(KernelContext* context) const {
+    const Value* value = nullptr;
+    check(g_api.get_input.call(context, 0, &value));
+    const Tensor x = read_tensor(value);
+    if (x.type != kFloat || x.shape.empty() || x.shape.back() != columns_) {
+      refuse("multiplies by a weight of shape (" + std::to_string(rows_) + ", " + std::to_string(columns_) +
+             ") and was given X of shape " + text_of(x.shape));
+    }
+    size_t input_count = 0;
+    check(g_api.get_input_count.call(context, &input_count));
+    const float* bias = nullptr;
+    if (input_count > 3) {
+      const Value* bias_value = nullptr;
+      check(g_api.get_input.call(context, 3, &bias_value));
+      if (bias_value) {
+        const Tensor tensor = read_tensor(bias_value);
+        if (tensor.shape != std::vector<int64_t>{rows_}) {
+          refuse("has " + std::to_string(rows_) + " outputs and was given a bias of shape " + text_of(tensor.shape));
+        }
+        bias = static_cast<const float*>(tensor.data);
+      }
+    }
+    std::vector<int64_t> shape = x.shape;
+    shape.back() = rows_;
+    Value* output = nullptr;
+    check(g_api.get_output.call(context, 0, shape.data(), shape.size(), &output));
+    void* y = nullptr;
+    check(g_api.get_tensor_data.call(output, &y));
+    linear_->run(static_cast<const float*>(x.data), x.count / static_cast<size_t>(columns_), bias, static_cast<float*>(y),
+                 OrtParallel(context));
+  }
+
+ private:
+  [[noreturn]] void refuse(const std::string& reason) const { throw Refusal{kInvalidArgument, name_ + " " + reason}; }
+
+  Tensor read_constant(const KernelInfo* info, size_t index, const char* what) const {
+    int is_constant = 0;
+    const Value* value = nullptr;
+    check(g_api.get_constant_input.call(info, index, &is_constant, &value));
+    if (!is_constant || !value) refuse(std::string("needs constant ") + what + ": store them as an initializer that is no input");
+    return read_tensor(value);
+  }
+
+  std::string name_;
+  int64_t rows_ = 0;
+  int64_t columns_ = 0;
+  std::unique_ptr<SparseLinear> linear_;
+};
+
+struct Operator : CustomOp {
+  const char* name;
+  Encoding encoding;
+};
+
+const Operator& as_operator(const CustomOp* op) { return *static_cast<const Operator*>(op); }
+
+Operator make_operator(const char* name, Encoding encoding) {
+  Operator op{};
+  op.name = name;
+  op.encoding = encoding;
+  op.version = kCustomOpVersion;
+  op.get_name = [](const CustomOp* self) { return as_operator(self).name; };
+  op.get_execution_provider = [](const CustomOp*) -> const char* { return nullptr; };  // the CPU
+  op.get_input_type = [](const CustomOp*, size_t index) { return index == 1 ? kUint8 : index == 2 ? kUndefined : kFloat; };
+  op.get_input_count = [](const CustomOp*) -> size_t { return 4; };
+  op.get_output_type = [](const CustomOp*, size_t) { return kFloat; };
+  op.get_output_count = [](const CustomOp*) -> size_t { return 1; };
+  op.get_input_characteristic = [](const CustomOp*, size_t index) { return index == 3 ? kOptional : kRequired; };
+  op.get_output_characteristic = [](const CustomOp*, size_t) { return kRequired; };
+  op.get_input_memory_type = [](const CustomOp*, size_t) { return 0; };
+  const auto no_variadic = [](const CustomOp*) { return 0; };
+  op.get_variadic_input_min = op.get_variadic_input_same = no_variadic;
+  op.get_variadic_output_min = op.get_variadic_output_same = no_variadic;
+  op.get_start_version = [](const CustomOp*) { return 1; };
+  op.get_end_version = [](const CustomOp*) { return std::numeric_limits<int>::max(); };
+  op.create_kernel_status = [](const CustomOp* self, const void*, const KernelInfo* info, void** kernel) -> Status* {
+    return guard([&] { *kernel = new Kernel(info, as_operator(self).encoding); });
+  };
+  op.compute_status = [](void* kernel, KernelContext* context) -> Status* {
+    return guard([&] { static_cast<const Kernel*>(kernel)->compute(context); });
+  };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  return op;
+}
+
+// Tries every function that needs no session. "" when all do what their position promises.
+std::string test_api() {
+  Status* status = g_api.create_status.call(kNotImplemented, "mfcompile self-test");
+  if (!status) return "CreateStatus gave nothing";
+  const bool is_read_back = g_api.get_error_code.call(status) == kNotImplemented &&
+                            std::string("mfcompile self-test") == g_api.get_error_message.call(status);
+  g_api.release_status.call(status);
+  if (!is_read_back) return "a status is not read back as it was made";
+  TypeAndShape* info = nullptr;
+  const int64_t dimensions[3] = {2, 3, 5};
+  if (g_api.create_shape.call(&info) || !info) return "CreateTensorTypeAndShapeInfo failed";
+  ElementType type = kUndefined;
+  size_t rank = 0, count = 0;
+  int64_t found[3] = {};
+  const bool is_right = !g_api.set_element_type.call(info, kUint8) && !g_api.set_dimensions.call(info, dimensions, 3) &&
+                        !g_api.get_element_type.call(info, &type) && !g_api.get_rank.call(info, &rank) && rank == 3 &&
+                        !g_api.get_dimensions.call(info, found, 3) && !g_api.get_element_count.call(info, &count) &&
+                        type == kUint8 && count == 30 && found[0] == 2 && found[1] == 3 && found[2] == 5;
+  g_api.release_shape.call(info);
+  return is_right ? "" : "a tensor shape is not read back as it was made";
+}
+
+const void* const* find_table(const ApiBase* base) {
+  const void* const* table = base->get_api(kApiVersion);
+  return table ? table : base->get_api(1);  // an onnxruntime that is too old still makes a status to say so
+}
+
+Domain* make_domain() {
+  static const Operator operators[] = {make_operator("SparseLinear", Encoding::kGap8),
+                                       make_operator("SparseLinearGap4", Encoding::kGap4)};
+  Domain* domain = nullptr;
+  check(g_api.create_domain.call("mfcompile", &domain));
+  for (const Operator& op : operators) check(g_api.add_op.call(domain, &op));
+  return domain;
+}
+
+}  // namespace
+}  // namespace mfcompile
+
+#define MFCOMPILE_EXPORT extern "C" __attribute__((visibility("default")))
+
+// What onnxruntime calls for session_options.register_custom_ops_library(path).
+MFCOMPILE_EXPORT mfcompile::abi::Status* RegisterCustomOps(mfcompile::abi::SessionOptions* options,
+                                                           const mfcompile::abi::ApiBase* base) {
+  using namespace mfcompile;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const void* const* table = find_table(base);
+  if (!table) {
+    std::fprintf(stderr, "mfcompile.runtime: onnxruntime %s gives out no C API; sparse kernels are not used\n", base->get_version());
+    return nullptr;
+  }
+  g_api.create_status.load(table);
+  if (!base->get_api(kApiVersion)) {
+    const std::string message = std::string("mfcompile.runtime needs onnxruntime 1.20 or later, this is ") + base->get_version();
+    return g_api.create_status.call(kNotImplemented, message.c_str());
+  }
+  g_api.load(table);
+  const std::string fault = test_api();
+  if (!fault.empty()) {
+    const std::string message = "mfcompile.runtime does not fit onnxruntime " + std::string(base->get_version()) + ": " + fault +
+                                ". Load the model without it, and report this version";
+    return g_api.create_status.call(kNotImplemented, message.c_str());
+  }
+  return guard([&] {
+    static Domain* const domain = make_domain();  // shared by all sessions, for the life of the process
+    check(g_api.add_domain.call(options, domain));
+  });
+}
+
+// Name of the instruction set that is used under the cap (null or "" for none), or "" where it cannot be had.
+MFCOMPILE_EXPORT const char* mfcompile_instruction_set(const char* cap) {
+  const mfcompile::Kernels* kernels = mfcompile::choose_kernels(cap);
+  return kernels ? kernels->name : "";
+}

@@ -1,0 +1,205 @@
+#include "sparse_linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "scratch.h"
+
+namespace mfcompile {
+
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr size_t kTaskWeights = 1 << 16;  // weights, kept or not, of one task of the kernels for few tokens
+
+size_t divide_up(size_t number, size_t by) { return (number + by - 1) / by; }
+
+template <class Task>
+void run_tasks(const Parallel& parallel, size_t count, const Task& task) {
+  if (count == 1) return task(0);
+  parallel.run([](void* held, size_t index) { (*static_cast<const Task*>(held))(index); }, count,
+               const_cast<void*>(static_cast<const void*>(&task)));
+}
+
+// NaN where a token holds a NaN or an infinity (0 * x), otherwise 0.
+void find_suspects(const float* x, size_t tokens, size_t columns, float* suspects) {
+  for (size_t token = 0; token < tokens; ++token, x += columns) {
+    float sums[16] = {};
+    size_t column = 0;
+    for (; column + 16 <= columns; column += 16) {
+      for (size_t lane = 0; lane < 16; ++lane) sums[lane] += x[column + lane] * 0.0f;
+    }
+    for (; column < columns; ++column) sums[0] += x[column] * 0.0f;
+    suspects[token] = 0.0f;
+    for (const float sum : sums) suspects[token] += sum;
+  }
+}
+
+// y (tokens, stride) = y16 (tokens, 16) + bias, for the rows that exist.
+void store_strip(const float* y16, size_t tokens, size_t rows, const float* bias, float* y, size_t stride) {
+  for (size_t token = 0; token < tokens; ++token) {
+    for (size_t row = 0; row < rows; ++row) y[token * stride + row] = y16[token * kStripRows + row] + (bias ? bias[row] : 0.0f);
+  }
+}
+
+}  // namespace
+
+const Kernels* choose_kernels(const char* cap) {
+  const bool is_capped = cap && *cap;
+  if (is_capped && std::strcmp(cap, "portable") == 0) return portable_kernels();
+  if (is_capped && std::strcmp(cap, "avx2") == 0) return avx2_kernels();
+  if (is_capped && std::strcmp(cap, "avx512") == 0) return avx512_kernels();
+  if (is_capped) return nullptr;
+  if (const Kernels* kernels = avx512_kernels()) return kernels;
+  if (const Kernels* kernels = avx2_kernels()) return kernels;
+  return portable_kernels();
+}
+
+SparseLinear::SparseLinear(const PackedWeight& weight, const Kernels& kernels)
+    : weight_(weight), kernels_(kernels), unit_rows_(find_unit_rows(weight)) {}
+
+const CellLayout& SparseLinear::cells() const {
+  std::call_once(cells_once_, [&] { cells_ = std::make_unique<const CellLayout>(weight_, unit_rows_, kernels_.block_columns); });
+  return *cells_;
+}
+
+const MaskLayout& SparseLinear::masks() const {
+  std::call_once(masks_once_, [&] { masks_ = std::make_unique<const MaskLayout>(weight_); });
+  return *masks_;
+}
+
+const BlockLayout& SparseLinear::blocks() const {
+  std::call_once(blocks_once_, [&] { blocks_ = std::make_unique<const BlockLayout>(weight_); });
+  return *blocks_;
+}
+
+size_t SparseLinear::resident_bytes() const {
+  size_t bytes = 0;
+  if (cells_) {
+    bytes += cells_->values.size() * 4 + cells_->columns.size() + cells_->units.size() * 2 + cells_->runs.size() * sizeof(Run) +
+             3 * cells_->first_run.size() * sizeof(size_t);
+  }
+  if (masks_) bytes += masks_->values.size() * 4 + masks_->masks.size() * 2 + masks_->first_value.size() * sizeof(size_t);
+  if (blocks_) bytes += blocks_->values.size() * 4 + blocks_->columns.size() * 4 + blocks_->first_block.size() * sizeof(size_t);
+  return bytes;
+}
+
+void SparseLinear::run(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const {
+  if (tokens == 0) return;
+  if (unit_rows_ == kStripRows) return run_blocks(x, tokens, bias, y, parallel);
+  if (tokens <= kFewTokens) return run_masks(x, tokens, bias, y, parallel);
+  run_cells(x, tokens, bias, y, parallel);
+}
+
+void SparseLinear::run_cells(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const {
+  const CellLayout& layout = cells();
+  const size_t rows = static_cast<size_t>(weight_.rows), columns = static_cast<size_t>(weight_.columns);
+  const size_t lanes = static_cast<size_t>(kernels_.lanes);
+  const size_t most = static_cast<size_t>(unit_rows_ == 1 ? kernels_.tile_vectors : kernels_.tile_vectors_of_4);
+  const size_t vectors = divide_up(tokens, lanes), tiles = divide_up(vectors, most);
+  // Tiles differ by one vector at most: 13 vectors are cut into 5, 4 and 4.
+  const auto first_vector = [&](size_t tile) { return tile * (vectors / tiles) + std::min(tile, vectors % tiles); };
+  const Scratch packed(vectors * lanes * columns), suspects(vectors * lanes);
+
+  run_tasks(parallel, tiles, [&](size_t tile) {
+    const size_t first = first_vector(tile), last = first_vector(tile + 1);
+    const size_t token = first * lanes;
+    kernels_.pack_tile(x + token * columns, columns, std::min(tokens, last * lanes) - token, static_cast<int>(last - first),
+                       packed.data() + token * columns, suspects.data() + token);
+  });
+  run_tasks(parallel, tiles * layout.chunks, [&](size_t task) {
+    const size_t tile = task / layout.chunks, chunk = task % layout.chunks;
+    const size_t first = first_vector(tile), last = first_vector(tile + 1), token = first * lanes;
+    const int tile_vectors = static_cast<int>(last - first);
+    const size_t width = (last - first) * lanes, row = chunk * layout.chunk_rows;
+    const Scratch y_tile(layout.chunk_rows * width);
+    std::memset(y_tile.data(), 0, layout.chunk_rows * width * sizeof(float));
+    for (size_t block = 0; block < layout.blocks; ++block) {
+      kernels_.multiply_cell(tile_vectors, unit_rows_, layout.cell(chunk, block),
+                             packed.data() + token * columns + block * layout.block_columns * width, y_tile.data());
+    }
+    kernels_.store_tile(y_tile.data(), tile_vectors, std::min(tokens, last * lanes) - token, std::min(layout.chunk_rows, rows - row),
+                        bias ? bias + row : nullptr, y + token * rows + row, rows);
+  });
+  mark_suspects(x, tokens, suspects.data(), y);
+}
+
+void SparseLinear::run_masks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const {
+  const MaskLayout& layout = masks();
+  const size_t rows = static_cast<size_t>(weight_.rows), columns = static_cast<size_t>(weight_.columns);
+  const size_t strips_of_task = std::max<size_t>(1, kTaskWeights / (columns * kStripRows));
+  run_tasks(parallel, divide_up(layout.strips, strips_of_task), [&](size_t task) {
+    const size_t end = std::min(layout.strips, (task + 1) * strips_of_task);
+    for (size_t strip = task * strips_of_task; strip < end; ++strip) {
+      alignas(64) float y16[kFewTokens * kStripRows];
+      const size_t row = strip * kStripRows;
+      kernels_.mask_strip(layout.masks.data() + strip * columns, layout.values.data() + layout.first_value[strip], columns, x,
+                          columns, static_cast<int>(tokens), y16);
+      store_strip(y16, tokens, std::min<size_t>(kStripRows, rows - row), bias ? bias + row : nullptr, y + row, rows);
+    }
+  });
+  float suspects[kFewTokens];
+  find_suspects(x, tokens, columns, suspects);
+  mark_suspects(x, tokens, suspects, y);
+}
+
+void SparseLinear::run_blocks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const {
+  const BlockLayout& layout = blocks();
+  const size_t rows = static_cast<size_t>(weight_.rows), columns = static_cast<size_t>(weight_.columns);
+  size_t width = 1;  // tokens of a tile
+  while (width < tokens && width < kBlockTokens) width *= 2;
+  const size_t tiles = divide_up(tokens, width);
+  const Scratch packed(tiles * width * columns), suspects(tiles * width);
+  if (width == kBlockTokens) {
+    run_tasks(parallel, tiles, [&](size_t tile) {
+      const size_t token = tile * width;
+      kernels_.pack_tile(x + token * columns, columns, std::min(width, tokens - token), kBlockTokens / kernels_.lanes,
+                         packed.data() + token * columns, suspects.data() + token);
+    });
+  } else {
+    find_suspects(x, tokens, columns, suspects.data());
+    for (size_t column = 0; column < columns && width > 1; ++column) {
+      for (size_t lane = 0; lane < width; ++lane) packed.data()[column * width + lane] = lane < tokens ? x[lane * columns + column] : 0;
+    }
+  }
+  const size_t strips_of_task = std::max<size_t>(1, kTaskWeights / (columns * kStripRows));
+  const size_t strip_tasks = divide_up(layout.strips, strips_of_task);
+  run_tasks(parallel, tiles * strip_tasks, [&](size_t task) {
+    const size_t tile = task / strip_tasks, token = tile * width, filled = std::min(width, tokens - token);
+    const float* tile_x = width == 1 ? x : packed.data() + token * columns;
+    const size_t end = std::min(layout.strips, (task % strip_tasks + 1) * strips_of_task);
+    for (size_t strip = task % strip_tasks * strips_of_task; strip < end; ++strip) {
+      alignas(64) float y16[kBlockTokens * kStripRows];
+      const size_t row = strip * kStripRows, first = layout.first_block[strip];
+      kernels_.block_strip(layout.columns.data() + first, layout.values.data() + first * kStripRows,
+                           layout.first_block[strip + 1] - first, tile_x, static_cast<int>(width), y16);
+      store_strip(y16, filled, std::min<size_t>(kStripRows, rows - row), bias ? bias + row : nullptr, y + token * rows + row, rows);
+    }
+  });
+  mark_suspects(x, tokens, suspects.data(), y);
+}
+
+void SparseLinear::mark_suspects(const float* x, size_t tokens, const float* suspects, float* y) const {
+  for (size_t token = 0; token < tokens; ++token) {
+    if (suspects[token] != 0.0f) mark_token(x + token * weight_.columns, y + token * weight_.rows);  // only NaN differs from 0
+  }
+}
+
+// A dense product multiplies pruned weights, too: 0 * NaN and 0 * inf are NaN.
+void SparseLinear::mark_token(const float* x, float* y) const {
+  const size_t rows = static_cast<size_t>(weight_.rows), columns = static_cast<size_t>(weight_.columns);
+  if (std::any_of(x, x + columns, [](float value) { return std::isnan(value); })) {
+    std::fill(y, y + rows, kNan);
+    return;
+  }
+  const auto infinities = static_cast<size_t>(std::count_if(x, x + columns, [](float value) { return std::isinf(value); }));
+  std::vector<size_t> met(rows, 0);
+  for_each_entry(weight_, [&](int64_t row, int64_t column, float) { met[static_cast<size_t>(row)] += std::isinf(x[column]); });
+  for (size_t row = 0; row < rows; ++row) {
+    if (met[row] != infinities) y[row] = kNan;
+  }
+}
+
+}  // namespace mfcompile

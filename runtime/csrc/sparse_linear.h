@@ -1,0 +1,58 @@
+// Y = X W^T + b for a packed W: chooses the kernel, makes its layout once, and cuts the work into tasks.
+#pragma once
+
+#include <memory>
+#include <mutex>
+
+#include "kernels.h"
+#include "layouts.h"
+#include "packed.h"
+
+namespace mfcompile {
+
+// Runs task(argument, 0 .. count - 1), in any order and on any threads, and returns when all are done.
+class Parallel {
+ public:
+  virtual void run(void (*task)(void*, size_t), size_t count, void* argument) const = 0;
+
+ protected:
+  ~Parallel() = default;
+};
+
+// Kernels of the best instruction set that this machine has; `cap` ("portable", "avx2", "avx512") forbids better ones.
+// Null when the name is not known or this machine does not have it.
+const Kernels* choose_kernels(const char* cap);
+
+// One weight and the layouts made of it. Safe to run from several threads.
+class SparseLinear {
+ public:
+  // The weight must have passed find_fault, and what it points to must outlive this.
+  SparseLinear(const PackedWeight& weight, const Kernels& kernels);
+
+  // y (tokens, rows) = x (tokens, columns) W^T + bias (rows,) or null. As in a dense product, a NaN in a token makes all
+  // of its outputs NaN, and an infinity those where it meets a pruned weight (0 * inf).
+  void run(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
+
+  int unit_rows() const { return unit_rows_; }
+  size_t resident_bytes() const;
+
+ private:
+  void run_cells(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
+  void run_masks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
+  void run_blocks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
+  void mark_suspects(const float* x, size_t tokens, const float* suspects, float* y) const;
+  void mark_token(const float* x, float* y) const;
+  const CellLayout& cells() const;
+  const MaskLayout& masks() const;
+  const BlockLayout& blocks() const;
+
+  PackedWeight weight_;
+  const Kernels& kernels_;
+  int unit_rows_;
+  mutable std::once_flag cells_once_, masks_once_, blocks_once_;
+  mutable std::unique_ptr<const CellLayout> cells_;
+  mutable std::unique_ptr<const MaskLayout> masks_;
+  mutable std::unique_ptr<const BlockLayout> blocks_;
+};
+
+}  // namespace mfcompile

@@ -1,0 +1,225 @@
+"""SparseLinear against NumPy, for every instruction set and class of shapes."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tests.sparse_models import Floats, random_weight, run, session_of, sparse_model
+
+Refused = onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument
+RTOL = 1e-6
+"""Of the sum of the magnitudes of an output's products: float32 sums in another order."""
+
+
+def expected(x: Floats, weight: Floats, bias: Floats | None = None) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):
+        product = x.astype(np.float64) @ weight.T.astype(np.float64)
+        return product if bias is None else product + bias
+
+
+def check(found: Floats, x: Floats, weight: Floats, bias: Floats | None = None) -> None:
+    wanted = expected(x, weight, bias)
+    assert found.shape == wanted.shape
+    assert found.dtype == np.float32
+    finite = np.isfinite(wanted)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+    np.testing.assert_array_equal(found[~finite], wanted[~finite])
+    size = expected(np.abs(x), np.abs(weight), None if bias is None else np.abs(bias)) + 1
+    assert (np.abs(found[finite] - wanted[finite]) <= RTOL * size[finite]).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 15, 16, 17, 33, 100, 197])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 70), (33, 129), (64, 48), (600, 65)])
+@pytest.mark.parametrize("block_rows", [1, 4, 16])
+def test_shapes(forced_library: str, rows: int, columns: int, tokens: int, block_rows: int) -> None:
+    rng = np.random.default_rng(rows * 1000 + tokens)
+    weight = random_weight(rng, rows, columns, 0.37, block_rows)
+    bias = rng.standard_normal(rows).astype(np.float32)
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    check(run(session_of(sparse_model(weight, bias), forced_library), x), x, weight, bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_weights_of_extreme_structure(forced_library: str, tokens: int) -> None:
+    rng = np.random.default_rng(5)
+    full = rng.standard_normal((40, 90)).astype(np.float32)
+    cases = {
+        "nothing kept": np.zeros_like(full),
+        "all kept": full,
+        "one weight": full * (np.arange(3600) == 3599).reshape(40, 90),
+    }
+    cases["empty rows"] = full * (np.arange(40)[:, None] % 3 == 1)
+    cases["one row"] = full * (np.arange(40)[:, None] == 21)
+    cases["one column"] = full * (np.arange(90) == 64)
+    cases["far apart"] = full * (np.arange(3600) % 700 == 0).reshape(40, 90)
+    x = rng.standard_normal((tokens, 90)).astype(np.float32)
+    for weight in cases.values():
+        check(run(session_of(sparse_model(weight), forced_library), x), x, weight)
+
+
+@pytest.mark.parametrize("encoding", ["gap8", "gap4"])
+@pytest.mark.parametrize("values", ["fp32", "fp16"])
+def test_encodings_and_value_types(forced_library: str, encoding: str, values: str) -> None:
+    rng = np.random.default_rng(6)
+    weight = random_weight(rng, 50, 60, 0.2)
+    weight[0, :4] = (6e-8, -6e-5, 65504, 1)  # denormal, least normal, largest
+    x = rng.standard_normal((20, 60)).astype(np.float32)
+    stored = weight.astype(np.float16).astype(np.float32) if values == "fp16" else weight
+    check(run(session_of(sparse_model(weight, encoding=encoding, values=values), forced_library), x), x, stored)
+
+
+def test_any_rank_and_no_tokens(library: str) -> None:
+    rng = np.random.default_rng(7)
+    weight = random_weight(rng, 12, 20, 0.5)
+    for shape in [(20,), (3, 20), (2, 3, 20), (2, 1, 5, 20), (0, 20), (2, 0, 20)]:
+        x = rng.standard_normal(shape).astype(np.float32)
+        check(run(session_of(sparse_model(weight, rank=len(shape)), library), x), x, weight)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 50])
+@pytest.mark.parametrize("block_rows", [1, 4, 16])
+def test_nan_and_infinity_spread_as_in_a_dense_product(forced_library: str, tokens: int, block_rows: int) -> None:
+    rng = np.random.default_rng(8)
+    weight = random_weight(rng, 48, 70, 0.9, block_rows)
+    weight[:16, 3] = 1.0
+    x = rng.standard_normal((tokens, 70)).astype(np.float32)
+    for places in ({0: np.nan}, {3: np.inf}, {3: -np.inf, 5: np.inf}, {69: np.inf, 68: np.nan}, {3: np.float32(1e36)}):
+        bad = x.copy()
+        for column, value in places.items():
+            bad[tokens // 2, column] = value
+        check(run(session_of(sparse_model(weight), forced_library), bad), bad, weight)
+
+
+def test_nan_and_infinity_in_the_weight(forced_library: str) -> None:
+    rng = np.random.default_rng(9)
+    weight = random_weight(rng, 20, 30, 0.5)
+    weight[2, 3], weight[7, 1], weight[19, 29] = np.nan, np.inf, -np.inf
+    for tokens in (2, 20):
+        x = rng.standard_normal((tokens, 30)).astype(np.float32)
+        x[0, 1] = 0
+        check(run(session_of(sparse_model(weight), forced_library), x), x, weight)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 80), columns=st.integers(1, 150), tokens=st.integers(1, 70), density=st.floats(0, 1),
+    block_rows=st.sampled_from([1, 2, 4, 16]), seed=st.integers(0, 2**32 - 1), threads=st.sampled_from([1, 2]),
+)  # fmt: skip
+def test_fuzz(
+    forced_library: str, rows: int, columns: int, tokens: int, density: float, block_rows: int, seed: int, threads: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    weight = random_weight(rng, rows, columns, density, block_rows)
+    bias = rng.standard_normal(rows).astype(np.float32) if seed % 2 else None
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    check(run(session_of(sparse_model(weight, bias), forced_library, threads), x), x, weight, bias)
+
+
+def test_concurrent_runs_of_one_session(library: str) -> None:
+    """Eight threads meet a session that has made no layout yet, with token counts that need different ones."""
+    rng = np.random.default_rng(10)
+    weight = random_weight(rng, 200, 150, 0.3)
+    inputs = [rng.standard_normal((tokens, 150)).astype(np.float32) for tokens in (1, 40, 3, 97, 8, 16, 1, 64)]
+    for _ in range(5):
+        session = session_of(sparse_model(weight), library, threads=2)
+        with ThreadPoolExecutor(len(inputs)) as pool:
+            for x, found in zip(inputs, pool.map(partial(run, session), inputs), strict=True):
+                check(found, x, weight)
+
+
+def test_the_instruction_set_must_exist(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MFCOMPILE_RUNTIME_CPU", "sse9")
+    with pytest.raises(Exception, match="MFCOMPILE_RUNTIME_CPU=sse9 names"):
+        session_of(sparse_model(np.ones((2, 2), np.float32)), library)
+
+
+DAMAGE: dict[str, tuple[dict[str, NDArray[Any]], dict[str, Any], str]] = {
+    "truncated gaps": ({"gaps": np.ones(5, np.uint8)}, {}, "has 5 gaps and 12 values"),
+    "truncated values": ({"values": np.ones(3, np.float32)}, {}, "has 12 gaps and 3 values"),
+    "nothing stored": ({"gaps": np.ones(0, np.uint8), "values": np.ones(0, np.float32)}, {}, "stores no value"),
+    "behind the end": ({"gaps": np.full(12, 255, np.uint8)}, {}, "behind the last of 12"),
+    "one too far": ({"gaps": np.array([1] + [1] * 11, np.uint8)}, {}, "entry 11 lies at place 12"),
+    "one place twice": ({"gaps": np.array([0, 1, 0] + [1] * 9, np.uint8)}, {}, "two entries name one place"),
+    "negative side": ({}, {"shape": [-3, -4]}, "both sides must lie in"),
+    "a side that overflows": ({}, {"shape": [2**40, 2**40]}, "both sides must lie in"),
+    "smaller shape": ({}, {"shape": [3, 3]}, "behind the last of 9"),
+    "three sides": ({}, {"shape": [3, 4, 1]}, "needs an attribute shape"),
+    "gaps of rank 2": ({"gaps": np.ones((12, 1), np.uint8)}, {}, "needs gaps of type uint8 and rank 1"),
+    "values of type int32": ({"values": np.ones(12, np.int32)}, {}, "needs values of type float32 or float16"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_weights_are_refused_when_the_session_is_created(library: str, name: str) -> None:
+    replaced, attributes, message = DAMAGE[name]
+    model = sparse_model(np.ones((3, 4), np.float32), replaced=replaced, attributes=attributes, with_function=False)
+    with pytest.raises(Exception, match=message) as caught:
+        session_of(model, library)
+    assert "layer" in str(caught.value)
+
+
+def test_half_a_byte_of_gap4_too_many_is_refused(library: str) -> None:
+    model = sparse_model(np.ones((3, 4), np.float32), encoding="gap4", replaced={"gaps": np.full(7, 0x11, np.uint8)})
+    with pytest.raises(Exception, match="needs two values for each byte"):
+        session_of(model, library)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(gaps=st.binary(min_size=1, max_size=40), extra=st.integers(-2, 2), rows=st.integers(-1, 6), columns=st.integers(0, 90))
+def test_any_bytes_are_refused_or_decoded(library: str, gaps: bytes, extra: int, rows: int, columns: int) -> None:
+    stored = np.frombuffer(gaps, np.uint8)
+    values = np.arange(1, max(1, stored.size + extra) + 1, dtype=np.float32)
+    positions = np.cumsum(stored, dtype=np.int64)
+    is_sound = (
+        values.size == stored.size and rows > 0 and columns > 0 and positions[-1] < rows * columns and (stored[1:] > 0).all()
+    )
+    model = sparse_model(
+        np.ones((1, 1), np.float32), replaced={"gaps": stored, "values": values, "bias": np.zeros(max(rows, 1), np.float32)},
+        attributes={"shape": [rows, columns]}, with_function=False, rank=1,
+    )  # fmt: skip
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "k"
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "n"
+    if not is_sound:
+        with pytest.raises(Exception, match="damaged"):
+            session_of(model, library)
+        return
+    weight = np.zeros(rows * columns, np.float32)
+    weight[positions] = values
+    x = np.arange(columns, dtype=np.float32)
+    check(run(session_of(model, library), x), x, weight.reshape(rows, columns))
+
+
+def test_weights_that_are_inputs_are_refused(library: str) -> None:
+    model = sparse_model(np.ones((3, 4), np.float32), with_function=False)
+    value_info = type(model.graph.input[0])()
+    value_info.CopyFrom(model.graph.input[0])
+    value_info.name, value_info.type.tensor_type.elem_type = "gaps", 2
+    del value_info.type.tensor_type.shape.dim[1:]
+    model.graph.input.append(value_info)
+    with pytest.raises(Exception, match="needs constant gaps"):
+        session_of(model, library)
+
+
+def test_inputs_that_do_not_fit_are_refused(library: str) -> None:
+    model = sparse_model(np.ones((3, 4), np.float32), with_function=False)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "k"
+    with pytest.raises(Refused, match=r"weight of shape \(3, 4\) and was given X of shape \(2, 5\)"):
+        run(session_of(model, library), np.ones((2, 5), np.float32))
+    short = sparse_model(np.ones((3, 4), np.float32), np.ones(2, np.float32), with_function=False)
+    with pytest.raises(Refused, match=r"bias of shape \(2\)"):
+        run(session_of(short, library), np.ones((2, 4), np.float32))
+
+
+def test_the_bias_may_be_absent(library: str) -> None:
+    model = sparse_model(np.ones((3, 4), np.float32), with_function=False)
+    del model.graph.node[0].input[3:]
+    np.testing.assert_array_equal(run(session_of(model, library), np.ones((2, 4), np.float32)), np.full((2, 3), 4))
