@@ -120,7 +120,7 @@ class _Kthvalue:
 
     def budget(self, groups: dict[str, dict[str, Tensor]], sparsity: float) -> dict[str, tuple[Tensor, int]]:
         """Site -> (weight, how many it loses), Eq. 7."""
-        found = {}
+        found: dict[str, tuple[Tensor, int]] = {}
         for weights in groups.values():
             joined = torch.cat([weight.abs().reshape(-1) for weight in weights.values()])
             threshold = self._kth(joined, int(sparsity * joined.numel()))
