@@ -33,7 +33,8 @@ class SparseGptOptions:
     Attributes:
         damping: what is added to the diagonal of X^T X, as a fraction of its mean (0.01 in the paper).
         block_columns: columns whose errors are propagated together.
-        memory_mib: what the matrices X^T X that are collected at a time may take; less makes more passes.
+        memory_mib: what the matrices X^T X that are collected at a time may take; less makes more passes. Besides, the
+            weights that are rewritten exist twice, and a layer takes some 36 * in_features^2 bytes while it is solved.
         passes: how many times the calibration batches are run, if the memory allows; None for one pass per depth. In each,
             the layers of one stretch of the model are rewritten, and the next sees what became of them. One layer at a time
             is what was published for stacks of some dozen layers; a few stretches come to nearly the same, at a fraction of
@@ -147,6 +148,7 @@ class _Updater:
         self._weights: dict[str, Tensor] = {}  # what the model has by now: dense where no site was reached
         self._changed = set(masks.new_values)
         self.updates: list[SiteUpdate] = []
+        with_values(run.captured, {})  # refuses a module that cannot be copied before anything has run
 
     def work(self) -> list[PruneSite]:
         """The sites that lose something and keep something; those that keep nothing are zero from the start."""

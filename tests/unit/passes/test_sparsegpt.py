@@ -417,6 +417,28 @@ class TestOptions:
         with pytest.raises(CalibrationError, match="the calibration set is empty"):
             mfcompile.select_masks(vlm_captured(), vlm_regions(), criterion="magnitude", update="sparsegpt", batches=[])
 
+    def test_a_module_that_cannot_be_copied_is_refused_before_anything_runs(self) -> None:
+        class Stubborn(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = two_layers()
+
+            def forward(self, image: Tensor) -> Tensor:
+                result: Tensor = self.layers(image)
+                return result
+
+            def __deepcopy__(self, memo: Any) -> Any:
+                raise TypeError("a socket has no copy")
+
+        def refuse() -> list[Any]:
+            raise AssertionError("the batches were asked for")
+
+        captured = mfcompile.capture(Stubborn(), pixels())
+        regions = mfcompile.infer_regions(captured)
+        masks = mfcompile.select_masks(captured, regions, sparsity=0.5, criterion="magnitude")
+        with pytest.raises(InputError, match=r"Stubborn cannot be copied .*socket has no copy.*or the update"):
+            updated(PruningRun(captured, regions, 0.5, batches=refuse), masks)
+
     def test_an_onnx_file_is_refused(self) -> None:
         captured = replace(vlm_captured(), frontend="onnx")
         with pytest.raises(InputError, match=r"this model is an \.onnx file\. Prune the module that the file was made from"):
