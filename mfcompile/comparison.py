@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -134,6 +135,8 @@ def compare(
     dense = DenseOutputs(captured, found, data.compared, padding_mask=padding_mask, seed=seed)
     bench = _Bench(captured, found, statistics, data, dense, evaluate, loss_fn, seed, padding_mask)
     metrics = bench.metrics(captured.module, "dense")
+    if name is not None and name not in metrics:
+        raise InputError(f"metric={name!r} is none that evaluate returns; choose one of {', '.join(metrics)}")
     step("running the dense model", 1, 1)
     rows, agreements = bench.run(_sections(variants, asked), step)
     choice = _choose_metric(name, wanted, metrics, rows)
@@ -224,6 +227,8 @@ class _Bench:
             seconds=seconds,
             diagnostics=masks.diagnostics,
         )
+        del module
+        gc.collect()  # parametrized submodules refer to themselves: their masks would pile up
         return row, masks.packed
 
 
@@ -314,15 +319,9 @@ def _read_metric(metric: str | None, evaluate: Callable[[Any], Any] | None) -> t
 def _choose_metric(
     name: str | None, wanted: bool | None, dense: Mapping[str, float], rows: Sequence[ComparedModel]
 ) -> MetricChoice | None:
-    """The metric that ranks, and its better direction.
-
-    Raises:
-        InputError: the dense model has no such metric.
-    """
+    """The metric that ranks, and its better direction."""
     if not dense:
         return None
-    if name is not None and name not in dense:
-        raise InputError(f"metric={name!r} is none that evaluate returns; choose one of {', '.join(dense)}")
     name = next(iter(dense)) if name is None else name
     if wanted is not None:
         return MetricChoice(name, wanted, "as asked")

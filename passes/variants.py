@@ -102,13 +102,14 @@ class Variant:
         }
 
 
-def read_variant(given: str | Pruner | Mapping[str, Any] | Variant) -> Variant:
+def read_variant(given: str | Pruner | Mapping[str, Any] | Variant, own: Pruner | None = None) -> Variant:
     """A variant from what a user names it by.
 
     Args:
         given: a word (see the module), a criterion object, or a mapping with ``criterion`` and, as ``compile_pruned`` takes
             them, ``criterion_options``, ``allocation``, ``pattern``, ``update``, ``update_options``; its ``label`` names it in
             tables.
+        own: a criterion object that the source brings along: meant where its name is given.
 
     Raises:
         InputError: the word does not follow the grammar, or an option is not valid.
@@ -128,6 +129,8 @@ def read_variant(given: str | Pruner | Mapping[str, Any] | Variant) -> Variant:
     else:
         hint = f"; make an object of it: {given.__name__}()" if isinstance(given, type) else ""
         raise InputError(f"criteria: {given!r} is neither a word ({GRAMMAR}), a Criterion object nor a mapping{hint}")
+    if own is not None and found.criterion == own.name and not found.criterion_options:
+        found = replace(found, criterion=own)
     try:
         check_options(found.options(None, 0))
     except InputError as error:
@@ -152,7 +155,7 @@ def read_variants(
     """
     if isinstance(given, (str, Mapping, Pruner)):
         raise InputError(f"criteria is one pruner, {given!r}: give a list of them")
-    found = [_with_own(read_variant(item), own) for item in (default_criteria(has_loss, own) if given is None else given)]
+    found = [read_variant(item, own) for item in (default_criteria(has_loss, own) if given is None else given)]
     if not found:
         raise InputError("criteria is empty: name at least one, 'multiflow' say")
     if floor and not any(item.pruner.name == FLOOR for item in found):
@@ -170,13 +173,6 @@ def default_criteria(has_loss: bool, own: Pruner | None = None) -> list[str | Pr
     named = [name for name in without if name != FLOOR] + list(_WITH_GRADIENTS if has_loss else ())
     mine = [] if own is None or (Need.GRADIENTS in own.needs and not has_loss) else [own]
     return [*mine, *(name for name in named if own is None or name != own.name)]
-
-
-def _with_own(variant: Variant, own: Pruner | None) -> Variant:
-    """A name that the source's own criterion has means that one."""
-    if own is None or variant.criterion != own.name or variant.criterion_options:
-        return variant
-    return replace(variant, criterion=own)
 
 
 def parse_word(word: str) -> dict[str, Any]:

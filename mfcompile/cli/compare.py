@@ -157,22 +157,25 @@ def show(document: dict[str, Any], source: Path, directory: Path | None, termina
         terminal.say(following)
 
 
-def _read(word: str) -> Variant:
-    """A pruner from its word; an allocation that is a file is read.
+def _read(word: str) -> dict[str, Any]:
+    """A pruner from its word; an allocation that is a file is read. A name that model.py may bring is looked up later.
 
     Raises:
         InputError: the word or the file is not valid.
     """
+    from mfcompile.passes.criteria.registry import names
     from mfcompile.passes.variants import parse_word, read_variant
 
     parts = parse_word(word)
     allocation = parts.get("allocation")
     if allocation is not None and allocation.endswith((".yaml", ".yml", ".json")):
         parts["allocation"] = read_allocation(Path(allocation))
-    return read_variant(parts)
+    if parts["criterion"] in names():
+        read_variant(parts)
+    return parts
 
 
-def _variants(named: Sequence[Variant] | None, source: ModelSource, args: argparse.Namespace) -> list[Variant]:
+def _variants(named: Sequence[Any] | None, source: ModelSource, args: argparse.Namespace) -> list[Variant]:
     from mfcompile.passes.criteria.base import Pruner
     from mfcompile.passes.variants import read_variants
 
