@@ -51,8 +51,12 @@ class Gradients:
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """One line per weight that the loss does not use."""
-        reason = "the loss depends on it in none of the batches: its gradient is zero"
-        return tuple(Diagnostic(fqn, reason) for fqn in self.unused)
+        return unused_weights(self.unused)
+
+
+def unused_weights(names: Iterable[str]) -> tuple[Diagnostic, ...]:
+    """One line per weight that no batch's loss depends on."""
+    return tuple(Diagnostic(name, "the loss depends on it in none of the batches: its gradient is zero") for name in names)
 
 
 def accumulate_gradients(

@@ -16,7 +16,7 @@ from mfcompile.passes.allocation import Request, allocate
 from mfcompile.passes.chita_solver import solve
 from mfcompile.passes.criteria.base import Need, Pruner
 from mfcompile.passes.gradient_rows import Columns, gradient_rows
-from mfcompile.passes.gradients import LossRunner
+from mfcompile.passes.gradients import LossRunner, unused_weights
 from mfcompile.passes.iteration import BatchCycle, check_count, check_schedule, sparsity_at
 from mfcompile.passes.losses import sample_count
 from mfcompile.passes.mask_selection import parameter_mask, site_weight
@@ -114,6 +114,8 @@ def prune(options: Chita, run: PruningRun, steps: int, schedule: str) -> MaskSet
                 first = next(batches)
                 batches, samples = chain([first], batches), sample_count(first)
             rows = gradient_rows(runner, batches, weights.columns, options.gradients)
+            if step == 1:
+                unused = unused_weights(weights.without_gradient(rows))
             weights.update(at_step, rows, options, samples)
             del rows  # before the next step's are made
             if step < steps:
@@ -124,7 +126,7 @@ def prune(options: Chita, run: PruningRun, steps: int, schedule: str) -> MaskSet
         {fqn: PackedMask.pack(mask) for fqn, mask in weights.masks.items()},
         {fqn: weights.values[fqn][mask] for fqn, mask in weights.masks.items()},
     )
-    return replace(masks, diagnostics=(*masks.diagnostics, *cycle.diagnostics(options.name, steps, options.gradients)))
+    return replace(masks, diagnostics=(*masks.diagnostics, *unused, *cycle.diagnostics(options.name, steps, options.gradients)))
 
 
 class FlatWeights:
@@ -164,6 +166,13 @@ class FlatWeights:
         for fqn, sites in run.sites_by_fqn.items():
             self.values[fqn] = self._parameter(sites, flat)
             self.masks[fqn] = parameter_mask(run.captured, sites, lambda site: self._matrix(site, support))
+
+    def without_gradient(self, rows: Tensor) -> Iterator[str]:
+        """Names of the sites whose gradient is zero in all rows."""
+        for site in self._sites:
+            start = self._starts[site.name]
+            if not bool(rows[:, start : start + site.weight_count].any()):
+                yield site.name
 
     def _matrix(self, site: PruneSite, flat: Tensor) -> Tensor:
         start = self._starts[site.name]

@@ -13,7 +13,7 @@ from mfcompile.errors import CalibrationError, InputError
 from mfcompile.masks import MaskSet
 from mfcompile.passes.criteria.base import Criterion, Need, Pruner, SiteData
 from mfcompile.passes.criteria.magnitude import Magnitude
-from mfcompile.passes.gradients import LossRunner
+from mfcompile.passes.gradients import LossRunner, unused_weights
 from mfcompile.passes.iteration import BatchCycle, check_count
 from mfcompile.passes.mask_selection import site_weight
 from mfcompile.passes.pruning_run import PruningRun
@@ -67,7 +67,7 @@ class Tamt(Pruner):
         runner = LossRunner(run.captured.module, run.loss_fn, scores, training=True)
         # Exact at every step: the published rule prunes every tie, and equal scores are what training starts from.
         inner = replace(run, rounding="exact", progress=None)
-        cycle = BatchCycle(run.batches)
+        cycle, unused = BatchCycle(run.batches), dict.fromkeys(scores)
         with runner.seeded(run.seed):
             for step in range(steps):
                 runner.set_weights(None, inner.select(_Trained(), gradients=scores))
@@ -75,13 +75,18 @@ class Tamt(Pruner):
                 for group in optimizer.param_groups:
                     group["lr"] = self.learning_rate * (1 - step / steps)
                 for fqn, score in scores.items():
-                    score.grad = score_gradient(runner.gradient_sum(fqn), run.captured.parameter(fqn), score, fqn, step)
+                    gradient = runner.gradient_sum(fqn)
+                    if gradient is not None:
+                        unused.pop(fqn, None)
+                    score.grad = score_gradient(gradient, run.captured.parameter(fqn), score, fqn, step)
                 optimizer.step()
                 runner.clear()
                 if run.progress is not None:
                     run.progress(step + 1, steps)
         masks = replace(run, progress=None).select(_Trained(), gradients=scores)
-        return replace(masks, diagnostics=(*masks.diagnostics, *cycle.diagnostics(self.name, steps, 1)))
+        return replace(
+            masks, diagnostics=(*masks.diagnostics, *unused_weights(unused), *cycle.diagnostics(self.name, steps, 1))
+        )
 
 
 def initial_scores(run: PruningRun) -> dict[str, Tensor]:

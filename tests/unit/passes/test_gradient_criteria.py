@@ -133,6 +133,16 @@ def test_the_model_is_left_alone(criterion: str) -> None:
     assert bool(compiled.masks.new_values) == criterion.startswith("chita")
 
 
+@pytest.mark.parametrize("criterion", ["snip", *OPTIONS])
+def test_weights_that_the_loss_does_not_use_are_said(criterion: str) -> None:
+    masks = mfcompile.select_masks(
+        vlm_captured(), vlm_regions(), None, criterion=criterion, criterion_options=OPTIONS.get(criterion), batches=BATCHES,
+        loss_fn=lambda module, batch: module(**batch)["text"].sum(), sparsity=0.75,
+    )  # fmt: skip
+    said = {item.subject for item in masks.diagnostics if "depends on it in none of the batches" in item.reason}
+    assert said == {name for name in NAMES if not name.startswith("text")}
+
+
 @pytest.mark.parametrize("criterion", OPTIONS)
 def test_a_loss_is_needed(criterion: str) -> None:
     with pytest.raises(CalibrationError, match=r"needs gradients.*loss_fn"):
