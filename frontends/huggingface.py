@@ -65,7 +65,7 @@ def load_huggingface(directory: Path, *, weights: bool = True) -> ModelSource:
         torch.manual_seed(0)
         config = _load_config(transformers, directory, config_json)
         model_class = _find_class(transformers, config, notes)
-        model = _load_model(model_class, directory, config, notes) if weights else _build_empty(model_class, config, notes)
+        model = _load_model(model_class, directory, config, notes)[0] if weights else _build_empty(model_class, config, notes)
         inputs, input_notes = synthesize_inputs(model, directory)
 
     def save_extras(target: Path) -> None:
@@ -79,6 +79,31 @@ def load_huggingface(directory: Path, *, weights: bool = True) -> ModelSource:
         notes=(*notes, *input_notes, "a Hugging Face directory holds no calibration data"),
         save_extras=save_extras,
     )
+
+
+def load_pretrained(directory: Path) -> nn.Module:
+    """The model in a Hugging Face directory, complete, in the dtype that it was saved in.
+
+    Args:
+        directory: holds config.json and weights.
+
+    Raises:
+        InputError: transformers is not installed, or the directory is incomplete, or holds not all weights of the model.
+    """
+    transformers = _import_transformers()
+    config_json = _read_config(directory)
+    _check_weights(directory)
+    notes: list[str] = []
+    with _quiet(transformers), torch.random.fork_rng(devices=[]):
+        config = _load_config(transformers, directory, config_json)
+        model_class = _find_class(transformers, config, notes)
+        model, missing = _load_model(model_class, directory, config, notes, dtype="auto")
+    if missing:
+        raise InputError(
+            f"{directory} does not hold all weights of {type(model).__name__}: {_shorten(missing)}. Give the module that they "
+            f"belong to"
+        )
+    return model
 
 
 def _import_transformers() -> Any:
@@ -196,12 +221,15 @@ def _find_class(transformers: Any, config: Any, notes: list[str]) -> Any:
     return transformers.AutoModel
 
 
-def _load_model(model_class: Any, directory: Path, config: Any, notes: list[str]) -> nn.Module:
+def _load_model(
+    model_class: Any, directory: Path, config: Any, notes: list[str], dtype: torch.dtype | str = torch.float32
+) -> tuple[nn.Module, list[str]]:
+    """The model, and the names of its weights that are not in the files."""
     try:
         model, info = model_class.from_pretrained(
             directory,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -225,7 +253,7 @@ def _load_model(model_class: Any, directory: Path, config: Any, notes: list[str]
     if info["unexpected_keys"]:
         unexpected = _shorten(sorted(info["unexpected_keys"]))
         notes.append(f"saved weights that {type(model).__name__} does not use, left out: {unexpected}")
-    return model.eval()
+    return model.eval(), missing
 
 
 def _build_empty(model_class: Any, config: Any, notes: list[str]) -> nn.Module:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CaptureError,
         ExportError,
         InputError,
+        MaskError,
         MfcompileError,
         ParityError,
         PassError,
@@ -30,12 +31,17 @@ if TYPE_CHECKING:
     )
     from mfcompile.exporters.split_session import load_parts
     from mfcompile.graph import CapturedGraph
+    from mfcompile.masked_weights import masks_of, strip
     from mfcompile.masks import MaskSet
     from mfcompile.passes.criteria.base import Criterion, Need, SiteData
-    from mfcompile.passes.masking import strip
     from mfcompile.region import PruneSite, RegionMap
     from mfcompile.statistics import CalibrationStatistics
     from mfcompile.steps import apply_masks, calibrate, capture, infer_regions, select_masks
+    from mfcompile.training.files import load, mask_module, save
+    from mfcompile.training.lora import add_lora, merge_lora
+    from mfcompile.training.trainer import MaskCallback
+    from mfcompile.training.transfer import MaskTransfer, transfer_masks
+    from mfcompile.training.verification import MaskVerification, verify_masks
 
 __all__ = [
     "CalibrationError",
@@ -48,7 +54,11 @@ __all__ = [
     "ExportError",
     "ExportedArtifact",
     "InputError",
+    "MaskCallback",
+    "MaskError",
     "MaskSet",
+    "MaskTransfer",
+    "MaskVerification",
     "MfcompileError",
     "Need",
     "ParityError",
@@ -61,6 +71,7 @@ __all__ = [
     "RegionMap",
     "SiteData",
     "__version__",
+    "add_lora",
     "apply_masks",
     "calibrate",
     "capture",
@@ -68,10 +79,17 @@ __all__ = [
     "compile_pruned",
     "export_onnx",
     "infer_regions",
+    "load",
     "load_parts",
+    "mask_module",
+    "masks_of",
+    "merge_lora",
+    "save",
     "select_masks",
     "strip",
+    "transfer_masks",
     "verify",
+    "verify_masks",
 ]
 
 _HOMES = {
@@ -82,10 +100,15 @@ _HOMES = {
     "mfcompile.graph": ("CapturedGraph",),
     "mfcompile.masks": ("MaskSet",),
     "mfcompile.passes.criteria.base": ("Criterion", "Need", "SiteData"),
-    "mfcompile.passes.masking": ("strip",),
+    "mfcompile.masked_weights": ("masks_of", "strip"),
     "mfcompile.region": ("PruneSite", "RegionMap"),
     "mfcompile.statistics": ("CalibrationStatistics",),
     "mfcompile.steps": ("apply_masks", "calibrate", "capture", "infer_regions", "select_masks"),
+    "mfcompile.training.files": ("load", "mask_module", "save"),
+    "mfcompile.training.lora": ("add_lora", "merge_lora"),
+    "mfcompile.training.trainer": ("MaskCallback",),
+    "mfcompile.training.transfer": ("MaskTransfer", "transfer_masks"),
+    "mfcompile.training.verification": ("MaskVerification", "verify_masks"),
     "mfcompile.errors": tuple(name for name in __all__ if name.endswith("Error")),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

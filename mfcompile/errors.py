@@ -10,6 +10,7 @@
     ├── PassError               a pass broke its contract
     │   ├── PreconditionError
     │   └── PostconditionError
+    ├── MaskError               pruned weights are not zero
     ├── ExportError             an artefact could not be written
     ├── ParityError             an artefact does not compute what the model computes
     └── RuntimeLibraryError     the sparse runtime cannot be built or loaded here
@@ -50,6 +51,10 @@ class PreconditionError(PassError):
 
 class PostconditionError(PassError):
     """A transform returned a graph that is not what it declared."""
+
+
+class MaskError(MfcompileError):
+    """Weights that a mask prunes are not zero, or something is about to make them so."""
 
 
 class ExportError(MfcompileError):

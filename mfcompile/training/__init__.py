@@ -1,0 +1,1 @@
+"""What keeps masks in force in the training code of others: checks, files, adapters, transfer, a callback."""
