@@ -62,9 +62,13 @@ def plain(comparison: mfcompile.Comparison) -> dict[str, Any]:
 
 def test_rows_are_what_compile_pruned_gives() -> None:
     """With the batches that calibrate: eight of nine."""
-    options: dict[str, dict[str, Any]] = {"multiflow": {}, "magnitude@uniform": {"criterion": "magnitude", "allocation": "uniform"},
-               "snip": {"criterion": "snip", "loss_fn": loss_fn}, "random": {"criterion": "random"},
-               "wanda:2:4": {"criterion": "wanda", "pattern": "2:4"}}  # fmt: skip
+    options: dict[str, dict[str, Any]] = {
+        "multiflow": {},
+        "magnitude@uniform": {"criterion": "magnitude", "allocation": "uniform"},
+        "snip": {"criterion": "snip", "loss_fn": loss_fn},
+        "wanda:2:4": {"criterion": "wanda", "pattern": "2:4"},
+        "random": {"criterion": "random"},
+    }
     assert len(example().rows) == 9
     assert {row.pruner for row in example().at(0.5)} == options.keys()
     for row in example().at(0.5):
