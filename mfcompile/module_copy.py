@@ -89,7 +89,7 @@ class KeptState:
 
     def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """An operator is about to run: copy the watched tensors that it writes."""
-        if not func._schema.is_mutable:
+        if not func._schema.is_mutable and _name(func) not in _WRITES_STATISTICS:
             return
         for written in written_tensors(func, args, kwargs):
             for tensor in self._watched.get(storage_address(written), ()):
@@ -132,4 +132,17 @@ def written_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         if item.alias_info is not None and item.alias_info.is_write:
             value = kwargs[item.name] if item.name in kwargs else args[position] if position < len(args) else None
             found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    if _name(func) in _WRITES_STATISTICS and len(args) > _TRAINING and args[_TRAINING]:
+        found += [leaf for leaf in args[_RUNNING] if isinstance(leaf, Tensor)]
     return found
+
+
+_WRITES_STATISTICS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
+"""They write running mean and variance while they train, and their schemas do not say so."""
+
+_RUNNING, _TRAINING = slice(3, 5), 5
+"""Places of these arguments in all three."""
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name)

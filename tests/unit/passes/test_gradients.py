@@ -305,6 +305,15 @@ def test_the_module_the_batches_and_the_generators_are_as_before() -> None:
     assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], states[2])
 
 
+def test_batch_norm_in_training_mode_leaves_its_running_statistics() -> None:
+    """The operator's schema does not say that it writes them."""
+    module = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+    before = {name: item.clone() for name, item in module.state_dict().items()}
+    accumulate_gradients(module, pair_batches(), square, ["0.weight"], training=True)
+    for name, item in module.state_dict().items():
+        assert torch.equal(item, before[name]), name
+
+
 def test_every_batch_meets_the_same_state() -> None:
     """What a forward pass leaves behind does not reach the next: the order of the batches does not matter."""
     module, batches = Remembering(), pair_batches()
