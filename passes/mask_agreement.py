@@ -34,8 +34,8 @@ class PairAgreement:
         """Agreement beyond chance, Cohen's kappa: 1 for the same masks, 0 for what chance gives, below 0 for less.
 
         (p - q) / (1 - q), with p the fraction of weights about which both decide alike, and q what p would be were the same
-        numbers of weights kept at random (Cohen, A coefficient of agreement for nominal scales, 1960). Where both keep as
-        many, it is the share of kept weights in common on a scale from chance to all.
+        numbers of weights kept at random (Cohen, A coefficient of agreement for nominal scales, 1960). It is
+        ``shared_fraction`` on a scale from chance to all.
         """
         total, (one, other) = self.weights, self.kept
         alike = total - one - other + 2 * self.shared

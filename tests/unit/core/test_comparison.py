@@ -135,9 +135,12 @@ def test_ranking_puts_what_is_no_number_last_and_marks_ties() -> None:
 def test_one_pass_of_gradients_and_one_hash_serve_all_sparsities(monkeypatch: pytest.MonkeyPatch) -> None:
     passes, hashes = [], []
     original = gradients.accumulate_gradients
-    monkeypatch.setattr(
-        gradients, "accumulate_gradients", lambda *args, **options: passes.append(1) or original(*args, **options)
-    )
+
+    def accumulate(*args: Any, **options: Any) -> gradients.Gradients:
+        passes.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(gradients, "accumulate_gradients", accumulate)
 
     def hashed(module: nn.Module) -> str:
         hashes.append(1)
