@@ -200,6 +200,7 @@ def compile_pruned(
     ignore: Sequence[str] | None = None,
     padding_mask: str | None = None,
     num_calibration_samples: int | None = None,
+    precision: str = "model",
     rounding: str = "exact",
     seed: int = 0,
     progress: Progress | None = None,
@@ -224,6 +225,7 @@ def compile_pruned(
         ignore: patterns of weights that stay dense.
         padding_mask: name of the mask input of the text; None finds it by convention and shape.
         num_calibration_samples: use at most about this many samples; None uses all.
+        precision: "model", or "float64" to calibrate a copy in float64; see ``mfcompile.calibrate``.
         rounding: "exact" or "official".
         seed: seeds torch before calibration, for models and loaders that draw random numbers, and random scores.
         progress: called with (stage, done, total).
@@ -259,11 +261,12 @@ def compile_pruned(
     refuse_broken_parameters(captured.module, found)
     stages.step("capture")(1, 1)
     if Need.GRADIENTS in needs or update is not None:
-        batches = as_function([example_inputs] if batches is None else batches)
+        batches = as_function([example_inputs] if batches is None else batches, num_calibration_samples)
     if Need.STATISTICS not in needs:
         statistics = None
     elif statistics is None:
-        asked = {"padding_mask": padding_mask, "num_samples": num_calibration_samples, "progress": stages.step("calibrate")}
+        asked = {"padding_mask": padding_mask, "num_samples": num_calibration_samples, "precision": precision}
+        asked["progress"] = stages.step("calibrate")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             statistics = calibrated(captured, batches, found, cache, asked)

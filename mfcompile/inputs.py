@@ -196,18 +196,35 @@ def slice_batch(inputs: ExampleInputs, rows: list[int]) -> ExampleInputs:
     return inputs.map_tensors(lambda _, tensor: tensor[torch.tensor(rows)] if tensor.ndim else tensor)
 
 
-def as_function(batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> Callable[[], Iterable[Any]]:
+def as_function(
+    batches: Iterable[Any] | Callable[[], Iterable[Any]], num_samples: int | None = None
+) -> Callable[[], Iterable[Any]]:
     """A function that gives the batches from the start at every call.
 
     Args:
         batches: such a function, or an iterable; an iterator can be read only once, so its batches are kept.
+        num_samples: stop after the batch that reaches this many samples; None gives all.
     """
     if callable(batches) and not isinstance(batches, Iterable):
-        return batches
+        make = batches
+        return make if num_samples is None else lambda: _first_samples(make(), num_samples)
     assert isinstance(batches, Iterable)
-    if iter(batches) is batches:
-        batches = list(batches)
-    return lambda: batches
+    if isinstance(batches, Iterator):
+        kept = list(batches if num_samples is None else _first_samples(batches, num_samples))
+        return lambda: kept
+    given: Iterable[Any] = batches
+    return lambda: given if num_samples is None else _first_samples(given, num_samples)
+
+
+def _first_samples(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """Batches up to the one that reaches ``count`` samples; the size of a batch is that of its first tensor that has one."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        leaves = pytree.tree_leaves(_plain(batch))
+        seen += next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+        if seen >= count:
+            return
 
 
 def as_batch(inputs: ExampleInputs) -> Any:

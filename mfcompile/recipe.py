@@ -24,6 +24,7 @@ FORMATS = ("packed", "dense")
 VALUES = ("fp32", "fp16")
 SPLITS = ("regions",)
 ROUNDINGS = ("exact", "official")
+PRECISIONS = ("model", "float64")
 UPDATES = ("sparsegpt",)
 
 MASK_OPTIONS = (
@@ -44,6 +45,7 @@ MASK_OPTIONS = (
     "padding_mask",
     "calibration",
     "num_calibration_samples",
+    "precision",
 )
 """The options that decide the masks; with any of them changed, the recorded digest says nothing."""
 
@@ -75,6 +77,7 @@ class Recipe:
         padding_mask: name of the padding mask input; None to find it by convention and shape.
         calibration: file or directory with calibration data; None takes what the source gives.
         num_calibration_samples: how many samples to calibrate with; None for all.
+        precision: "model", or "float64" to calibrate in float64.
         onnx: whether an ONNX file is written.
         format: how pruned weights are stored in it, "packed" or "dense".
         values: precision of their values, "fp32" or "fp16".
@@ -102,6 +105,7 @@ class Recipe:
     padding_mask: str | None = None
     calibration: Path | None = None
     num_calibration_samples: int | None = None
+    precision: str = "model"
     onnx: bool = True
     format: str = "packed"
     values: str = "fp32"
@@ -349,6 +353,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "modalities": _is_string_map,
     "padding_mask": _is_optional_string,
     "num_calibration_samples": _is_sample_count,
+    "precision": _one_of(PRECISIONS),
     "onnx": _is_flag,
     "format": _one_of(FORMATS),
     "values": _one_of(VALUES),

@@ -85,6 +85,7 @@ def calibrate(
     padding_mask: str | None = None,
     num_samples: int | None = None,
     observe: str = "auto",
+    precision: str = "model",
     progress: Callable[[int, int | None], None] | None = None,
 ) -> CalibrationStatistics:
     """Run calibration batches and collect the norm of every activation that feeds a pruned weight.
@@ -96,6 +97,8 @@ def calibrate(
         padding_mask: name of the mask input of the text; None finds it by convention and shape.
         num_samples: stop after the batch that reaches this many samples; None uses all.
         observe: "auto", "graph" (observers in the captured graph) or "module" (the user's module is watched).
+        precision: "model", or "float64" to run a copy of the module in float64: then masks do not depend on how batches of a
+            few rows are cut, which float32 products can.
         progress: called with (batches done, batches in all or None).
 
     Raises:
@@ -104,7 +107,14 @@ def calibrate(
     require_values(captured.module)
     found = regions if regions is not None else infer_regions(captured)
     return _calibrate(
-        captured, found, batches, padding_mask=padding_mask, num_samples=num_samples, observe=observe, progress=progress
+        captured,
+        found,
+        batches,
+        padding_mask=padding_mask,
+        num_samples=num_samples,
+        observe=observe,
+        precision=precision,
+        progress=progress,
     )
 
 

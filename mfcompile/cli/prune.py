@@ -206,6 +206,7 @@ def _compile(
         cache=args.cache,
         padding_mask=recipe.padding_mask or source.padding_mask,
         num_calibration_samples=recipe.num_calibration_samples,
+        precision=recipe.precision,
         progress=progress,
         **options,
     )

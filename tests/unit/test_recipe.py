@@ -38,6 +38,7 @@ def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
         padding_mask="mask",
         calibration=tmp_path / "data" / "batches.npz",
         num_calibration_samples=8,
+        precision="float64",
         onnx=False,
         format="dense",
         values="fp16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfcompile.errors import InputError
-from mfcompile.inputs import ExampleInputs, normalize_inputs, output_tensors, slice_batch
+from mfcompile.inputs import ExampleInputs, as_function, normalize_inputs, output_tensors, slice_batch
 
 ONE, TWO = torch.ones(2, 3), torch.zeros(2, 4)
 
@@ -214,3 +215,20 @@ class Output:
 )
 def test_names_of_outputs(output: Any, names: list[str]) -> None:
     assert list(output_tensors(output)) == names
+
+
+def test_batches_are_given_from_the_start_every_time() -> None:
+    batches = [{"image": torch.ones(2, 3)} for _ in range(4)]
+    for given in (batches, iter(batches), lambda: iter(batches)):
+        make = as_function(given)
+        assert [len(list(make())) for _ in range(2)] == [4, 4]
+
+
+def test_batches_end_with_the_one_that_reaches_the_number_of_samples() -> None:
+    def endless() -> Iterator[Any]:
+        while True:
+            yield UserDict({"flag": True, "image": torch.ones(2, 3)})
+
+    for given in (endless(), endless):
+        make = as_function(given, num_samples=5)
+        assert [len(list(make())) for _ in range(2)] == [3, 3]
