@@ -84,10 +84,10 @@ def explanation(document: Mapping[str, Any]) -> Iterator[str]:
     padding = sum(item["left_out"] for item in outputs)
     without = f" without {padding:,} elements of padding or filling" if padding else ""
     yield (
-        f"Output error: {what} ({listed}), over {data['compared_samples']:,} samples: {data['compared_on']}{without}. "
-        f"Calibrated with {data['samples']:,} samples."
+        f"Output error: {what} ({listed}), over {data['compared_samples']:,} samples: {data['compared_on']}{without}."
+        + (f" Calibrated with {data['samples']:,} samples." if _is_calibrated(document) else "")
     )
-    if not data["is_held_out"]:
+    if not data["is_held_out"] and any(pruner["update"] for pruner in document["pruners"]):
         yield "  Weight updates are fitted to these very samples, and look better on them: give eight batches, or --held-out N."
     emptied = [row for row in document["rows"] if row["emptied_layers"]]
     for row in emptied[:MOST_OUTPUTS]:
@@ -105,6 +105,8 @@ def next_step(document: Mapping[str, Any], source: Path) -> str | None:
     if best is None:
         return None
     pruner = next(item for item in document["pruners"] if item["label"] == best["pruner"])
+    if pruner["is_floor"]:
+        return f"At {_asked(sparsity)} nothing does better than random scores: this measure tells these pruners not apart."
     words = ["mfcompile", "prune", str(source), "--criterion", pruner["criterion"]]
     if pruner["criterion_options"]:
         words += ["--criterion-option", *(f"{name}={value}" for name, value in pruner["criterion_options"].items())]
@@ -120,6 +122,11 @@ def next_step(document: Mapping[str, Any], source: Path) -> str | None:
         ",".join(f"{name}={value}" for name, value in sparsity.items()) if isinstance(sparsity, Mapping) else f"{sparsity:g}"
     )
     return f"Best at {_asked(sparsity)}: {best['pruner']}. Next:  {shlex.join([*words, '--sparsity', given])}"
+
+
+def _is_calibrated(document: Mapping[str, Any]) -> bool:
+    """Some pruner looked at data."""
+    return any(pruner["needs"] or pruner["update"] for pruner in document["pruners"])
 
 
 def _asked(sparsity: float | Mapping[str, float]) -> str:

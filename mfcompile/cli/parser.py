@@ -23,6 +23,7 @@ start here:
   mfcompile inspect model.py                    what was captured, which weights serve what, and why
   mfcompile prune model.py --dry-run            what would be pruned; nothing is written
   mfcompile prune model.py --sparsity 0.63      prune, export, compare with PyTorch, report
+  mfcompile compare model.py                    which pruner suits this model
 
 a model.py defines:
   model            an nn.Module (or build_model(), which returns one)
