@@ -29,7 +29,7 @@ from mfcompile.cli.pruning_options import (
     sparsity_name,
 )
 from mfcompile.errors import InputError
-from mfcompile.recipe import Recipe
+from mfcompile.recipe import PRECISIONS, Recipe
 
 if TYPE_CHECKING:
     from mfcompile.compile import CompiledModel
@@ -85,6 +85,12 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_selection_options(how)
     add_calibration_options(how)
+    how.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="float64 calibrates a copy of the model in float64: masks then do not depend on how small batches are cut "
+        "(default: model)",
+    )
     add_region_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
