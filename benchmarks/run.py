@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import capture_cost, machine, pruning_cost
+from benchmarks import capture_cost, machine, pruning_cost, weight_update
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -30,7 +30,7 @@ def pruning() -> dict[str, Any]:
     }
 
 
-BENCHMARKS = {"pruning": pruning, "capture": capture_cost.capture_cost}
+BENCHMARKS = {"pruning": pruning, "capture": capture_cost.capture_cost, "update": weight_update.weight_update}
 
 
 def main() -> None:
