@@ -16,6 +16,7 @@ from mfcompile.errors import InputError
 from mfcompile.files import staged_directory
 from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import as_function
+from mfcompile.masked_weights import masked_parameters, replaced_weights, strip
 from mfcompile.masks import MaskSet
 from mfcompile.module_copy import share_weights_copy
 from mfcompile.onnx_entry import export_file, first_batch, is_onnx, opened
@@ -25,7 +26,8 @@ from mfcompile.passes.allocation import Sparsity, check_sparsity
 from mfcompile.passes.criteria.base import Need, Pruner
 from mfcompile.passes.mask_selection import SelectionOptions, check_needs, check_options
 from mfcompile.passes.mask_selection import select_masks as select_with_options
-from mfcompile.passes.masking import mask_module, masked_parameters, strip
+from mfcompile.passes.masking import mask_module
+from mfcompile.passes.weight_values import with_values
 from mfcompile.region import RegionMap
 from mfcompile.report import build_report, save_report
 from mfcompile.saving import save_weights
@@ -147,11 +149,16 @@ class CompiledModel:
         self, path: Path | str, format: str = "packed", values: str = "fp32", *, split: str | None = None
     ) -> ExportedArtifact:
         """Write the pruned model as ONNX; see ``mfcompile.export_onnx``. Weights are read from ``module`` as it is now."""
-        return export_onnx(self.captured, path, format=format, values=values, split=split, regions=self.regions)
+        return export_onnx(self._as_trained(), path, format=format, values=values, split=split, regions=self.regions)
 
     def verify(self, artifact: ExportedArtifact | Path | str, example_inputs: Any | None = None) -> ParityReport:
         """Compare an exported file with ``module``; see ``mfcompile.verify``."""
-        return verify(artifact, self.captured, example_inputs)
+        return verify(artifact, self._as_trained(), example_inputs)
+
+    def _as_trained(self) -> CapturedGraph:
+        """The captured graph over the weights that ``module`` computes with now."""
+        moved = {} if is_onnx(self.module) else replaced_weights(self.module, self.captured.module)
+        return with_values(self.captured, moved) if moved else self.captured
 
     def strip(self) -> nn.Module:
         """A plain module with zeros baked in and no masks in force; ``module`` stays as it is."""

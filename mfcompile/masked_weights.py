@@ -7,6 +7,7 @@ the effective values that a plain model has, ``load_state_dict`` takes the same,
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -174,6 +175,30 @@ def masked_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]
             yield f"{path}.{leaf}" if path else leaf, stack.original, mask.mask
 
 
+def plain_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name without parametrization, stored parameter) of every parameter, a tied one under each of its names."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield _STORED.sub(r"\1", name), parameter
+
+
+_STORED = re.compile(r"parametrizations\.([^.]+)\.original$")
+
+
+def replaced_weights(module: nn.Module, dense: nn.Module) -> dict[str, Tensor]:
+    """FQN -> what a masked module computes with in the place of a dense module's parameter, where they share it no longer.
+
+    Loading with ``assign=True``, for instance, brings other parameters; an adapter adds to one.
+    """
+    own = dict(plain_parameters(module))
+    found = {fqn: own[fqn].detach() for fqn, parameter in dense.named_parameters() if own.get(fqn, parameter) is not parameter}
+    for path, owner in module.named_modules():
+        for leaf, stack, _ in stacks_of(owner):
+            if any(isinstance(item, LowRank) for item in stack):
+                found[f"{path}.{leaf}" if path else leaf] = getattr(owner, leaf).detach()
+    first = {fqn for fqn, _ in dense.named_parameters()}
+    return {fqn: value for fqn, value in found.items() if fqn in first}
+
+
 def strip(module: nn.Module) -> nn.Module:
     """Bake the zeros into plain parameters and stop enforcing them, in place; tied weights stay tied.
 
@@ -246,8 +271,8 @@ def _look_plain(kind: Any) -> None:
     kind.__name__, kind.__qualname__, kind.__module__ = base.__name__, base.__qualname__, base.__module__
 
 
-_BAKED: MutableMapping[Any, dict[int, Tensor]] = WeakIdKeyDictionary()
-"""State dict that is being made -> id of a stored tensor -> its effective values, so that tied weights stay one tensor."""
+_BAKED: MutableMapping[Any, weakref.ref[Tensor]] = WeakIdKeyDictionary()
+"""Stored tensor -> its effective values, as last given in a state dict that still exists."""
 
 
 def _to_plain(owner: nn.Module, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -278,7 +303,7 @@ def _to_plain(owner: nn.Module, state: dict[str, Any], prefix: str, keep_vars: b
         del metadata[key]
 
 
-def _effective(owner: nn.Module, leaf: str, stack: Any, mask: WeightMask, state: Any, keep_vars: bool) -> Tensor:
+def _effective(owner: nn.Module, leaf: str, stack: Any, mask: WeightMask, state: Mapping[str, Any], keep_vars: bool) -> Tensor:
     """The values that a layer computes with: the stored tensor itself, with its zeros, wherever that may hold them.
 
     Averages of weights are often taken by writing into the tensors of a state dict. A copy of a model owns its stored
@@ -292,10 +317,11 @@ def _effective(owner: nn.Module, leaf: str, stack: Any, mask: WeightMask, state:
     if keep_vars:
         weight: Tensor = getattr(owner, leaf)
         return weight
-    made = _BAKED.setdefault(state, {})
-    if id(original) not in made:
-        made[id(original)] = getattr(owner, leaf).detach()
-    return made[id(original)]
+    made = _BAKED[original]() if original in _BAKED else None
+    if made is None or all(value is not made for value in state.values()):
+        made = getattr(owner, leaf).detach()
+        _BAKED[original] = weakref.ref(made)
+    return made  # a tied weight is the same tensor under all its names in one state dict
 
 
 def _from_plain(owner: nn.Module, state: dict[str, Any], prefix: str, missing: list[str]) -> None:

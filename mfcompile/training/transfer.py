@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from mfcompile.errors import InputError
 from mfcompile.frontends.unwrapping import unwrap
+from mfcompile.masked_weights import plain_parameters
 from mfcompile.masks import MaskSet, PackedMask
 
 
@@ -64,7 +65,7 @@ def transfer_masks(
     first: dict[int, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     alias: dict[str, str] = {}
-    for name, parameter in _plain_parameters(module):
+    for name, parameter in plain_parameters(module):
         alias[name] = first.setdefault(id(parameter), name)
         shapes[name] = tuple(parameter.shape)
     wanted = _by_names(masks, names or {})
@@ -103,12 +104,6 @@ def transfer_masks(
             f"(names={{pattern: name}}), or pass strict=False"
         )
     return result
-
-
-def _plain_parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """(name, parameter) under the names of a module without masks, tied ones under each of their names."""
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        yield re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", name), parameter
 
 
 def _place(source: str, target: str, masks: MaskSet, found: dict[str, str], unmatched: dict[str, str]) -> None:
@@ -152,14 +147,12 @@ def _expression(pattern: str) -> re.Pattern[str]:
             return re.compile(pattern[3:])
         except re.error as error:
             raise InputError(f"names: the pattern {pattern!r} is not a valid regular expression: {error}") from error
-    if not _WILDCARD.search(pattern):
-        return re.compile(re.escape(pattern) + r"(|\..+)")
     kinds = {"*": "(.*)", "?": "(.)"}
     pieces, end = [], 0
     for item in _WILDCARD.finditer(pattern):
         pieces += [re.escape(pattern[end : item.start()]), kinds.get(item[0], f"({item[0].replace('[!', '[^')})")]
         end = item.end()
-    return re.compile("".join([*pieces, re.escape(pattern[end:])]))
+    return re.compile("".join([*pieces, re.escape(pattern[end:]), r"(|\..+)"]))  # the path of a submodule stands for all below
 
 
 def _template(pattern: str, target: str) -> str:
@@ -167,15 +160,13 @@ def _template(pattern: str, target: str) -> str:
     if pattern.startswith("re:"):
         return target
     wildcards = _WILDCARD.findall(pattern)
-    if not wildcards:
-        return target.replace("\\", r"\\") + r"\1"
     count = len(_WILDCARD.findall(target))
     if count != len(wildcards):
         raise InputError(
             f"names: {pattern!r} has {len(wildcards)} wildcards and {target!r} {count}: each stands for the same in both"
         )
     numbers = iter(range(1, count + 1))
-    return _WILDCARD.sub(lambda _: f"\\g<{next(numbers)}>", target)
+    return _WILDCARD.sub(lambda _: f"\\g<{next(numbers)}>", target.replace("\\", r"\\")) + f"\\g<{count + 1}>"
 
 
 def _by_prefix(
