@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,7 @@ from torch import nn
 import mfcompile
 from mfcompile.masked_weights import masks_of
 from tests.masked_models import assert_pruned, batch, effective, masked, small, small_masks, train, zeroed
-from tests.models import tiny_vlm, vlm_batch, vlm_captured, vlm_regions, vlm_statistics
+from tests.models import TwoLayers, tiny_vlm, vlm_batch, vlm_captured, vlm_regions, vlm_statistics
 
 
 @cache
@@ -164,3 +166,26 @@ def test_masks_are_put_from_a_file_over_a_dense_model(tmp_path: Path) -> None:
     assert model.get_parameter("head.weight") is dense.head.weight
     with pytest.raises(mfcompile.InputError, match="has masks in force already"):
         mfcompile.mask_module(model, small_masks())
+
+
+def test_what_was_trained_is_what_is_exported(tmp_path: Path) -> None:
+    """Also with adapters that are not merged, and with parameters that took the places of those that were captured."""
+    torch.manual_seed(0)
+    dense, images = TwoLayers(), torch.randn(2, 3, 4)
+    untrained = copy.deepcopy(dense)
+    compiled = mfcompile.compile_pruned(dense, images, sparsity=0.5)
+    state = {name: value * 1.5 for name, value in compiled.module.state_dict().items()}
+    compiled.module.load_state_dict(state, assign=True)
+    mfcompile.add_lora(compiled.module, rank=1)
+    with torch.no_grad():
+        for name, parameter in compiled.module.named_parameters():
+            if name.endswith(".0.up"):
+                parameter.fill_(0.25)
+    artifact = compiled.export_onnx(tmp_path / "model.onnx")
+    assert compiled.verify(artifact).passed
+    plain = mfcompile.strip(copy.deepcopy(compiled.module))
+    assert mfcompile.verify_masks(plain, compiled.masks).nonzero_count == 0
+    session = onnxruntime.InferenceSession(artifact.path)
+    found = torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+    torch.testing.assert_close(found, plain(images).detach(), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, untrained(images), rtol=1e-2)

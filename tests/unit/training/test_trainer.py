@@ -15,7 +15,7 @@ import mfcompile
 from mfcompile.masks import MaskSet, PackedMask
 from tests.masked_models import assert_pruned
 
-transformers = pytest.importorskip("transformers")
+transformers: Any = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -147,7 +147,7 @@ def test_a_directory_names_its_model_and_dtype(tmp_path: Path) -> None:
 
 
 def test_a_model_without_masks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(mfcompile.InputError, match="CLIPModel has no masks in force: train compiled.module"):
+    with pytest.raises(mfcompile.InputError, match=r"CLIPModel has no masks in force: train compiled\.module"):
         learner(clip(), tmp_path)
     masks = masks_for(clip())
     other = MaskSet({fqn: PackedMask.pack(~mask) for fqn, mask in masks.items()})
