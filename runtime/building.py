@@ -27,18 +27,24 @@ CACHE_VARIABLE = "MFCOMPILE_RUNTIME_CACHE"
 """The environment variable that names the directory of built libraries, instead of the user's cache directory."""
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
-KERNEL_SOURCES = ("packed.cc", "layouts.cc", "sparse_linear.cc", "kernels_portable.cc", "kernels_avx2.cc", "kernels_avx512.cc")
+KERNEL_SOURCES = (
+    "packed.cc", "layouts.cc", "sparse_linear.cc", "kernels_portable.cc", "kernels_avx2.cc", "kernels_avx512.cc",
+    "kernels_avx512_counting.cc",
+)  # fmt: skip
 LIBRARY_SOURCES = (*KERNEL_SOURCES, "custom_op.cc")
 
 # Products and sums may be fused: kernels are held to a tolerance, not to bits.
 FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra")
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt")
+# The intrinsics of GCC read a variable on purpose before it is set.
+AVX512_FLAGS = (
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2_FLAGS, "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+)  # fmt: skip
 X86_FLAGS = {
     "kernels_avx2.cc": AVX2_FLAGS,
-    # The intrinsics of GCC read a variable on purpose before it is set.
-    "kernels_avx512.cc": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2_FLAGS, "-Wno-uninitialized",
-                          "-Wno-maybe-uninitialized"),
-}  # fmt: skip
+    "kernels_avx512.cc": AVX512_FLAGS,
+    "kernels_avx512_counting.cc": ("-mavx512vpopcntdq", *AVX512_FLAGS),
+}
 TIMEOUT_S = 600
 
 

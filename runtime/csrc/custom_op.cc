@@ -131,8 +131,14 @@ class Kernel {
     if ((values.type != kFloat && values.type != kFloat16) || values.shape.size() != 1) {
       refuse("needs values of type float32 or float16 and rank 1");
     }
-    const PackedWeight weight{encoding, values.type == kFloat ? ValueType::kFloat : ValueType::kHalf,
-                              static_cast<const uint8_t*>(gaps.data), gaps.count, values.data, values.count, shape[0], shape[1]};
+    const PackedWeight weight{encoding,
+                              values.type == kFloat ? ValueType::kFloat : ValueType::kHalf,
+                              static_cast<const uint8_t*>(gaps.data),
+                              gaps.count,
+                              values.data,
+                              values.count,
+                              shape[0],
+                              shape[1]};
     const std::string fault = find_fault(weight);
     if (!fault.empty()) refuse("has a packed weight that is damaged: " + fault + ". Export the model again");
     const char* cap = std::getenv(kCapVariable);
@@ -185,7 +191,8 @@ class Kernel {
     int is_constant = 0;
     const Value* value = nullptr;
     check(g_api.get_constant_input.call(info, index, &is_constant, &value));
-    if (!is_constant || !value) refuse(std::string("needs constant ") + what + ": store them as an initializer that is no input");
+    if (!is_constant || !value)
+      refuse(std::string("needs constant ") + what + ": store them as an initializer that is no input");
     return read_tensor(value);
   }
 
@@ -280,19 +287,21 @@ MFCOMPILE_EXPORT mfcompile::abi::Status* RegisterCustomOps(mfcompile::abi::Sessi
   const std::lock_guard<std::mutex> lock(mutex);
   const void* const* table = find_table(base);
   if (!table) {
-    std::fprintf(stderr, "mfcompile.runtime: onnxruntime %s gives out no C API; sparse kernels are not used\n", base->get_version());
+    std::fprintf(stderr, "mfcompile.runtime: onnxruntime %s gives out no C API; sparse kernels are not used\n",
+                 base->get_version());
     return nullptr;
   }
   g_api.create_status.load(table);
   if (!base->get_api(kApiVersion)) {
-    const std::string message = std::string("mfcompile.runtime needs onnxruntime 1.20 or later, this is ") + base->get_version();
+    const std::string message =
+        std::string("mfcompile.runtime needs onnxruntime 1.20 or later, this is ") + base->get_version();
     return g_api.create_status.call(kNotImplemented, message.c_str());
   }
   g_api.load(table);
   const std::string fault = test_api();
   if (!fault.empty()) {
-    const std::string message = "mfcompile.runtime does not fit onnxruntime " + std::string(base->get_version()) + ": " + fault +
-                                ". Load the model without it, and report this version";
+    const std::string message = "mfcompile.runtime does not fit onnxruntime " + std::string(base->get_version()) + ": " +
+                                fault + ". Load the model without it, and report this version";
     return g_api.create_status.call(kNotImplemented, message.c_str());
   }
   return guard([&] {

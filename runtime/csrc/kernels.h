@@ -7,10 +7,9 @@
 
 namespace mfcompile {
 
-constexpr int kStripRows = 16;   // rows that share a mask or a block of the pattern 16x1
-constexpr int kFewTokens = 8;    // most tokens of one call of mask_strip
-constexpr int kBlockTokens = 16; // tokens of one tile of block_strip
-constexpr int kMostVectors = 8;  // most vectors of tokens of a tile
+constexpr int kStripRows = 16;    // rows that share a mask or a block of the pattern 16x1
+constexpr int kFewTokens = 8;     // most tokens of one call of mask_strip
+constexpr int kBlockTokens = 16;  // tokens of one tile of block_strip
 
 // `units` units (rows, or strips of 4 rows) that keep `count` columns each inside one block of columns.
 struct Run {
@@ -27,24 +26,28 @@ struct Cell {
   const float* values;     // (entries, rows per unit)
 };
 
+// y16 (tokens <= 8, 16) of 16 rows: masks (columns,), values packed in order of columns; 64 bytes behind them are read.
+using MaskStrip = void(const uint16_t* masks, const float* values, size_t columns, const float* x, size_t x_stride, int tokens,
+                       float* y16);
+
 // Tiles of activations are token-minor: x_tile (columns, vectors * lanes), y_tile (rows, vectors * lanes).
 struct Kernels {
   const char* name;
-  int lanes;             // floats of one vector
-  int block_columns;     // columns of a block of Cells, at most 256
-  int tile_vectors;      // most vectors of tokens in a tile, single rows
-  int tile_vectors_of_4; // the same for units of 4 rows
+  int lanes;              // floats of one vector
+  int block_columns;      // columns of a block of Cells, at most 256
+  int tile_vectors;       // most vectors of tokens in a tile, single rows
+  int tile_vectors_of_4;  // the same for units of 4 rows
 
   // x (tokens, columns) -> x_tile, zero in lanes past `tokens`; suspect[lane] becomes NaN where a token holds NaN or Inf,
   // otherwise 0.
   void (*pack_tile)(const float* x, size_t columns, size_t tokens, int vectors, float* x_tile, float* suspect);
   // y_tile += W x_tile for one cell; `unit_rows` is 1 or 4.
   void (*multiply_cell)(int vectors, int unit_rows, const Cell& cell, const float* x_block, float* y_tile);
+  // y (rows,) += W x for one cell of single rows and one token, x (columns of the block,).
+  void (*multiply_cell_by_token)(const Cell& cell, const float* x, float* y);
   // y (tokens, stride) = y_tile transposed + bias (rows,) or null.
   void (*store_tile)(const float* y_tile, int vectors, size_t tokens, size_t rows, const float* bias, float* y, size_t stride);
-  // y (tokens <= 8, stride) of 16 rows: masks (columns,), values packed in order of columns; 64 bytes behind them are read.
-  void (*mask_strip)(const uint16_t* masks, const float* values, size_t columns, const float* x, size_t x_stride, int tokens,
-                     float* y16);
+  MaskStrip* mask_strip;  // null where there is none
   // y16 (tokens, 16) of 16 rows: `count` columns with 16 values each; x (all columns, width), width 1, 2, 4, 8 or 16.
   void (*block_strip)(const uint32_t* columns, const float* values, size_t count, const float* x, int width, float* y16);
 };
@@ -53,5 +56,6 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+MaskStrip* avx512_counting_mask_strip();  // a faster one, for processors that have VPOPCNTDQ
 
 }  // namespace mfcompile

@@ -33,46 +33,33 @@ inline void transpose_square(const float* from, size_t from_stride, float* to, s
   }
 }
 
-template <int Tokens>
-void mask_columns(const uint16_t* masks, const float* values, size_t columns, const float* x, size_t x_stride, float* y16) {
-  constexpr int kWays = Tokens == 1 ? 4 : Tokens <= 4 ? 2 : 1;
-  __m512 sums[kWays][Tokens];
-  for (auto& way : sums) {
-    for (auto& token : way) token = _mm512_setzero_ps();
-  }
-  const auto add = [&](int way, size_t column) __attribute__((always_inline)) {
-    const unsigned mask = masks[column];
-    __m512 packed = _mm512_loadu_ps(values);
-    __asm__("" : "+v"(packed));  // expanding from memory is many times slower on some processors
-    const __m512 weight = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), packed);
-    values += __builtin_popcount(mask);
-    for (int t = 0; t < Tokens; ++t) {
-      sums[way][t] = _mm512_fmadd_ps(weight, _mm512_set1_ps(x[t * x_stride + column]), sums[way][t]);
-    }
-  };
-  size_t column = 0;
-  for (; column + kWays <= columns; column += kWays) {
-#pragma GCC unroll 4
-    for (int way = 0; way < kWays; ++way) add(way, column + way);
-  }
-  for (; column < columns; ++column) add(0, column);
-  for (int t = 0; t < Tokens; ++t) {
-    __m512 sum = sums[0][t];
-    for (int way = 1; way < kWays; ++way) sum = _mm512_add_ps(sum, sums[way][t]);
-    _mm512_storeu_ps(y16 + t * kStripRows, sum);
-  }
+inline __attribute__((always_inline)) __m512 expand_column(unsigned mask, const float* values) {
+  __m512 packed = _mm512_loadu_ps(values);
+  __asm__("" : "+v"(packed));  // expanding from memory is slower
+  return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), packed);
 }
 
-#include "kernels_impl.h"
+#include "mask_avx512.h"
 
-const Kernels kTable = {"avx512", kLanes, 64, 6, 6, pack_tile, multiply_cell, store_tile, mask_strip, block_strip};
+#include "kernels_impl.h"
+#include "mask_strip.h"
+
+const Kernels kTable = {"avx512",   kLanes,     96,         7, 6, pack_tile, multiply_cell, multiply_cell_by_token,
+                        store_tile, mask_strip, block_strip};
+
+Kernels best_table() {
+  Kernels table = kTable;
+  if (MaskStrip* counting = avx512_counting_mask_strip()) table.mask_strip = counting;
+  return table;
+}
 
 }  // namespace
 
 const Kernels* avx512_kernels() {
+  static const Kernels table = best_table();
   static const bool is_supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return is_supported ? &kTable : nullptr;
+  return is_supported ? &table : nullptr;
 }
 
 }  // namespace mfcompile

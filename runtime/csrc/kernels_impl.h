@@ -1,5 +1,5 @@
 // The kernels, written once over vectors of MFCOMPILE_LANES floats; included by one file for each instruction set, which
-// defines MFCOMPILE_LANES, transpose_square and mask_columns inside an anonymous namespace before.
+// defines MFCOMPILE_LANES and transpose_square inside an anonymous namespace before.
 #pragma once
 
 // NOLINTBEGIN: included inside a namespace
@@ -10,15 +10,19 @@ typedef float LooseVector __attribute__((vector_size(MFCOMPILE_LANES * 4), align
 inline Vector load(const float* from) { return *reinterpret_cast<const LooseVector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<LooseVector*>(to) = value; }
 
+// Sums must live in registers: every loop over them is unrolled, also where they are set and stored.
 #define MFCOMPILE_UNROLL _Pragma("GCC unroll 16")
+#define MFCOMPILE_INLINE inline __attribute__((always_inline))
 
-// One row, or two rows that keep as many columns: two chains of accumulators hide the latency of the multiply-add.
+// Rows that keep as many columns, side by side: one chain of sums would wait for the latency of each multiply-add.
+// `count` is at least 1.
 template <int V, int Rows>
-inline void multiply_rows(size_t count, const uint8_t* columns, const float* values, const uint16_t* units, const float* x_block,
-                          float* y_tile) {
+MFCOMPILE_INLINE void multiply_rows(size_t count, const uint8_t* columns, const float* values, const uint16_t* units,
+                                    const float* x_block, float* y_tile) {
   constexpr int kWidth = V * kLanes;
   Vector sums[Rows][V] = {};
-  for (size_t entry = 0; entry < count; ++entry) {
+  size_t entry = 0;
+  do {
     MFCOMPILE_UNROLL
     for (int row = 0; row < Rows; ++row) {
       const float* x = x_block + columns[entry + row * count] * kWidth;
@@ -26,7 +30,8 @@ inline void multiply_rows(size_t count, const uint8_t* columns, const float* val
       MFCOMPILE_UNROLL
       for (int v = 0; v < V; ++v) sums[row][v] += load(x + v * kLanes) * value;
     }
-  }
+  } while (++entry < count);
+  MFCOMPILE_UNROLL
   for (int row = 0; row < Rows; ++row) {
     float* y = y_tile + static_cast<size_t>(units[row]) * kWidth;
     MFCOMPILE_UNROLL
@@ -36,11 +41,12 @@ inline void multiply_rows(size_t count, const uint8_t* columns, const float* val
 
 // Four rows that keep the same columns: every load of x serves four multiply-adds.
 template <int V>
-inline void multiply_strip_of_4(size_t count, const uint8_t* columns, const float* values, size_t unit, const float* x_block,
-                                float* y_tile) {
+MFCOMPILE_INLINE void multiply_strip_of_4(size_t count, const uint8_t* columns, const float* values, size_t unit,
+                                          const float* x_block, float* y_tile) {
   constexpr int kWidth = V * kLanes;
   Vector sums[4][V] = {};
-  for (size_t entry = 0; entry < count; ++entry) {
+  size_t entry = 0;
+  do {
     const float* x = x_block + columns[entry] * kWidth;
     const float* value = values + 4 * entry;
     MFCOMPILE_UNROLL
@@ -49,7 +55,8 @@ inline void multiply_strip_of_4(size_t count, const uint8_t* columns, const floa
       MFCOMPILE_UNROLL
       for (int row = 0; row < 4; ++row) sums[row][v] += token * value[row];
     }
-  }
+  } while (++entry < count);
+  MFCOMPILE_UNROLL
   for (int row = 0; row < 4; ++row) {
     float* y = y_tile + (unit * 4 + row) * kWidth;
     MFCOMPILE_UNROLL
@@ -59,18 +66,18 @@ inline void multiply_strip_of_4(size_t count, const uint8_t* columns, const floa
 
 template <int V>
 void multiply_cell_of_rows(const Cell& cell, const float* x_block, float* y_tile) {
+  constexpr size_t kRows = V <= 2 ? 4 : 2;
   const uint16_t* units = cell.units;
   const uint8_t* columns = cell.columns;
   const float* values = cell.values;
   for (size_t index = 0; index < cell.run_count; ++index) {
     const size_t count = cell.runs[index].count;
     size_t left = cell.runs[index].units;
-    for (; left >= 2; left -= 2, units += 2, columns += 2 * count, values += 2 * count) {
-      multiply_rows<V, 2>(count, columns, values, units, x_block, y_tile);
+    for (; left >= kRows; left -= kRows, units += kRows, columns += kRows * count, values += kRows * count) {
+      multiply_rows<V, kRows>(count, columns, values, units, x_block, y_tile);
     }
-    if (left) {
+    for (; left; --left, ++units, columns += count, values += count) {
       multiply_rows<V, 1>(count, columns, values, units, x_block, y_tile);
-      units += 1, columns += count, values += count;
     }
   }
 }
@@ -90,13 +97,43 @@ void multiply_cell_of_4(const Cell& cell, const float* x_block, float* y_tile) {
 
 void multiply_cell(int vectors, int unit_rows, const Cell& cell, const float* x_block, float* y_tile) {
   using Function = void (*)(const Cell&, const float*, float*);
-  static const Function of_rows[] = {
-      multiply_cell_of_rows<1>, multiply_cell_of_rows<2>, multiply_cell_of_rows<3>, multiply_cell_of_rows<4>,
-      multiply_cell_of_rows<5>, multiply_cell_of_rows<6>, multiply_cell_of_rows<7>, multiply_cell_of_rows<8>};
-  static const Function of_4[] = {
-      multiply_cell_of_4<1>, multiply_cell_of_4<2>, multiply_cell_of_4<3>, multiply_cell_of_4<4>,
-      multiply_cell_of_4<5>, multiply_cell_of_4<6>, multiply_cell_of_4<7>, multiply_cell_of_4<8>};
+  static const Function of_rows[] = {multiply_cell_of_rows<1>, multiply_cell_of_rows<2>, multiply_cell_of_rows<3>,
+                                     multiply_cell_of_rows<4>, multiply_cell_of_rows<5>, multiply_cell_of_rows<6>,
+                                     multiply_cell_of_rows<7>, multiply_cell_of_rows<8>};
+  static const Function of_4[] = {multiply_cell_of_4<1>, multiply_cell_of_4<2>, multiply_cell_of_4<3>, multiply_cell_of_4<4>,
+                                  multiply_cell_of_4<5>, multiply_cell_of_4<6>, multiply_cell_of_4<7>, multiply_cell_of_4<8>};
   (unit_rows == 1 ? of_rows : of_4)[vectors - 1](cell, x_block, y_tile);
+}
+
+// Rows of one token, side by side: a row's sum is one chain.
+template <size_t Rows>
+MFCOMPILE_INLINE void multiply_rows_by_token(size_t count, const uint8_t* columns, const float* values, const uint16_t* units,
+                                             const float* x, float* y) {
+  float sums[Rows] = {};
+  size_t entry = 0;
+  do {
+    MFCOMPILE_UNROLL
+    for (size_t row = 0; row < Rows; ++row) sums[row] += x[columns[entry + row * count]] * values[entry + row * count];
+  } while (++entry < count);
+  MFCOMPILE_UNROLL
+  for (size_t row = 0; row < Rows; ++row) y[units[row]] += sums[row];
+}
+
+void multiply_cell_by_token(const Cell& cell, const float* x, float* y) {
+  constexpr size_t kRows = 4;
+  const uint16_t* units = cell.units;
+  const uint8_t* columns = cell.columns;
+  const float* values = cell.values;
+  for (size_t index = 0; index < cell.run_count; ++index) {
+    const size_t count = cell.runs[index].count;
+    size_t left = cell.runs[index].units;
+    for (; left >= kRows; left -= kRows, units += kRows, columns += kRows * count, values += kRows * count) {
+      multiply_rows_by_token<kRows>(count, columns, values, units, x, y);
+    }
+    for (; left; --left, ++units, columns += count, values += count) {
+      multiply_rows_by_token<1>(count, columns, values, units, x, y);
+    }
+  }
 }
 
 void pack_tile(const float* x, size_t columns, size_t tokens, int vectors, float* x_tile, float* suspect) {
@@ -155,7 +192,7 @@ constexpr int kStripVectors = kStripRows / kLanes;
 
 // Width tokens of 16 rows; Ways entries at a time in separate sums, so that few tokens do not wait for one chain.
 template <int Width, int Stride, int Ways>
-inline void block_tokens(const uint32_t* columns, const float* values, size_t count, const float* x, float* y16) {
+MFCOMPILE_INLINE void block_tokens(const uint32_t* columns, const float* values, size_t count, const float* x, float* y16) {
   Vector sums[Ways][Width][kStripVectors] = {};
   size_t entry = 0;
   for (; entry + Ways <= count; entry += Ways) {
@@ -172,14 +209,19 @@ inline void block_tokens(const uint32_t* columns, const float* values, size_t co
   }
   for (; entry < count; ++entry) {
     const float* token = x + static_cast<size_t>(columns[entry]) * Stride;
+    MFCOMPILE_UNROLL
     for (int v = 0; v < kStripVectors; ++v) {
       const Vector weight = load(values + entry * kStripRows + v * kLanes);
+      MFCOMPILE_UNROLL
       for (int t = 0; t < Width; ++t) sums[0][t][v] += weight * token[t];
     }
   }
+  MFCOMPILE_UNROLL
   for (int t = 0; t < Width; ++t) {
+    MFCOMPILE_UNROLL
     for (int v = 0; v < kStripVectors; ++v) {
       Vector sum = sums[0][t][v];
+      MFCOMPILE_UNROLL
       for (int way = 1; way < Ways; ++way) sum += sums[way][t][v];
       store(y16 + t * kStripRows + v * kLanes, sum);
     }
@@ -200,25 +242,17 @@ void block_width(const uint32_t* columns, const float* values, size_t count, con
 
 void block_strip(const uint32_t* columns, const float* values, size_t count, const float* x, int width, float* y16) {
   switch (width) {
-    case 1: return block_width<1>(columns, values, count, x, y16);
-    case 2: return block_width<2>(columns, values, count, x, y16);
-    case 4: return block_width<4>(columns, values, count, x, y16);
-    case 8: return block_width<8>(columns, values, count, x, y16);
-    default: return block_width<kBlockTokens>(columns, values, count, x, y16);
+    case 1:
+      return block_width<1>(columns, values, count, x, y16);
+    case 2:
+      return block_width<2>(columns, values, count, x, y16);
+    case 4:
+      return block_width<4>(columns, values, count, x, y16);
+    case 8:
+      return block_width<8>(columns, values, count, x, y16);
+    default:
+      return block_width<kBlockTokens>(columns, values, count, x, y16);
   }
 }
 
-void mask_strip(const uint16_t* masks, const float* values, size_t columns, const float* x, size_t x_stride, int tokens,
-                float* y16) {
-  switch (tokens) {
-    case 1: return mask_columns<1>(masks, values, columns, x, x_stride, y16);
-    case 2: return mask_columns<2>(masks, values, columns, x, x_stride, y16);
-    case 3: return mask_columns<3>(masks, values, columns, x, x_stride, y16);
-    case 4: return mask_columns<4>(masks, values, columns, x, x_stride, y16);
-    case 5: return mask_columns<5>(masks, values, columns, x, x_stride, y16);
-    case 6: return mask_columns<6>(masks, values, columns, x, x_stride, y16);
-    case 7: return mask_columns<7>(masks, values, columns, x, x_stride, y16);
-    default: return mask_columns<8>(masks, values, columns, x, x_stride, y16);
-  }
-}
 // NOLINTEND

@@ -36,7 +36,8 @@ CellLayout::CellLayout(const PackedWeight& weight, int unit_rows, int block_colu
   const size_t cells = chunks * blocks, chunk_units = chunk_rows / unit_rows;
 
   std::vector<uint16_t> counts(cells * chunk_units, 0);
-  for_each_cell_entry(weight, *this, [&](size_t cell, size_t unit, size_t, const float*) { ++counts[cell * chunk_units + unit]; });
+  for_each_cell_entry(weight, *this,
+                      [&](size_t cell, size_t unit, size_t, const float*) { ++counts[cell * chunk_units + unit]; });
 
   std::vector<size_t> next(cells * chunk_units, 0);  // where the next entry of a unit goes
   std::vector<uint16_t> order;
@@ -117,7 +118,7 @@ BlockLayout::BlockLayout(const PackedWeight& weight) {
   values.shrink_to_fit();
 }
 
-int find_unit_rows(const PackedWeight& weight) {
+Structure find_structure(const PackedWeight& weight) {
   size_t kept_count = 0, blocks_of_4 = 0, blocks_of_16 = 0;
   for_each_strip(weight, kStripRows, [&](int64_t, const float*, const uint16_t* kept) {
     for (size_t column = 0; column < static_cast<size_t>(weight.columns); ++column) {
@@ -128,9 +129,9 @@ int find_unit_rows(const PackedWeight& weight) {
       blocks_of_4 += ((mask & 0xf) != 0) + ((mask & 0xf0) != 0) + ((mask & 0xf00) != 0) + ((mask & 0xf000) != 0);
     }
   });
-  if (kept_count * 20 >= blocks_of_16 * 16 * 19) return 16;
-  if (kept_count * 20 >= blocks_of_4 * 4 * 19) return 4;
-  return 1;
+  if (kept_count * 20 >= blocks_of_16 * 16 * 19) return {16, kept_count};
+  if (kept_count * 20 >= blocks_of_4 * 4 * 19) return {4, kept_count};
+  return {1, kept_count};
 }
 
 }  // namespace mfcompile

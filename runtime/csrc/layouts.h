@@ -32,9 +32,9 @@ struct CellLayout {
 // Few tokens: 16 rows share a mask for each column. Four bytes for each kept weight and one bit for each weight.
 struct MaskLayout {
   size_t strips = 0;
-  std::vector<uint16_t> masks;       // (strips, columns)
-  std::vector<size_t> first_value;   // of every strip
-  std::vector<float> values;         // in order of strip, column, row; 16 more than needed
+  std::vector<uint16_t> masks;      // (strips, columns)
+  std::vector<size_t> first_value;  // of every strip
+  std::vector<float> values;        // in order of strip, column, row; 16 more than needed
 
   explicit MaskLayout(const PackedWeight& weight);
 };
@@ -44,13 +44,17 @@ struct BlockLayout {
   size_t strips = 0;
   std::vector<size_t> first_block;  // of every strip, and one behind the last
   std::vector<uint32_t> columns;
-  std::vector<float> values;        // (blocks, 16)
+  std::vector<float> values;  // (blocks, 16)
 
   explicit BlockLayout(const PackedWeight& weight);
 };
 
-// How many rows share their columns, found in the weight itself: 16, 4 or 1. A block counts as kept when any of its
-// weights is; the largest height is taken at which at most a twentieth of the values in kept blocks are zeros.
-int find_unit_rows(const PackedWeight& weight);
+// unit_rows: how many rows share their columns, found in the weight itself: 16, 4 or 1. A block counts as kept when any of
+// its weights is; the largest height is taken at which at most a twentieth of the values in kept blocks are zeros.
+struct Structure {
+  int unit_rows;
+  size_t kept_count;
+};
+Structure find_structure(const PackedWeight& weight);
 
 }  // namespace mfcompile

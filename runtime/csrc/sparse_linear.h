@@ -33,11 +33,13 @@ class SparseLinear {
   // of its outputs NaN, and an infinity those where it meets a pruned weight (0 * inf).
   void run(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
 
-  int unit_rows() const { return unit_rows_; }
+  int unit_rows() const { return structure_.unit_rows; }
   size_t resident_bytes() const;
 
  private:
+  bool is_for_masks(size_t tokens) const;
   void run_cells(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
+  void run_cells_by_token(const float* x, const float* bias, float* y, const Parallel& parallel) const;
   void run_masks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
   void run_blocks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
   void mark_suspects(const float* x, size_t tokens, const float* suspects, float* y) const;
@@ -48,7 +50,7 @@ class SparseLinear {
 
   PackedWeight weight_;
   const Kernels& kernels_;
-  int unit_rows_;
+  Structure structure_;
   mutable std::once_flag cells_once_, masks_once_, blocks_once_;
   mutable std::unique_ptr<const CellLayout> cells_;
   mutable std::unique_ptr<const MaskLayout> masks_;

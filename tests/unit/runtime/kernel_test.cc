@@ -69,12 +69,14 @@ Stored pack(const std::vector<float>& dense, Encoding encoding) {
     last = place;
   }
   if (gaps.empty()) gaps.push_back(0), stored.values.push_back(0.0f);
-  if (encoding == Encoding::kGap4 && gaps.size() % 2 && last + 1 < dense.size()) gaps.push_back(1), stored.values.push_back(0.0f);
+  if (encoding == Encoding::kGap4 && gaps.size() % 2 && last + 1 < dense.size())
+    gaps.push_back(1), stored.values.push_back(0.0f);
   if (encoding == Encoding::kGap8) {
     stored.gaps = gaps;
   } else {
     if (gaps.size() % 2) gaps.pop_back(), stored.values.pop_back();
-    for (size_t index = 0; index < gaps.size(); index += 2) stored.gaps.push_back(static_cast<uint8_t>(gaps[index] << 4 | gaps[index + 1]));
+    for (size_t index = 0; index < gaps.size(); index += 2)
+      stored.gaps.push_back(static_cast<uint8_t>(gaps[index] << 4 | gaps[index + 1]));
   }
   stored.gaps.shrink_to_fit();
   stored.values.shrink_to_fit();
@@ -83,7 +85,9 @@ Stored pack(const std::vector<float>& dense, Encoding encoding) {
 
 std::vector<float> decode(const PackedWeight& weight) {
   std::vector<float> dense(static_cast<size_t>(weight.rows * weight.columns), 0.0f);
-  for_each_entry(weight, [&](int64_t row, int64_t column, float value) { dense[static_cast<size_t>(row * weight.columns + column)] = value; });
+  for_each_entry(weight, [&](int64_t row, int64_t column, float value) {
+    dense[static_cast<size_t>(row * weight.columns + column)] = value;
+  });
   return dense;
 }
 
@@ -94,7 +98,8 @@ void run_case(const Case& of, const Kernels& kernels, std::mt19937& random) {
   for (int64_t row = 0; row < of.rows; row += of.block_rows) {
     for (int64_t column = 0; column < of.columns; ++column) {
       if (uniform(random) >= of.density) continue;
-      for (int64_t r = row; r < std::min(of.rows, row + of.block_rows); ++r) dense[static_cast<size_t>(r * of.columns + column)] = normal(random);
+      for (int64_t r = row; r < std::min(of.rows, row + of.block_rows); ++r)
+        dense[static_cast<size_t>(r * of.columns + column)] = normal(random);
     }
   }
   const Stored stored = pack(dense, of.encoding);
@@ -122,12 +127,14 @@ void run_case(const Case& of, const Kernels& kernels, std::mt19937& random) {
         sum += term, size += std::abs(term);
       }
       const float found = y[token * rows + row];
-      const bool is_same = std::isfinite(sum) ? std::abs(found - sum) <= 1e-6 * (size + 1) : std::isnan(sum) ? std::isnan(found) : found == sum;
+      const bool is_same = std::isfinite(sum) ? std::abs(found - sum) <= 1e-6 * (size + 1)
+                           : std::isnan(sum)  ? std::isnan(found)
+                                              : found == sum;
       wrong += !is_same;
     }
   }
-  expect(wrong == 0, std::string(kernels.name) + ": " + std::to_string(wrong) + " outputs of (" + std::to_string(of.rows) + ", " +
-                         std::to_string(of.columns) + ") with " + std::to_string(of.tokens) + " tokens, density " +
+  expect(wrong == 0, std::string(kernels.name) + ": " + std::to_string(wrong) + " outputs of (" + std::to_string(of.rows) +
+                         ", " + std::to_string(of.columns) + ") with " + std::to_string(of.tokens) + " tokens, density " +
                          std::to_string(of.density) + ", blocks of " + std::to_string(of.block_rows));
 }
 
@@ -183,7 +190,8 @@ int main() {
       for (const size_t tokens : token_counts) {
         for (const double density : {0.0, 0.03, 0.4, 1.0}) {
           const int block_rows = cases % 3 == 0 ? 1 : cases % 3 == 1 ? 4 : 16;
-          const Case of{shape[0], shape[1], tokens, density, block_rows, cases % 5 == 4 && shape[1] > 1 ? Encoding::kGap4 : Encoding::kGap8,
+          const Case of{shape[0],       shape[1],      tokens,
+                        density,        block_rows,    cases % 5 == 4 && shape[1] > 1 ? Encoding::kGap4 : Encoding::kGap8,
                         cases % 2 == 0, cases % 7 != 6};
           run_case(of, *kernels, random);
           ++cases;
