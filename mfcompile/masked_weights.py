@@ -7,6 +7,7 @@ the effective values that a plain model has, ``load_state_dict`` takes the same,
 
 from __future__ import annotations
 
+import itertools
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -277,12 +278,8 @@ _BAKED: MutableMapping[Any, weakref.ref[Tensor]] = WeakIdKeyDictionary()
 
 def _to_plain(owner: nn.Module, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
     """Rename what torch saved of a masked module to what it would have saved of a plain one."""
-    tail: dict[str, Any] = {}
-    for key in reversed(list(state)):
-        if not key.startswith(prefix):
-            break
-        tail[key] = state.pop(key)
-    saved = dict(reversed(tail.items()))
+    tail = list(itertools.takewhile(lambda key: key.startswith(prefix), reversed(state)))
+    saved = {key: state.pop(key) for key in reversed(tail)}
     order: tuple[str, ...] = ()
     for leaf, stack, mask in stacks_of(owner):
         stored = f"{prefix}parametrizations.{leaf}"
