@@ -24,6 +24,7 @@ from mfcompile.onnx_ladder import FLOAT32_KEY, FLOAT32_VALUE, export_accepted, f
 from mfcompile.parameter_checks import refuse_broken_parameters, require_values
 from mfcompile.passes.allocation import Sparsity, check_sparsity
 from mfcompile.passes.criteria.base import Need, Pruner
+from mfcompile.passes.dense_facts import DenseFacts
 from mfcompile.passes.mask_selection import SelectionOptions, check_needs, check_options
 from mfcompile.passes.mask_selection import select_masks as select_with_options
 from mfcompile.passes.masking import mask_module
@@ -210,6 +211,7 @@ def compile_pruned(
     precision: str = "model",
     rounding: str = "exact",
     seed: int = 0,
+    keep_gradients: bool = False,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Prune a vision-language model once; gradient-free, with MULTIFLOW (Farina et al., CVPR 2024), by default.
@@ -235,6 +237,7 @@ def compile_pruned(
         precision: "model", or "float64" to calibrate a copy in float64; see ``mfcompile.calibrate``.
         rounding: "exact" or "official".
         seed: seeds torch before calibration, for models and loaders that draw random numbers, and random scores.
+        keep_gradients: keep the gradients that a criterion took, as large as the pruned weights, for ``at_sparsity``.
         progress: called with (stage, done, total).
 
     Returns:
@@ -272,7 +275,7 @@ def compile_pruned(
     if Need.STATISTICS not in needs:
         statistics = None
     elif statistics is None:
-        asked = {"padding_mask": padding_mask, "num_samples": num_calibration_samples, "precision": precision}
+        asked: dict[str, Any] = {"padding_mask": padding_mask, "num_samples": num_calibration_samples, "precision": precision}
         asked["progress"] = stages.step("calibrate")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -280,7 +283,8 @@ def compile_pruned(
     else:
         statistics = statistics_of(statistics, captured, found)
     again = batches if callable(batches) else None
-    return Pruning(captured, found, statistics, options, again, loss_fn).compile(progress)
+    known = DenseFacts() if keep_gradients else None
+    return Pruning(captured, found, statistics, options, again, loss_fn, known).compile(progress)
 
 
 def refuse_unprunable(model: nn.Module, options: SelectionOptions) -> None:
@@ -324,6 +328,7 @@ class Pruning:
         options: how weights are chosen.
         batches: gives the calibration batches; None where nothing but statistics is needed of them.
         loss_fn: the loss of a batch; None where none is needed.
+        known: what is found out once for all sparsities; None finds it out for each.
     """
 
     captured: CapturedGraph
@@ -332,6 +337,7 @@ class Pruning:
     options: SelectionOptions
     batches: Callable[[], Iterable[Any]] | None = None
     loss_fn: Callable[[Any, Any], Any] | None = None
+    known: DenseFacts | None = None
 
     def at_sparsity(self, sparsity: Sparsity, progress: Progress | None = None) -> CompiledModel:
         """Prune the dense model to this sparsity."""
@@ -348,6 +354,7 @@ class Pruning:
             stages.step("select"),
             batches=self.batches,
             loss_fn=self.loss_fn,
+            known=self.known,
             update_progress=stages.step("update"),
         )
         return self.assemble(masks)

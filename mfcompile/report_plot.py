@@ -196,7 +196,7 @@ def _draw_request(axes: Axes, bands: Sequence[Band], sparsity: float | Mapping[s
         axes.axhline(100 * sparsity, label=f"requested: {100 * sparsity:g} %", **style)
         return
     for index, band in enumerate(bands):
-        label = "requested, by region" if index == 0 else None
+        label = "requested, by region" if index == 0 else "_"  # matplotlib leaves what begins so out of the legend
         height = 100 * sparsity[band.region]
         axes.hlines(height, band.positions[0] - 0.5, band.positions[-1] + 0.5, label=label, **style)
 

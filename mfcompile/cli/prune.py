@@ -213,6 +213,7 @@ def _compile(
         padding_mask=recipe.padding_mask or source.padding_mask,
         num_calibration_samples=recipe.num_calibration_samples,
         precision=recipe.precision,
+        keep_gradients=len(sparsities(args.sparsity)) > 1,
         progress=progress,
         **options,
     )

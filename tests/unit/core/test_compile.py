@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import mfcompile
 from mfcompile import compile as compiling
 from mfcompile.errors import CalibrationError, InputError, RegionError
+from mfcompile.inputs import output_tensors
 from mfcompile.passes.masking import masked_parameters
 from tests.models import Batch, TinyVlm, TwoLayers, tiny_vlm, vlm_batch, vlm_captured, vlm_regions, vlm_statistics
 
@@ -293,3 +294,20 @@ def test_a_half_precision_model_is_held_to_half_precision(tmp_path: Path) -> Non
     report = found.verify(found.export_onnx(tmp_path / "model.onnx"))
     assert report.passed
     assert (report.rtol, report.atol) == (2e-2, 1e-2)
+
+
+def test_gradients_are_taken_once_for_several_sparsities_where_they_are_kept() -> None:
+    losses: list[int] = []
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        losses.append(1)
+        return next(iter(output_tensors(module(**batch)).values())).square().mean()
+
+    options: dict[str, Any] = {"criterion": "snip", "loss_fn": loss, "calibration": batches()[:1]}
+    kept = compiled(sparsity=0.5, keep_gradients=True, **options)
+    again = kept.at_sparsity(0.75)
+    assert len(losses) == 1
+    alone = compiled(sparsity=0.75, **options)
+    assert again.masks == alone.masks
+    alone.at_sparsity(0.5)
+    assert len(losses) == 3
