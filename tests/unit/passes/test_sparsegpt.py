@@ -1,20 +1,16 @@
-"""The weight update ``sparsegpt``: its order, its kinds of weights, what it leaves alone, and everything downstream of it."""
+"""The weight update ``sparsegpt``: its order, its kinds of weights, and what it leaves alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 import mfcompile
-from mfcompile.compile import with_masks
-from mfcompile.errors import CalibrationError, InputError
 from mfcompile.masks import MaskSet, fingerprint
 from mfcompile.passes.mask_selection import site_weight
 from mfcompile.passes.pruning_run import PruningRun
@@ -374,139 +370,3 @@ def test_the_seed_decides_what_a_random_model_sees() -> None:
         run = PruningRun(captured, regions, 0.5, seed=seed, batches=lambda: [pixels()])
         digests.append(updated(run, masks)[0].digest())
     assert digests[0] == digests[1] != digests[2]
-
-
-class TestOptions:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"dampening": 1}, "sparsegpt has no option 'dampening'; its options are damping, block_columns"),
-            ({"damping": -0.1}, "damping is a number of at least 0, got -0.1"),
-            ({"damping": float("nan")}, "damping is a number of at least 0, got nan"),
-            ({"memory_mib": "much"}, "memory_mib is a number of at least 0, got 'much'"),
-            ({"passes": 0}, "passes is a positive integer, got 0"),
-            ({"block_columns": None}, "block_columns is a positive integer, got None"),
-            ({"num_samples": 2.5}, "num_samples is a positive integer, got 2.5"),
-        ],
-    )
-    def test_what_is_not_valid_is_refused_before_anything_runs(self, options: dict[str, Any], message: str) -> None:
-        def calibration() -> list[Any]:
-            raise AssertionError("the batches were asked for")
-
-        with pytest.raises(InputError, match=message):
-            mfcompile.compile_pruned(
-                tiny_vlm(), vlm_batch(), update="sparsegpt", update_options=options, calibration=calibration
-            )
-
-    def test_options_without_an_update_are_refused(self) -> None:
-        with pytest.raises(InputError, match="are options of a weight update, and none is asked for"):
-            mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), update_options={"damping": 0.1})
-
-    def test_calibration_options_hold_for_the_update_too(self) -> None:
-        batches = vlm_batches()
-        few = mfcompile.compile_pruned(
-            tiny_vlm(), vlm_batch(), update="sparsegpt", calibration=batches, num_calibration_samples=5
-        )
-        one = mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), update="sparsegpt", calibration=batches[:1])
-        assert few.masks == one.masks
-        assert few.report["options"]["update_options"] == {"num_samples": 5}
-        with pytest.raises(InputError, match="padding_mask='nothing' is no"):
-            mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), criterion="magnitude", update="sparsegpt", padding_mask="nothing")
-
-    def test_no_batch_is_one_error(self) -> None:
-        with pytest.raises(CalibrationError, match="the calibration set is empty"):
-            mfcompile.select_masks(vlm_captured(), vlm_regions(), criterion="magnitude", update="sparsegpt", batches=[])
-
-    def test_a_module_that_cannot_be_copied_is_refused_before_anything_runs(self) -> None:
-        class Stubborn(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.layers = two_layers()
-
-            def forward(self, image: Tensor) -> Tensor:
-                result: Tensor = self.layers(image)
-                return result
-
-            def __deepcopy__(self, memo: Any) -> Any:
-                raise TypeError("a socket has no copy")
-
-        def refuse() -> list[Any]:
-            raise AssertionError("the batches were asked for")
-
-        captured = mfcompile.capture(Stubborn(), pixels())
-        regions = mfcompile.infer_regions(captured)
-        masks = mfcompile.select_masks(captured, regions, sparsity=0.5, criterion="magnitude")
-        with pytest.raises(InputError, match=r"Stubborn cannot be copied .*socket has no copy.*or the update"):
-            updated(PruningRun(captured, regions, 0.5, batches=refuse), masks)
-
-    def test_an_onnx_file_is_refused(self) -> None:
-        captured = replace(vlm_captured(), frontend="onnx")
-        with pytest.raises(InputError, match=r"this model is an \.onnx file\. Prune the module that the file was made from"):
-            updated(vlm_run(captured=captured), vlm_masks())
-
-
-@pytest.fixture(scope="module")
-def compiled() -> mfcompile.CompiledModel:
-    return mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), update="sparsegpt", calibration=vlm_batches())
-
-
-class TestDownstream:
-    @staticmethod
-    def outputs(module: Callable[..., Any]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            found: dict[str, Tensor] = module(**vlm_batch((4, 6), seed=8))
-        return found
-
-    def test_the_module_has_the_new_weights(self, compiled: mfcompile.CompiledModel) -> None:
-        weights = dict(tiny_vlm().named_parameters())
-        for name in compiled.masks:
-            found = compiled.module.get_submodule(name.rpartition(".")[0]).weight
-            assert isinstance(found, Tensor)
-            expected = torch.where(compiled.masks[name], compiled.masks.updated_weight(name, weights[name]), 0.0)
-            assert torch.equal(found, expected)
-            assert not torch.equal(found, torch.where(compiled.masks[name], weights[name], 0.0))
-
-    def test_strip_keeps_them(self, compiled: mfcompile.CompiledModel) -> None:
-        for key, value in self.outputs(compiled.strip()).items():
-            torch.testing.assert_close(value, self.outputs(compiled.module)[key])
-
-    def test_a_saved_directory_reloads(self, compiled: mfcompile.CompiledModel, tmp_path: Path) -> None:
-        from safetensors.torch import load_file
-
-        compiled.save(tmp_path / "out", onnx=False)
-        fresh = tiny_vlm(seed=5)
-        fresh.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
-        for key, value in self.outputs(fresh).items():
-            torch.testing.assert_close(value, self.outputs(compiled.module)[key])
-        masks = MaskSet.load(tmp_path / "out" / "masks.safetensors")
-        assert masks == compiled.masks
-        again = with_masks(mfcompile.capture(tiny_vlm(), vlm_batch()), masks)
-        for key, value in self.outputs(mfcompile.passes.masking.mask_module(again.module, masks)).items():
-            assert torch.equal(value, self.outputs(compiled.module)[key])
-
-    def test_onnx_computes_the_same(self, compiled: mfcompile.CompiledModel, tmp_path: Path) -> None:
-        path = tmp_path / "model.onnx"
-        artifact = mfcompile.export_onnx(compiled.captured, path)
-        assert compiled.verify(artifact).passed
-        session = onnxruntime.InferenceSession(path)
-        batch = vlm_batch((4, 6), seed=8)
-        found = session.run(None, {item.name: batch[item.name].numpy() for item in session.get_inputs()})
-        expected = self.outputs(compiled.module)
-        for item, value in zip(session.get_outputs(), found, strict=True):
-            torch.testing.assert_close(torch.from_numpy(value), expected[item.name], rtol=1e-3, atol=1e-4)
-
-    def test_another_sparsity_starts_from_the_dense_model(self, compiled: mfcompile.CompiledModel) -> None:
-        other = compiled.at_sparsity(0.8)
-        direct = mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), sparsity=0.8, update="sparsegpt", calibration=vlm_batches())
-        assert other.masks == direct.masks
-        assert other.masks.new_values
-
-    @pytest.mark.parametrize("pattern", ["2:4", "4x1"])
-    def test_patterns_stay(self, pattern: str) -> None:
-        done = mfcompile.compile_pruned(
-            tiny_vlm(), vlm_batch(), criterion="wanda", pattern=pattern, update="sparsegpt", calibration=vlm_batches()
-        )
-        plain = mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), criterion="wanda", pattern=pattern, calibration=vlm_batches())
-        assert done.masks.new_values
-        for name in plain.masks:
-            assert torch.equal(done.masks[name], plain.masks[name])
