@@ -86,11 +86,12 @@ class WeightMask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight with zeros at its pruned places; see ``mask_weight``."""
-        return mask_weight(weight, self.mask)
+        return mask_weight(weight, _sharded_like(weight, self.mask))
 
     def is_shared(self, original: Tensor) -> bool:
         """The stored tensor is a dense model's own, whose values at pruned places must stay."""
-        return self._shared is not None and self._shared() is original
+        is_cut = hasattr(original, "device_mesh")  # by FSDP, which leaves no dense model over the same parameters
+        return self._shared is not None and self._shared() is original and not is_cut
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> WeightMask:
         self.mask = self.mask.to(fn(self.mask.new_empty(0)).device)
@@ -309,7 +310,7 @@ def _effective(owner: nn.Module, leaf: str, stack: Any, mask: WeightMask, state:
     original: Tensor = stack.original
     if not mask.is_shared(original) and not any(isinstance(item, LowRank) for item in stack):
         with torch.no_grad():
-            original.masked_fill_(~mask.mask, 0.0)
+            original.masked_fill_(~_sharded_like(original, mask.mask), 0.0)
         return original if keep_vars else original.detach()
     if keep_vars:
         weight: Tensor = getattr(owner, leaf)
@@ -321,12 +322,25 @@ def _effective(owner: nn.Module, leaf: str, stack: Any, mask: WeightMask, state:
     return made  # a tied weight is the same tensor under all its names in one state dict
 
 
+def _sharded_like(original: Tensor, mask: Tensor) -> Tensor:
+    """The mask, cut as the stored tensor is: layers of FSDP hold whole tensors in their forward only."""
+    if type(original) in (Tensor, nn.Parameter):
+        return mask
+    mesh: Any = getattr(original, "device_mesh", None)
+    if mesh is None:
+        return mask
+    from torch.distributed.tensor import distribute_tensor
+
+    placements: Any = original.placements  # type: ignore[attr-defined]
+    return distribute_tensor(mask, mesh, placements, src_data_rank=None)  # every process has the whole mask
+
+
 def _from_plain(owner: nn.Module, state: dict[str, Any], prefix: str, missing: list[str]) -> None:
     """Rename the keys of a plain state dict to those that torch expects of a parametrized module."""
     for leaf, stack, _ in stacks_of(owner):
         stored = f"{prefix}parametrizations.{leaf}"
         adapted = [str(index) for index, item in enumerate(stack) if isinstance(item, LowRank)]
-        plain = state.pop(f"{prefix}{leaf}", None)
+        plain = state.pop(f"{prefix}{leaf}", state.pop(f"{stored}.original", None))  # or as named_parameters calls it
         base = state.pop(f"{prefix}{leaf}_lora.{_BASE}", plain) if adapted else plain
         if base is None:  # no such name in the file, which is said in the model's own words
             missing.append(f"{prefix}{leaf}")

@@ -105,6 +105,14 @@ def test_what_is_missing_has_its_plain_name() -> None:
         masked().load_state_dict(state)
 
 
+def test_averages_that_are_kept_by_the_names_of_parameters_are_loaded_too() -> None:
+    other, model = masked(seed=1), masked()
+    found = model.load_state_dict(dict(other.named_parameters()), strict=False)
+    assert not found.unexpected_keys
+    assert not set(found.missing_keys) & {"conv.weight", "up.weight", "down.weight", "first.weight"}
+    assert torch.equal(effective(model, "up.weight"), effective(other, "up.weight"))
+
+
 def test_stripping_a_copy_leaves_the_masked_model() -> None:
     model = masked()
     plain = mfcompile.strip(copy.deepcopy(model))

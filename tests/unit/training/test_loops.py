@@ -150,6 +150,9 @@ def test_a_cached_weight_is_masked_once_per_block() -> None:
 WORKER = """
 import sys, torch
 from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 import mfcompile
 from tests.masked_models import assert_pruned, loss_of, masked
@@ -166,11 +169,21 @@ for step in range(2):
 assert_pruned(model)
 assert mfcompile.verify_masks(wrapped).nonzero_count == 0
 torch.save(dict(model.state_dict()), f"{folder}/{rank}.pt")
+sharded = masked()
+sharded.get_submodule("norm").eval()
+fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+optimizer = torch.optim.AdamW(sharded.parameters(), lr=0.01, weight_decay=0.3)
+for step in range(2):
+    optimizer.zero_grad()
+    loss_of(sharded, 2 * step + rank).backward()
+    optimizer.step()
+whole = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+torch.save(dict(whole), f"{folder}/sharded{rank}.pt")
 distributed.destroy_process_group()
 """
 
 
-def test_data_parallel_processes_train_one_pruned_model(tmp_path: Path) -> None:
+def test_processes_that_copy_or_cut_the_model_train_one_pruned_model(tmp_path: Path) -> None:
     root = Path(mfcompile.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     workers = [
@@ -180,7 +193,7 @@ def test_data_parallel_processes_train_one_pruned_model(tmp_path: Path) -> None:
     for worker in workers:
         _, errors = worker.communicate(timeout=120)
         assert worker.returncode == 0, errors.decode()
-    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    states = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("0", "1", "sharded0")]
     alone = masked()
     alone.get_submodule("norm").eval()
     optimizer = torch.optim.AdamW(alone.parameters(), lr=0.01, weight_decay=0.3)
@@ -191,3 +204,7 @@ def test_data_parallel_processes_train_one_pruned_model(tmp_path: Path) -> None:
     for name, value in alone.state_dict().items():
         assert torch.equal(states[0][name], states[1][name]), name
         torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(states[2][name], value, rtol=1e-4, atol=1e-6)
+    plain = small(seed=1)
+    plain.load_state_dict(states[2])
+    assert_pruned(plain)

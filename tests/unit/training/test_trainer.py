@@ -107,7 +107,8 @@ def test_checkpoints_are_plain_and_resume_to_the_bit(name: str, tmp_path: Path) 
     assert not information["unexpected_keys"]
     assert_pruned(last, masks)
     assert all(torch.equal(value, after[fqn]) for fqn, value in last.state_dict().items())
-    resumed: Any = mfcompile.load(checkpoint)
+    assert all(torch.equal(value, mfcompile.load(checkpoint).state_dict()[fqn]) for fqn, value in stored.items())
+    resumed: Any = mfcompile.mask_module(MODELS[name](), masks)
     learner(resumed, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
     assert all(torch.equal(value, after[fqn]) for fqn, value in resumed.state_dict().items())
 

@@ -93,6 +93,12 @@ def test_stacks_of_other_depths_and_stacks_that_fit_alike_are_left() -> None:
     assert rival == "layer.0.up.weight fits it, and b.layer.0.up.weight as well: say which with names"
 
 
+def test_a_stage_of_another_number_is_another_stage() -> None:
+    stages = masks_for(tree(a=tree(stages=nn.ModuleList([tree(blocks=stack(1)), tree(blocks=stack(1))]))))
+    second = MaskSet({name: packed for name, packed in stages.packed.items() if ".stages.1." in name})
+    assert not mfcompile.transfer_masks(second, tree(b=tree(stages=nn.ModuleList([tree(blocks=stack(1))])))).matched
+
+
 def test_the_user_says_where_masks_go() -> None:
     masks = masks_for(tree(text=stack(), vision=stack()))
     target = tree(encoder=stack(), decoder=stack(), vision=stack())
