@@ -223,7 +223,7 @@ class _Bench:
             layers={site.name: removed_fraction(site.weight_count, kept[site.name]) for site in sites},
             errors=self.dense.errors(module),
             metrics=self.metrics(module, variant.label),
-            digest=masks.digest(),
+            digest=masks.mask_digest(),
             seconds=seconds,
             diagnostics=masks.diagnostics,
         )

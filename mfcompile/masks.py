@@ -120,13 +120,23 @@ class MaskSet(Mapping[str, Tensor]):
         return updated
 
     def digest(self) -> str:
-        """sha256 over names, shapes, bits and new values; equal digests mean equal masks."""
+        """sha256 over names, shapes, bits and new values; equal digests mean equal masks and values."""
+        return self._digest(with_values=True)
+
+    def mask_digest(self) -> str:
+        """sha256 over names, shapes and bits alone.
+
+        Masks come out the same on every machine; new values, which are solved for, only to the last bits of float32.
+        """
+        return self._digest(with_values=False)
+
+    def _digest(self, *, with_values: bool) -> str:
         state = hashlib.sha256()
         for fqn in sorted(self.packed):
             mask = self.packed[fqn]
             state.update(f"{fqn}:{mask.shape}:".encode())
             state.update(mask.bits.tobytes())
-            if fqn in self.new_values:
+            if with_values and fqn in self.new_values:
                 values = self.new_values[fqn].detach().cpu().contiguous()
                 state.update(f"values:{values.dtype}:".encode())
                 state.update(values.view(torch.uint8).numpy().data)

@@ -64,7 +64,7 @@ def build_report(
         "totals": _totals(captured, sites, sparsity),
         "regions": _region_rows(sites, sparsity),
         "sites": sites,
-        "digest": masks.digest(),
+        "digest": masks.mask_digest(),
         "export": None,
         "parity": None,
         "latency": None,

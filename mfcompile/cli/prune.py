@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
             raise InputError(f"{recipe.source} is pruned as it is, in one file: leave out --split, which is for PyTorch models")
         terminal.note(f"{recipe.source} -> {directory}")
         compiled = _compile(source, recipe, args, terminal, progress)
-        recipe.check_reproduced(compiled.masks.digest(), compiled.masks.fingerprint, compiled.report["versions"])
+        recipe.check_reproduced(compiled.masks.mask_digest(), compiled.masks.fingerprint, compiled.report["versions"])
         evaluation = Evaluation(source.evaluate if recipe.evaluate else None, progress)
         evaluation.add(DENSE, source.model)
         asked = wanted if len(wanted) > 1 else (compiled.pruned_sparsity,)

@@ -167,7 +167,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 def _check_report(directory: Path, masks: MaskSet) -> None:
     """A report beside the masks is of the same masks."""
     path = directory / REPORT
-    if path.is_file() and _json(path).get("digest", masks.digest()) != masks.digest():
+    if path.is_file() and _json(path).get("digest", masks.mask_digest()) != masks.mask_digest():
         raise InputError(f"{path} is of other masks than {MASKS} beside it: they are files of different runs")
 
 

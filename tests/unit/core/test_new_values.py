@@ -188,3 +188,10 @@ def test_a_model_that_refuses_copies_is_named() -> None:
         InputError, match=r"Stubborn cannot be copied \(RuntimeError: no copies\): updated weights are put into"
     ):
         set_values(replace(captured, module=Stubborn()), masks)
+
+
+def test_masks_have_a_digest_of_their_own_that_new_values_do_not_move() -> None:
+    _, masks = pruned()
+    plain = replace(masks, new_values={})
+    assert masks.digest() != plain.digest()
+    assert masks.mask_digest() == plain.mask_digest() == plain.digest()
