@@ -10,18 +10,43 @@ constexpr size_t kChunkRows = 512;  // most rows of a chunk: its tile of outputs
 
 size_t divide_up(size_t number, size_t by) { return (number + by - 1) / by; }
 
-// Calls visit(chunk * blocks + block, unit inside the chunk, column inside the block, values of the unit's rows).
+// Calls visit(chunk * blocks + block, unit inside the chunk, column inside the block, values of the unit's rows), in order of
+// the units, and inside a unit of the columns.
 template <class Visit>
 void for_each_cell_entry(const PackedWeight& weight, const CellLayout& layout, Visit visit) {
-  const size_t chunk_units = layout.chunk_rows / layout.unit_rows;
-  for_each_strip(weight, layout.unit_rows, [&](int64_t strip, const float* values, const uint16_t* kept) {
-    const size_t chunk = static_cast<size_t>(strip) / chunk_units, unit = static_cast<size_t>(strip) % chunk_units;
-    for (size_t column = 0; column < static_cast<size_t>(weight.columns); ++column) {
-      if (!kept[column]) continue;
-      const size_t block = column / layout.block_columns;
-      visit(chunk * layout.blocks + block, unit, column % layout.block_columns, values + column * layout.unit_rows);
+  const auto chunk_units = static_cast<int64_t>(layout.chunk_rows) / layout.unit_rows;
+  const auto block_columns = static_cast<uint32_t>(layout.block_columns);
+  int64_t chunk = 0, last_unit = -1, unit_in_chunk = 0;
+  const auto visit_entry = [&](int64_t unit, uint32_t column, const float* values) {
+    if (unit != last_unit) {
+      chunk = unit / chunk_units, unit_in_chunk = unit % chunk_units;
+      last_unit = unit;
+    }
+    const uint32_t block = column / block_columns;
+    visit(static_cast<size_t>(chunk) * layout.blocks + block, static_cast<size_t>(unit_in_chunk),
+          column - block * block_columns, values);
+  };
+  if (layout.unit_rows == 1) {
+    for_each_entry(weight,
+                   [&](int64_t row, int64_t column, float value) { visit_entry(row, static_cast<uint32_t>(column), &value); });
+    return;
+  }
+  for_each_strip<4>(weight, [&](int64_t strip, const float* values, const uint16_t* kept) {
+    for (uint32_t column = 0; column < static_cast<uint32_t>(weight.columns); ++column) {
+      if (kept[column]) visit_entry(strip, column, values + 4 * static_cast<size_t>(column));
     }
   });
+}
+
+// Units that keep anything, by how much they keep, most first; in their own order among equals.
+void sort_units(const uint8_t* counts, size_t unit_count, std::vector<uint16_t>& order) {
+  size_t starts[257] = {};
+  for (size_t unit = 0; unit < unit_count; ++unit) ++starts[255 - counts[unit] + 1];
+  for (size_t place = 1; place < 257; ++place) starts[place] += starts[place - 1];
+  order.resize(starts[255]);  // those that keep nothing come last and are left out
+  for (size_t unit = 0; unit < unit_count; ++unit) {
+    if (counts[unit]) order[starts[255 - counts[unit]]++] = static_cast<uint16_t>(unit);
+  }
 }
 
 }  // namespace
@@ -32,102 +57,110 @@ CellLayout::CellLayout(const PackedWeight& weight, int unit_rows, int block_colu
   chunks = divide_up(rows, kChunkRows);
   chunk_rows = divide_up(divide_up(rows, chunks), kStripRows) * kStripRows;
   chunks = divide_up(rows, chunk_rows);
-  blocks = divide_up(static_cast<size_t>(weight.columns), block_columns);
-  const size_t cells = chunks * blocks, chunk_units = chunk_rows / unit_rows;
+  blocks = divide_up(static_cast<size_t>(weight.columns), static_cast<size_t>(block_columns));
+  const size_t cells = chunks * blocks, chunk_units = chunk_rows / static_cast<size_t>(unit_rows);
 
-  std::vector<uint16_t> counts(cells * chunk_units, 0);
+  std::vector<uint8_t> counts(cells * chunk_units, 0);  // a unit keeps at most block_columns < 256 columns of a cell
   for_each_cell_entry(weight, *this,
                       [&](size_t cell, size_t unit, size_t, const float*) { ++counts[cell * chunk_units + unit]; });
 
-  std::vector<size_t> next(cells * chunk_units, 0);  // where the next entry of a unit goes
-  std::vector<uint16_t> order;
+  std::vector<size_t> cell_runs, cell_units, cell_entries,
+      next(cells * chunk_units, 0);  // next: where a unit's next entry goes
+  std::vector<Run> all_runs;
+  std::vector<uint16_t> all_units, order;
   size_t entries = 0;
   for (size_t cell = 0; cell < cells; ++cell) {
-    first_run.push_back(runs.size());
-    first_unit.push_back(units.size());
-    first_entry.push_back(entries);
-    const uint16_t* count = &counts[cell * chunk_units];
-    order.clear();
-    for (size_t unit = 0; unit < chunk_units; ++unit) {
-      if (count[unit]) order.push_back(static_cast<uint16_t>(unit));
-    }
-    std::stable_sort(order.begin(), order.end(), [&](uint16_t a, uint16_t b) { return count[a] > count[b]; });
+    cell_runs.push_back(all_runs.size());
+    cell_units.push_back(all_units.size());
+    cell_entries.push_back(entries);
+    const uint8_t* count = &counts[cell * chunk_units];
+    sort_units(count, chunk_units, order);
     for (const uint16_t unit : order) {
-      if (runs.size() == first_run.back() || runs.back().count != count[unit]) runs.push_back({count[unit], 0});
-      ++runs.back().units;
+      if (all_runs.size() == cell_runs.back() || all_runs.back().count != count[unit]) all_runs.push_back({count[unit], 0});
+      ++all_runs.back().units;
       next[cell * chunk_units + unit] = entries;
       entries += count[unit];
     }
-    units.insert(units.end(), order.begin(), order.end());
+    all_units.insert(all_units.end(), order.begin(), order.end());
   }
-  first_run.push_back(runs.size());
-  first_unit.push_back(units.size());
-  first_entry.push_back(entries);
+  cell_runs.push_back(all_runs.size());
+  cell_units.push_back(all_units.size());
+  cell_entries.push_back(entries);
 
-  columns.resize(entries);
-  values.resize(entries * unit_rows);
+  const size_t height = static_cast<size_t>(unit_rows);
+  std::vector<uint8_t> entry_columns(entries);
+  std::vector<float> entry_values(entries * height);
   for_each_cell_entry(weight, *this, [&](size_t cell, size_t unit, size_t column, const float* value) {
     const size_t entry = next[cell * chunk_units + unit]++;
-    columns[entry] = static_cast<uint8_t>(column);
-    std::copy(value, value + unit_rows, values.begin() + entry * unit_rows);
+    entry_columns[entry] = static_cast<uint8_t>(column);
+    std::copy(value, value + height, entry_values.data() + entry * height);
   });
-  runs.shrink_to_fit();
-  units.shrink_to_fit();
+  first_run = WeightArray<size_t>(cell_runs), first_unit = WeightArray<size_t>(cell_units);
+  first_entry = WeightArray<size_t>(cell_entries), runs = WeightArray<Run>(all_runs), units = WeightArray<uint16_t>(all_units);
+  columns = WeightArray<uint8_t>(entry_columns), values = WeightArray<float>(entry_values);
 }
 
 Cell CellLayout::cell(size_t chunk, size_t block) const {
   const size_t index = chunk * blocks + block;
   return {runs.data() + first_run[index], first_run[index + 1] - first_run[index], units.data() + first_unit[index],
-          columns.data() + first_entry[index], values.data() + first_entry[index] * unit_rows};
+          columns.data() + first_entry[index], values.data() + first_entry[index] * static_cast<size_t>(unit_rows)};
+}
+
+size_t CellLayout::bytes() const {
+  return first_run.bytes() + first_unit.bytes() + first_entry.bytes() + runs.bytes() + units.bytes() + columns.bytes() +
+         values.bytes();
 }
 
 MaskLayout::MaskLayout(const PackedWeight& weight) {
   const size_t width = static_cast<size_t>(weight.columns);
   strips = divide_up(static_cast<size_t>(weight.rows), kStripRows);
-  masks.assign(strips * width, 0);
-  first_value.assign(strips, 0);
-  size_t kept_count = 0;
-  for_each_entry(weight, [&](int64_t, int64_t, float) { ++kept_count; });
-  values.reserve(kept_count + kStripRows);
-  size_t begun = 0;  // strips whose first value is known
-  for_each_strip(weight, kStripRows, [&](int64_t strip, const float* strip_values, const uint16_t* kept) {
-    while (begun <= static_cast<size_t>(strip)) first_value[begun++] = values.size();
-    std::copy(kept, kept + width, masks.begin() + static_cast<size_t>(strip) * width);
+  std::vector<uint16_t> all_masks(strips * width, 0);
+  std::vector<size_t> starts;
+  std::vector<float> packed;
+  packed.reserve(weight.entries + kStripRows);
+  for_each_strip<kStripRows>(weight, [&](int64_t strip, const float* strip_values, const uint16_t* kept) {
+    while (starts.size() <= static_cast<size_t>(strip)) starts.push_back(packed.size());
+    std::copy(kept, kept + width, all_masks.data() + static_cast<size_t>(strip) * width);
     for (size_t column = 0; column < width; ++column) {
       for (unsigned mask = kept[column]; mask; mask &= mask - 1) {
-        values.push_back(strip_values[column * kStripRows + __builtin_ctz(mask)]);
+        packed.push_back(strip_values[column * kStripRows + static_cast<size_t>(__builtin_ctz(mask))]);
       }
     }
   });
-  while (begun < strips) first_value[begun++] = values.size();
-  values.resize(kept_count + kStripRows, 0.0f);
+  starts.resize(strips, packed.size());
+  packed.resize(packed.size() + kStripRows, 0.0f);  // what kernels read behind the last value
+  masks = WeightArray<uint16_t>(all_masks), first_value = WeightArray<size_t>(starts), values = WeightArray<float>(packed);
 }
 
 BlockLayout::BlockLayout(const PackedWeight& weight) {
   strips = divide_up(static_cast<size_t>(weight.rows), kStripRows);
-  for_each_strip(weight, kStripRows, [&](int64_t strip, const float* strip_values, const uint16_t* kept) {
-    while (first_block.size() <= static_cast<size_t>(strip)) first_block.push_back(columns.size());
+  std::vector<size_t> starts;
+  std::vector<uint32_t> all_columns;
+  std::vector<float> all_values;
+  for_each_strip<kStripRows>(weight, [&](int64_t strip, const float* strip_values, const uint16_t* kept) {
+    while (starts.size() <= static_cast<size_t>(strip)) starts.push_back(all_columns.size());
     for (size_t column = 0; column < static_cast<size_t>(weight.columns); ++column) {
       if (!kept[column]) continue;
-      columns.push_back(static_cast<uint32_t>(column));
-      values.insert(values.end(), strip_values + column * kStripRows, strip_values + (column + 1) * kStripRows);
+      all_columns.push_back(static_cast<uint32_t>(column));
+      all_values.insert(all_values.end(), strip_values + column * kStripRows, strip_values + (column + 1) * kStripRows);
     }
   });
-  while (first_block.size() <= strips) first_block.push_back(columns.size());
-  columns.shrink_to_fit();
-  values.shrink_to_fit();
+  starts.resize(strips + 1, all_columns.size());
+  first_block = WeightArray<size_t>(starts), columns = WeightArray<uint32_t>(all_columns),
+  values = WeightArray<float>(all_values);
 }
 
 Structure find_structure(const PackedWeight& weight) {
   size_t kept_count = 0, blocks_of_4 = 0, blocks_of_16 = 0;
-  for_each_strip(weight, kStripRows, [&](int64_t, const float*, const uint16_t* kept) {
-    for (size_t column = 0; column < static_cast<size_t>(weight.columns); ++column) {
-      const unsigned mask = kept[column];
-      if (!mask) continue;
-      kept_count += static_cast<size_t>(__builtin_popcount(mask));
-      blocks_of_16 += 1;
-      blocks_of_4 += ((mask & 0xf) != 0) + ((mask & 0xf0) != 0) + ((mask & 0xf00) != 0) + ((mask & 0xf000) != 0);
-    }
+  std::vector<int64_t> last_strip_of_4(static_cast<size_t>(weight.columns), -1), last_strip_of_16 = last_strip_of_4;
+  for_each_entry(weight, [&](int64_t row, int64_t column, float) {
+    int64_t& last_of_4 = last_strip_of_4[static_cast<size_t>(column)];
+    int64_t& last_of_16 = last_strip_of_16[static_cast<size_t>(column)];
+    ++kept_count;
+    blocks_of_4 += last_of_4 != row / 4;
+    blocks_of_16 += last_of_16 != row / 16;
+    last_of_4 = row / 4;
+    last_of_16 = row / 16;
   });
   if (kept_count * 20 >= blocks_of_16 * 16 * 19) return {16, kept_count};
   if (kept_count * 20 >= blocks_of_4 * 4 * 19) return {4, kept_count};

@@ -3,10 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "kernels.h"
 #include "packed.h"
+#include "weight_memory.h"
 
 namespace mfcompile {
 
@@ -19,34 +19,37 @@ struct CellLayout {
   size_t chunk_rows = 0;
   size_t chunks = 0;
   size_t blocks = 0;
-  std::vector<size_t> first_run, first_unit, first_entry;  // of every cell (chunk, block), and one behind the last
-  std::vector<Run> runs;
-  std::vector<uint16_t> units;
-  std::vector<uint8_t> columns;
-  std::vector<float> values;
+  WeightArray<size_t> first_run, first_unit, first_entry;  // of every cell (chunk, block), and one behind the last
+  WeightArray<Run> runs;
+  WeightArray<uint16_t> units;
+  WeightArray<uint8_t> columns;
+  WeightArray<float> values;
 
   CellLayout(const PackedWeight& weight, int unit_rows, int block_columns);
   Cell cell(size_t chunk, size_t block) const;
+  size_t bytes() const;
 };
 
 // Few tokens: 16 rows share a mask for each column. Four bytes for each kept weight and one bit for each weight.
 struct MaskLayout {
   size_t strips = 0;
-  std::vector<uint16_t> masks;      // (strips, columns)
-  std::vector<size_t> first_value;  // of every strip
-  std::vector<float> values;        // in order of strip, column, row; 16 more than needed
+  WeightArray<uint16_t> masks;      // (strips, columns)
+  WeightArray<size_t> first_value;  // of every strip
+  WeightArray<float> values;        // in order of strip, column, row; 16 more than needed
 
   explicit MaskLayout(const PackedWeight& weight);
+  size_t bytes() const { return masks.bytes() + first_value.bytes() + values.bytes(); }
 };
 
 // The pattern 16x1: the columns that a strip of 16 rows keeps, with 16 values each.
 struct BlockLayout {
   size_t strips = 0;
-  std::vector<size_t> first_block;  // of every strip, and one behind the last
-  std::vector<uint32_t> columns;
-  std::vector<float> values;  // (blocks, 16)
+  WeightArray<size_t> first_block;  // of every strip, and one behind the last
+  WeightArray<uint32_t> columns;
+  WeightArray<float> values;  // (blocks, 16)
 
   explicit BlockLayout(const PackedWeight& weight);
+  size_t bytes() const { return first_block.bytes() + columns.bytes() + values.bytes(); }
 };
 
 // unit_rows: how many rows share their columns, found in the weight itself: 16, 4 or 1. A block counts as kept when any of

@@ -77,14 +77,7 @@ const BlockLayout& SparseLinear::blocks() const {
 }
 
 size_t SparseLinear::resident_bytes() const {
-  size_t bytes = 0;
-  if (cells_) {
-    bytes += cells_->values.size() * 4 + cells_->columns.size() + cells_->units.size() * 2 + cells_->runs.size() * sizeof(Run) +
-             3 * cells_->first_run.size() * sizeof(size_t);
-  }
-  if (masks_) bytes += masks_->values.size() * 4 + masks_->masks.size() * 2 + masks_->first_value.size() * sizeof(size_t);
-  if (blocks_) bytes += blocks_->values.size() * 4 + blocks_->columns.size() * 4 + blocks_->first_block.size() * sizeof(size_t);
-  return bytes;
+  return (cells_ ? cells_->bytes() : 0) + (masks_ ? masks_->bytes() : 0) + (blocks_ ? blocks_->bytes() : 0);
 }
 
 void SparseLinear::run(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const {
@@ -97,13 +90,13 @@ void SparseLinear::run(const float* x, size_t tokens, const float* bias, float* 
 
 // Masks cost by the weights, kept or not, and by the token; cells by the kept weights, for a whole vector of tokens.
 // Tenths of cycles as measured on Zen 4: for a column of 16 rows, 30 and 10 for each token; for a kept weight, 20, or 10 in
-// units of 4 rows, or 14 for a single token.
+// units of 4 rows; for a single token 14.
 bool SparseLinear::is_for_masks(size_t tokens) const {
   if (!kernels_.mask_strip || tokens > kFewTokens) return false;
   const size_t columns_of_16 = static_cast<size_t>(weight_.rows) * static_cast<size_t>(weight_.columns) / kStripRows;
   const size_t vectors = divide_up(tokens, static_cast<size_t>(kernels_.lanes));
   const size_t mask_cost = columns_of_16 * (30 + 10 * tokens * kStripRows / static_cast<size_t>(kernels_.lanes));
-  const size_t kept_cost = structure_.unit_rows != 1 ? 10 : tokens == 1 ? 14 : 20;
+  const size_t kept_cost = tokens == 1 ? 14 : structure_.unit_rows == 1 ? 20 : 10;
   return mask_cost <= structure_.kept_count * kept_cost * vectors;
 }
 

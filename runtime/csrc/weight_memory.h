@@ -1,0 +1,34 @@
+// Where the layouts of weights lie: large pieces of memory that many weights share, on huge pages where the system gives them.
+// Weights that do not fit the caches are read half as fast again from huge pages (28 instead of 20 GB/s on Zen 4), and a weight
+// alone rarely fills one.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace mfcompile {
+
+// `bytes` bytes, aligned to a cache line; freed with the last pointer into the same piece.
+std::shared_ptr<void> allocate_weight_memory(size_t bytes);
+
+// An array that is made once.
+template <class T>
+class WeightArray {
+ public:
+  WeightArray() = default;
+  explicit WeightArray(const std::vector<T>& from)
+      : memory_(allocate_weight_memory(from.size() * sizeof(T))), size_(from.size()) {
+    if (size_) std::memcpy(memory_.get(), from.data(), size_ * sizeof(T));
+  }
+  const T* data() const { return static_cast<const T*>(memory_.get()); }
+  const T& operator[](size_t index) const { return data()[index]; }
+  size_t bytes() const { return size_ * sizeof(T); }
+
+ private:
+  std::shared_ptr<void> memory_;
+  size_t size_ = 0;
+};
+
+}  // namespace mfcompile
