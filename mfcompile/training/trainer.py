@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,16 @@ from mfcompile.masked_weights import masks_of, put_masks
 from mfcompile.masks import MaskSet
 from mfcompile.training.verification import refuse_foreign_adapters, verify_masks
 
-try:
+_Base: Any = object
+with contextlib.suppress(ImportError):  # said when somebody makes a callback
     from transformers import TrainerCallback
-except ImportError as missing:
-    raise InputError(
-        f"MaskCallback is for the Trainer of transformers, which cannot be imported ({missing}). Run: pip install "
-        f"'mfcompile[transformers]' accelerate"
-    ) from missing
+
+    _Base = TrainerCallback
 
 _log = logging.getLogger(__name__)
 
 
-class MaskCallback(TrainerCallback):
+class MaskCallback(_Base):  # type: ignore[misc]
     """Keeps masks in force while the Trainer of transformers trains, and writes them beside every checkpoint.
 
     A model with masks in force (``compiled.module``, ``mfcompile.load``) trains as it is. One without, a pruned directory that
@@ -39,11 +38,17 @@ class MaskCallback(TrainerCallback):
         masks: the masks, or the path of masks.safetensors; None where they are in force. Their new values are left aside.
 
     Raises:
-        InputError: while the Trainer is built, or begins: there are no masks, or they are of another model.
+        InputError: transformers cannot be imported; or, while the Trainer is built or begins, there are no masks, or they are
+            of another model.
         MaskError: adapters of peft sit on masked layers, or pruned weights are not zero.
     """
 
     def __init__(self, masks: MaskSet | Path | str | None = None) -> None:
+        if _Base is object:
+            raise InputError(
+                "MaskCallback is for the Trainer of transformers, which cannot be imported. "
+                "Run: pip install 'mfcompile[transformers]' accelerate"
+            )
         self._masks = masks if masks is None or isinstance(masks, MaskSet) else MaskSet.load(masks)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

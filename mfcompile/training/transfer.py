@@ -198,7 +198,7 @@ def _by_prefix(
             if not nearer:
                 pairs.append((source, names[0]))
             else:
-                unmatched[source] = f"{names[0]} fits it, and {nearer[0]} as well: say which with names"
+                unmatched[source] = f"{names[0]} fits {nearer[0]} as well: say which goes there with names"
         elif names:
             unmatched[source] = f"{', '.join(names[:3])} fit alike: say which with names"
     return pairs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,24 @@ def test_a_model_that_from_pretrained_loaded_gets_its_masks(tmp_path: Path) -> N
     assert all(torch.equal(first[fqn], second[fqn]) for fqn in first)
 
 
+def test_a_retrieval_model_hands_its_masks_to_captioning_and_to_answering() -> None:
+    captioner, config = blip(), blip().config
+    retrieval, answering = transformers.BlipForImageTextRetrieval(config), transformers.BlipForQuestionAnswering(config)
+    found = masks_for(retrieval)
+    masks = MaskSet({fqn: packed for fqn, packed in found.packed.items() if ".layer" in fqn})
+    to_captions = mfcompile.transfer_masks(masks, captioner, strict=True)
+    sources = {fqn.replace("text_decoder.bert.", "text_encoder.") for fqn in to_captions.matched}
+    assert sources == set(masks) == set(to_captions.matched.values())
+    assert all(source == fqn.replace("text_decoder.bert.", "text_encoder.") for fqn, source in to_captions.matched.items())
+    assert "text_decoder.cls.predictions.transform.dense.weight" in to_captions.dense
+    both = {"text_encoder": ["text_encoder", "text_decoder.bert"]}
+    to_answers = mfcompile.transfer_masks(masks, answering, both, strict=True)
+    assert set(masks) < set(to_answers.matched)
+    text = [fqn for fqn in masks if fqn.startswith("text_encoder")]
+    assert len(to_answers.matched) == len(masks) + len(text)
+    assert_pruned(mfcompile.mask_module(answering, to_answers.masks), to_answers.masks)
+
+
 def test_a_directory_names_its_model_and_dtype(tmp_path: Path) -> None:
     model = clip().to(torch.bfloat16)
     masks = masks_for(model)
@@ -154,6 +174,20 @@ def test_a_model_without_masks_is_refused(tmp_path: Path) -> None:
     other = MaskSet({fqn: PackedMask.pack(~mask) for fqn, mask in masks.items()})
     with pytest.raises(mfcompile.MaskError, match="other masks in force than those that MaskCallback was given"):
         learner(mfcompile.mask_module(clip(), masks), tmp_path, other)
+
+
+def test_without_transformers_it_says_what_to_install() -> None:
+    code = """
+import sys
+sys.modules["transformers"] = None
+import mfcompile
+try:
+    mfcompile.MaskCallback()
+except mfcompile.InputError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'mfcompile[transformers]' accelerate" in found.stdout
 
 
 def test_masks_that_were_taken_off_in_training_are_noticed(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_stacks_of_other_depths_and_stacks_that_fit_alike_are_left() -> None:
     one = mfcompile.transfer_masks(both, tree(layer=stack()))
     assert not one.matched
     rival = one.unmatched["a.layer.0.up.weight"]
-    assert rival == "layer.0.up.weight fits it, and b.layer.0.up.weight as well: say which with names"
+    assert rival == "layer.0.up.weight fits b.layer.0.up.weight as well: say which goes there with names"
 
 
 def test_a_stage_of_another_number_is_another_stage() -> None:
