@@ -28,7 +28,7 @@ CACHE_VARIABLE = "MFCOMPILE_RUNTIME_CACHE"
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
 KERNEL_SOURCES = (
-    "packed.cc", "weight_memory.cc", "layouts.cc", "sparse_linear.cc",
+    "packed.cc", "file_pages.cc", "weight_memory.cc", "layouts.cc", "sparse_linear.cc",
     "kernels_portable.cc", "kernels_avx2.cc", "kernels_avx512.cc", "kernels_avx512_counting.cc",
 )  # fmt: skip
 LIBRARY_SOURCES = (*KERNEL_SOURCES, "custom_op.cc")

@@ -4,7 +4,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
+#include <string>
 
+#include "file_pages.h"
 #include "scratch.h"
 
 namespace mfcompile {
@@ -60,25 +63,31 @@ const Kernels* choose_kernels(const char* cap) {
 SparseLinear::SparseLinear(const PackedWeight& weight, const Kernels& kernels)
     : weight_(weight), kernels_(kernels), structure_(find_structure(weight)) {}
 
-const CellLayout& SparseLinear::cells() const {
-  std::call_once(cells_once_,
-                 [&] { cells_ = std::make_unique<const CellLayout>(weight_, structure_.unit_rows, kernels_.block_columns); });
-  return *cells_;
+// What was checked before may have changed since, where it lies in a file.
+void SparseLinear::check_again() const {
+  const std::string fault = find_fault(weight_);
+  if (!fault.empty()) throw std::runtime_error("a packed weight changed after it was loaded: " + fault);
 }
 
-const MaskLayout& SparseLinear::masks() const {
-  std::call_once(masks_once_, [&] { masks_ = std::make_unique<const MaskLayout>(weight_); });
-  return *masks_;
+// Makes a layout on first need; afterwards the packed weight is needed for another layout at most.
+template <class Layout, class... Arguments>
+const Layout& SparseLinear::make_once(LayoutOnce<Layout>& held, Arguments... arguments) const {
+  std::call_once(held.once, [&] {
+    check_again();
+    held.layout = std::make_unique<const Layout>(weight_, arguments...);
+    release_file_pages(weight_.gaps, weight_.gap_bytes);
+    release_file_pages(weight_.values, weight_.entries * (weight_.value_type == ValueType::kFloat ? 4 : 2));
+  });
+  return *held.layout;
 }
 
-const BlockLayout& SparseLinear::blocks() const {
-  std::call_once(blocks_once_, [&] { blocks_ = std::make_unique<const BlockLayout>(weight_); });
-  return *blocks_;
-}
+const CellLayout& SparseLinear::cells() const { return make_once(cells_, structure_.unit_rows, kernels_.block_columns); }
 
-size_t SparseLinear::resident_bytes() const {
-  return (cells_ ? cells_->bytes() : 0) + (masks_ ? masks_->bytes() : 0) + (blocks_ ? blocks_->bytes() : 0);
-}
+const MaskLayout& SparseLinear::masks() const { return make_once(masks_); }
+
+const BlockLayout& SparseLinear::blocks() const { return make_once(blocks_); }
+
+size_t SparseLinear::resident_bytes() const { return cells_.bytes() + masks_.bytes() + blocks_.bytes(); }
 
 void SparseLinear::run(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const {
   if (tokens == 0) return;
@@ -224,6 +233,7 @@ void SparseLinear::mark_token(const float* x, float* y) const {
   }
   const auto infinities = static_cast<size_t>(std::count_if(x, x + columns, [](float value) { return std::isinf(value); }));
   std::vector<size_t> met(rows, 0);
+  check_again();
   for_each_entry(weight_, [&](int64_t row, int64_t column, float) { met[static_cast<size_t>(row)] += std::isinf(x[column]); });
   for (size_t row = 0; row < rows; ++row) {
     if (met[row] != infinities) y[row] = kNan;

@@ -37,6 +37,7 @@ class SparseLinear {
   size_t resident_bytes() const;
 
  private:
+  void check_again() const;
   bool is_for_masks(size_t tokens) const;
   void run_cells(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
   void run_cells_by_token(const float* x, const float* bias, float* y, const Parallel& parallel) const;
@@ -44,6 +45,14 @@ class SparseLinear {
   void run_blocks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
   void mark_suspects(const float* x, size_t tokens, const float* suspects, float* y) const;
   void mark_token(const float* x, float* y) const;
+  template <class Layout>
+  struct LayoutOnce {
+    std::once_flag once;
+    std::unique_ptr<const Layout> layout;
+    size_t bytes() const { return layout ? layout->bytes() : 0; }
+  };
+  template <class Layout, class... Arguments>
+  const Layout& make_once(LayoutOnce<Layout>& held, Arguments... arguments) const;
   const CellLayout& cells() const;
   const MaskLayout& masks() const;
   const BlockLayout& blocks() const;
@@ -51,10 +60,9 @@ class SparseLinear {
   PackedWeight weight_;
   const Kernels& kernels_;
   Structure structure_;
-  mutable std::once_flag cells_once_, masks_once_, blocks_once_;
-  mutable std::unique_ptr<const CellLayout> cells_;
-  mutable std::unique_ptr<const MaskLayout> masks_;
-  mutable std::unique_ptr<const BlockLayout> blocks_;
+  mutable LayoutOnce<CellLayout> cells_;
+  mutable LayoutOnce<MaskLayout> masks_;
+  mutable LayoutOnce<BlockLayout> blocks_;
 };
 
 }  // namespace mfcompile

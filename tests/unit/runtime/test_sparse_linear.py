@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -223,3 +226,39 @@ def test_the_bias_may_be_absent(library: str) -> None:
     model = sparse_model(np.ones((3, 4), np.float32), with_function=False)
     del model.graph.node[0].input[3:]
     np.testing.assert_array_equal(run(session_of(model, library), np.ones((2, 4), np.float32)), np.full((2, 3), 4))
+
+
+def saved_apart(weight: Floats, folder: Path) -> tuple[Path, Path]:
+    """A model of the weight and the file beside it that holds its tensors."""
+    model = sparse_model(weight, with_function=False)
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="weights", size_threshold=64)
+    return folder / "model.onnx", folder / "weights"
+
+
+def session_at(path: Path, library: str) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(library)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def test_external_data_is_given_back_and_can_be_read_again(library: str, tmp_path: Path) -> None:
+    """The second layout, and the search for pruned weights that meet an infinity, read the packed weight once more."""
+    rng = np.random.default_rng(14)
+    weight = random_weight(rng, 300, 200, 0.37)
+    session = session_at(saved_apart(weight, tmp_path)[0], library)
+    for tokens in (40, 1, 40, 1):
+        x = rng.standard_normal((tokens, 200)).astype(np.float32)
+        check(run(session, x), x, weight)
+    x[0, 7] = np.inf
+    check(run(session, x), x, weight)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, external data is not mapped")
+def test_a_file_that_changes_under_a_session_is_noticed(library: str, tmp_path: Path) -> None:
+    path, data = saved_apart(random_weight(np.random.default_rng(15), 300, 200, 0.37), tmp_path)
+    session = session_at(path, library)
+    with data.open("r+b") as file:
+        file.write(b"\xff" * data.stat().st_size)
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail, match="changed after it was loaded"):
+        run(session, np.ones((20, 200), np.float32))
