@@ -14,7 +14,15 @@ from mfcompile.masks import MaskSet
 from tests.integration.test_cli import Outcome, run
 from tests.onnx_models import GraphWriter, save, two_towers, two_towers_inputs
 
-FILES = {"masks.safetensors", "model.onnx", "recipe.yaml", "report.json", "sparsity.png", "sparsity.svg"}
+FILES = {
+    "masks.safetensors",
+    "statistics.safetensors",
+    "model.onnx",
+    "recipe.yaml",
+    "report.json",
+    "sparsity.png",
+    "sparsity.svg",
+}
 
 
 @pytest.fixture(scope="module")
