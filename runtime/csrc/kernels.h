@@ -37,14 +37,17 @@ struct Kernels {
   int block_columns;      // columns of a block of Cells, at most 256
   int tile_vectors;       // most vectors of tokens in a tile, single rows
   int tile_vectors_of_4;  // the same for units of 4 rows
+  int token_lanes;        // partial sums of a row in multiply_cell_by_token
+  int token_cost;         // what multiply_cell_by_token takes for a kept weight, in tenths of a cycle
 
   // x (tokens, columns) -> x_tile, zero in lanes past `tokens`; suspect[lane] becomes NaN where a token holds NaN or Inf,
   // otherwise 0.
   void (*pack_tile)(const float* x, size_t columns, size_t tokens, int vectors, float* x_tile, float* suspect);
   // y_tile += W x_tile for one cell; `unit_rows` is 1 or 4.
   void (*multiply_cell)(int vectors, int unit_rows, const Cell& cell, const float* x_block, float* y_tile);
-  // y (rows,) += W x for one cell of single rows and one token, x (columns of the block,).
-  void (*multiply_cell_by_token)(const Cell& cell, const float* x, float* y);
+  // sums (rows, token_lanes) += products of one cell of single rows and one token, x (block_columns,), zero behind the last
+  // column; the output of a row is the sum over its lanes. 16 columns behind the last entry are read.
+  void (*multiply_cell_by_token)(const Cell& cell, const float* x, float* sums);
   // y (tokens, stride) = y_tile transposed + bias (rows,) or null.
   void (*store_tile)(const float* y_tile, int vectors, size_t tokens, size_t rows, const float* bias, float* y, size_t stride);
   MaskStrip* mask_strip;  // null where there is none

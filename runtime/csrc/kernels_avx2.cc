@@ -84,9 +84,10 @@ void mask_columns(const uint16_t* masks, const float* values, size_t columns, co
 }
 
 #include "kernels_impl.h"
+#include "token_impl.h"
 #include "mask_strip.h"
 
-const Kernels kTable = {"avx2",     kLanes,     128,        6, 3, pack_tile, multiply_cell, multiply_cell_by_token,
+const Kernels kTable = {"avx2",     kLanes,     128,        6, 3, 1, 14, pack_tile, multiply_cell, multiply_cell_by_token,
                         store_tile, mask_strip, block_strip};
 
 }  // namespace

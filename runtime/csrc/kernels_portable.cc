@@ -13,8 +13,9 @@ inline void transpose_square(const float* from, size_t from_stride, float* to, s
 }
 
 #include "kernels_impl.h"
+#include "token_impl.h"
 
-const Kernels kTable = {"portable", kLanes,  128,        6, 2, pack_tile, multiply_cell, multiply_cell_by_token,
+const Kernels kTable = {"portable", kLanes,  128,        6, 2, 1, 14, pack_tile, multiply_cell, multiply_cell_by_token,
                         store_tile, nullptr, block_strip};
 
 }  // namespace

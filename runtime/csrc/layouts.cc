@@ -97,6 +97,7 @@ CellLayout::CellLayout(const PackedWeight& weight, int unit_rows, int block_colu
   });
   first_run = WeightArray<size_t>(cell_runs), first_unit = WeightArray<size_t>(cell_units);
   first_entry = WeightArray<size_t>(cell_entries), runs = WeightArray<Run>(all_runs), units = WeightArray<uint16_t>(all_units);
+  entry_columns.resize(entries + kStripRows, 0);  // what multiply_cell_by_token reads behind the last entry
   columns = WeightArray<uint8_t>(entry_columns), values = WeightArray<float>(entry_values);
 }
 

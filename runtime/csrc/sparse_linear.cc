@@ -92,21 +92,29 @@ size_t SparseLinear::resident_bytes() const { return cells_.bytes() + masks_.byt
 void SparseLinear::run(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const {
   if (tokens == 0) return;
   if (structure_.unit_rows == kStripRows) return run_blocks(x, tokens, bias, y, parallel);
-  if (is_for_masks(tokens)) return run_masks(x, tokens, bias, y, parallel);
-  if (tokens == 1 && structure_.unit_rows == 1) return run_cells_by_token(x, bias, y, parallel);
-  run_cells(x, tokens, bias, y, parallel);
+  switch (choose_way(tokens)) {
+    case Way::kMasks:
+      return run_masks(x, tokens, bias, y, parallel);
+    case Way::kCellsByToken:
+      return run_cells_by_token(x, tokens, bias, y, parallel);
+    case Way::kCells:
+      return run_cells(x, tokens, bias, y, parallel);
+  }
 }
 
-// Masks cost by the weights, kept or not, and by the token; cells by the kept weights, for a whole vector of tokens.
-// Tenths of cycles as measured on Zen 4: for a column of 16 rows, 30 and 10 for each token; for a kept weight, 20, or 10 in
-// units of 4 rows; for a single token 14.
-bool SparseLinear::is_for_masks(size_t tokens) const {
-  if (!kernels_.mask_strip || tokens > kFewTokens) return false;
+// Masks cost by the weights, kept or not, and by the token; cells by the kept weights, for a whole vector of tokens or for one.
+// Tenths of cycles as measured on Zen 4: for a column of 16 rows, 30 and 10 for each token; for a kept weight and a vector of
+// tokens, 20, or 10 in units of 4 rows.
+SparseLinear::Way SparseLinear::choose_way(size_t tokens) const {
+  if (tokens > kFewTokens) return Way::kCells;
+  const size_t lanes = static_cast<size_t>(kernels_.lanes), vectors = divide_up(tokens, lanes);
   const size_t columns_of_16 = static_cast<size_t>(weight_.rows) * static_cast<size_t>(weight_.columns) / kStripRows;
-  const size_t vectors = divide_up(tokens, static_cast<size_t>(kernels_.lanes));
-  const size_t mask_cost = columns_of_16 * (30 + 10 * tokens * kStripRows / static_cast<size_t>(kernels_.lanes));
-  const size_t kept_cost = tokens == 1 ? 14 : structure_.unit_rows == 1 ? 20 : 10;
-  return mask_cost <= structure_.kept_count * kept_cost * vectors;
+  const size_t mask_cost = columns_of_16 * (30 + 10 * tokens * kStripRows / lanes);
+  const bool is_of_rows = structure_.unit_rows == 1;
+  const size_t token_cost = structure_.kept_count * static_cast<size_t>(is_of_rows ? kernels_.token_cost : 14) * tokens;
+  const size_t vector_cost = structure_.kept_count * (is_of_rows ? 20 : 10) * vectors;
+  if (kernels_.mask_strip && mask_cost < std::min(token_cost, vector_cost)) return Way::kMasks;
+  return is_of_rows && token_cost < vector_cost ? Way::kCellsByToken : Way::kCells;
 }
 
 void SparseLinear::run_cells(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const {
@@ -142,23 +150,37 @@ void SparseLinear::run_cells(const float* x, size_t tokens, const float* bias, f
   mark_suspects(x, tokens, suspects.data(), y);
 }
 
-void SparseLinear::run_cells_by_token(const float* x, const float* bias, float* y, const Parallel& parallel) const {
+void SparseLinear::run_cells_by_token(const float* x, size_t tokens, const float* bias, float* y,
+                                      const Parallel& parallel) const {
   const CellLayout& layout = cells();
-  const size_t rows = static_cast<size_t>(weight_.rows);
+  const size_t rows = static_cast<size_t>(weight_.rows), columns = static_cast<size_t>(weight_.columns);
+  const size_t lanes = static_cast<size_t>(kernels_.token_lanes),
+               width = layout.blocks * static_cast<size_t>(layout.block_columns);
+  const Scratch padded(tokens * width);
+  for (size_t token = 0; token < tokens; ++token) {
+    std::copy(x + token * columns, x + (token + 1) * columns, padded.data() + token * width);
+    std::fill(padded.data() + token * width + columns, padded.data() + (token + 1) * width, 0.0f);
+  }
   run_tasks(parallel, layout.chunks, [&](size_t chunk) {
     const size_t row = chunk * layout.chunk_rows, end = std::min(rows, row + layout.chunk_rows);
-    if (bias) {
-      std::copy(bias + row, bias + end, y + row);
-    } else {
-      std::fill(y + row, y + end, 0.0f);
-    }
-    for (size_t block = 0; block < layout.blocks; ++block) {
-      kernels_.multiply_cell_by_token(layout.cell(chunk, block), x + block * layout.block_columns, y + row);
+    const Scratch sums(layout.chunk_rows * lanes);
+    for (size_t token = 0; token < tokens; ++token) {
+      std::memset(sums.data(), 0, layout.chunk_rows * lanes * sizeof(float));
+      for (size_t block = 0; block < layout.blocks; ++block) {
+        kernels_.multiply_cell_by_token(layout.cell(chunk, block),
+                                        padded.data() + token * width + block * static_cast<size_t>(layout.block_columns),
+                                        sums.data());
+      }
+      for (size_t r = row; r < end; ++r) {
+        float sum = bias ? bias[r] : 0.0f;
+        for (size_t lane = 0; lane < lanes; ++lane) sum += sums.data()[(r - row) * lanes + lane];
+        y[token * rows + r] = sum;
+      }
     }
   });
-  float suspect;
-  find_suspects(x, 1, static_cast<size_t>(weight_.columns), &suspect);
-  mark_suspects(x, 1, &suspect, y);
+  float suspects[kFewTokens];
+  find_suspects(x, tokens, columns, suspects);
+  mark_suspects(x, tokens, suspects, y);
 }
 
 void SparseLinear::run_masks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const {

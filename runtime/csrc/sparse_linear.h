@@ -38,9 +38,10 @@ class SparseLinear {
 
  private:
   void check_again() const;
-  bool is_for_masks(size_t tokens) const;
+  enum class Way { kCells, kCellsByToken, kMasks };
+  Way choose_way(size_t tokens) const;
   void run_cells(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
-  void run_cells_by_token(const float* x, const float* bias, float* y, const Parallel& parallel) const;
+  void run_cells_by_token(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
   void run_masks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
   void run_blocks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
   void mark_suspects(const float* x, size_t tokens, const float* suspects, float* y) const;
