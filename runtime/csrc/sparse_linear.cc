@@ -104,7 +104,7 @@ void SparseLinear::run(const float* x, size_t tokens, const float* bias, float* 
 
 // Masks cost by the weights, kept or not, and by the token; cells by the kept weights, for a whole vector of tokens or for one.
 // Tenths of cycles as measured on Zen 4: for a column of 16 rows, 30 and 10 for each token; for a kept weight and a vector of
-// tokens, 20, or 10 in units of 4 rows.
+// tokens, 20, or 12 in units of 4 rows.
 SparseLinear::Way SparseLinear::choose_way(size_t tokens) const {
   if (tokens > kFewTokens) return Way::kCells;
   const size_t lanes = static_cast<size_t>(kernels_.lanes), vectors = divide_up(tokens, lanes);
@@ -112,7 +112,7 @@ SparseLinear::Way SparseLinear::choose_way(size_t tokens) const {
   const size_t mask_cost = columns_of_16 * (30 + 10 * tokens * kStripRows / lanes);
   const bool is_of_rows = structure_.unit_rows == 1;
   const size_t token_cost = structure_.kept_count * static_cast<size_t>(is_of_rows ? kernels_.token_cost : 14) * tokens;
-  const size_t vector_cost = structure_.kept_count * (is_of_rows ? 20 : 10) * vectors;
+  const size_t vector_cost = structure_.kept_count * (is_of_rows ? 20 : 12) * vectors;
   if (kernels_.mask_strip && mask_cost < std::min(token_cost, vector_cost)) return Way::kMasks;
   return is_of_rows && token_cost < vector_cost ? Way::kCellsByToken : Way::kCells;
 }
