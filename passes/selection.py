@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import ceil, floor, isqrt
 
 import numpy as np
 import torch
@@ -18,14 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfcompile.errors import InputError
+from mfcompile.passes.bounds import bounds_of, sample_of
 from mfcompile.passes.histograms import kth_by_histograms
 from mfcompile.passes.pieces import Magnitudes, Piece, StoredValues, Values, count_of, scratch, spread
 
-_STEPS = (64, 256)
-"""At least and at most so many values share one that is looked at for the bounds."""
-
-_DEVIATIONS = 5.0
-"""How far the bounds lie from the rank that is sought, in standard deviations of a random sample."""
+_MOST_BETWEEN = 8
+"""Where more than one in so many lies between the bounds, places are not kept: they take four bytes each."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +123,57 @@ def kept_bits(scores: Tensor | Values, k: int, *, take_ties: bool = False) -> ND
     if any(piece.start % 8 for piece in values.pieces()):
         return np.packbits(~_marked(values, k, take_ties=take_ties).numpy().reshape(-1))
     bits = np.empty((count_of(values) + 7) // 8, np.uint8)
+    if 0 < k < count_of(values) and _pack_in_one_pass(values, k, bits, take_ties=take_ties):
+        return bits
 
     def store(piece: Piece, marks: NDArray[np.bool_]) -> None:
-        bits[piece.start // 8 : (piece.stop + 7) // 8] = np.packbits(np.logical_not(marks, out=marks))
+        bits[_bytes_of(piece)] = np.packbits(np.logical_not(marks, out=marks))
 
     _mark(values, k, store, take_ties=take_ties)
     return bits
+
+
+def _pack_in_one_pass(values: Values, k: int, bits: NDArray[np.uint8], *, take_ties: bool) -> bool:
+    """Write the bits while values are counted, and correct those between the bounds once the k-th smallest is known.
+
+    Returns:
+        Whether the bits are right: not where the bounds miss, or where so many values lie between them (most are ties)
+        that their places would take more memory than marks do.
+    """
+    sample, _ = sample_of([lambda: values], k)
+    low, high = bounds_of(sample, k / count_of(values))
+
+    def count(queue: Iterator[Piece]) -> list[tuple[Piece, _Counts, NDArray[np.int32], NDArray[np.float32]]]:
+        found = []
+        for piece in queue:
+            counts, under, places, inside = _look(values, piece, low, high, may_be_infinite=True)
+            bits[_bytes_of(piece)] = np.packbits(np.logical_not(under, out=under))
+            if places.size > (piece.stop - piece.start) // _MOST_BETWEEN:
+                places = places[:0]
+                counts.is_sound = False
+            found.append((piece, counts, places.astype(np.int32), inside if places.size else inside[:0]))
+        return found
+
+    looked = sorted((item for part in spread(count, values.pieces()) for item in part), key=lambda item: item[0].start)
+    total = _Counts()
+    for _, counts, _, _ in looked:
+        total.add(counts)
+    threshold = _from_counts([total], low, high, k) if total.is_sound else None
+    if threshold is None:
+        return False
+    limit, left = np.float32(threshold.value), k - threshold.below[0]
+    for piece, _, places, inside in looked:
+        ties = places[inside == limit] if take_ties else places[inside == limit][:left]
+        left -= ties.size
+        marks = np.unpackbits(bits[_bytes_of(piece)], count=piece.stop - piece.start)
+        marks[places[inside < limit]] = 0
+        marks[ties] = 0
+        bits[_bytes_of(piece)] = np.packbits(marks)
+    return True
+
+
+def _bytes_of(piece: Piece) -> slice:
+    return slice(piece.start // 8, (piece.stop + 7) // 8)
 
 
 def _values(scores: Tensor | Values) -> Values:
@@ -181,57 +223,16 @@ def _mark(values: Values, k: int, store: Callable[[Piece, NDArray[np.bool_]], No
 
 def _threshold(group: Sequence[Callable[[], Values]], k: int, names: Sequence[str] | None) -> Threshold:
     """The k-th smallest of a group; infinities are refused where there are names to say of what."""
-    sample, total = _sample(group, min(max(isqrt(max(k, 0)) // 4, _STEPS[0]), _STEPS[1]))
+    sample, total = sample_of(group, k)
     if not 1 <= k <= total:
         raise InputError(f"cannot take the {k}-th smallest of {total} values")
-    low, high = _bounds(sample, k / total)
+    low, high = bounds_of(sample, k / total)
     del sample
     found = _scan(group, low, high, names)
     threshold = _from_counts(found, low, high, k)
     if threshold is None:
         threshold = Threshold(*kth_by_histograms(group, k))
     return threshold
-
-
-def _sample(group: Sequence[Callable[[], Values]], step: int) -> tuple[NDArray[np.float32], int]:
-    """One value of every ``step`` of the joined tensors, and the number of all; the place within a step varies."""
-    total = 0
-
-    def offsets() -> Iterator[tuple[Values, int]]:
-        nonlocal total
-        for make in group:
-            values = make()
-            total += count_of(values)
-            yield values, total - count_of(values)
-
-    def look(queue: Iterator[tuple[Values, int]]) -> list[NDArray[np.float32]]:
-        return [values.at(_places(offset, count_of(values), step)) for values, offset in queue]
-
-    seen = spread(look, offsets() if len(group) > 1 else list(offsets()))
-    return np.concatenate([np.empty(0, np.float32), *(found for part in seen for found in part)]), total
-
-
-def _places(offset: int, size: int, step: int) -> NDArray[np.int64]:
-    """A place in each step of a tensor that begins at ``offset``; scattered, so that no pattern of rows is followed."""
-    steps = np.arange(offset // step, ceil((offset + size) / step), dtype=np.uint64)
-    mixed = steps * np.uint64(0x9E3779B97F4A7C15)  # splitmix64 (Steele et al., OOPSLA 2014)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    places = (steps * np.uint64(step) + (mixed >> np.uint64(31)) % np.uint64(step)).astype(np.int64) - offset
-    return places[(places >= 0) & (places < size)]
-
-
-def _bounds(sample: NDArray[np.float32], fraction: float) -> tuple[np.float32, np.float32]:
-    """Values that the one at this fraction of all lies between, as far as a sample can tell."""
-    rank, size = fraction * sample.size, sample.size
-    reach = _DEVIATIONS * (size * fraction * (1 - fraction)) ** 0.5 + _DEVIATIONS
-    first, last = floor(rank - reach), ceil(rank + reach)
-    wanted = [place for place in (first, last) if 0 <= place < size]
-    if wanted:
-        sample = np.partition(sample, wanted)
-    low = sample[first] if first >= 0 else np.float32(-np.inf)
-    high = sample[last] if last < size else np.float32(np.inf)
-    return low, high
 
 
 @dataclass
@@ -286,12 +287,24 @@ def _scan(
 
 
 def _count_piece(values: Values, piece: Piece, low: np.float32, high: np.float32, may_be_infinite: bool) -> _Counts:
-    """The counts of a piece: everything in the cache, and in memory that is there already."""
+    """The counts of a piece."""
+    return _look(values, piece, low, high, may_be_infinite=may_be_infinite)[0]
+
+
+def _look(
+    values: Values, piece: Piece, low: np.float32, high: np.float32, *, may_be_infinite: bool
+) -> tuple[_Counts, NDArray[np.bool_], NDArray[np.int64], NDArray[np.float32]]:
+    """Read a piece: everything in the cache, and in memory that is there already.
+
+    Returns:
+        Its counts; marks of what is under the bounds (memory that is used again); places and values of what is not outside.
+    """
     numbers = values.read(piece, scratch.numbers)
     under, over = (marks[: numbers.size] for marks in scratch.marks)
     np.less(numbers, low, out=under)
     np.greater(numbers, high, out=over)
-    inside = numbers[np.equal(under, over, out=over)]  # neither; a NaN is one of them
+    places = np.flatnonzero(np.equal(under, over, out=over))  # neither; a NaN is one of them
+    inside = numbers.take(places)
     between = inside[(inside > low) & (inside < high)]
     counts = _Counts(int(np.count_nonzero(under)), int(np.count_nonzero(inside == low)), [between] if between.size else [])
     if high > low:
@@ -299,7 +312,7 @@ def _count_piece(values: Values, piece: Piece, low: np.float32, high: np.float32
     counts.is_sound = counts.at_low + between.size + counts.at_high == inside.size
     if not may_be_infinite:
         counts.is_sound &= bool(np.isfinite(numbers.max())) and not (values.is_signed and np.isinf(numbers.min()))
-    return counts
+    return counts, under, places, inside
 
 
 def _refuse(values: Values, name: str | None) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfcompile.errors import InputError
-from mfcompile.passes import pieces, selection
+from mfcompile.passes import bounds, pieces, selection
 from mfcompile.passes.selection import Threshold, at_most, kept_bits, magnitude_threshold, score_threshold, smallest
 
 # Few values, so that ties are the rule; both zeros, denormals, and the ends of float32.
@@ -37,13 +37,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def missed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds that have nothing to do with the values."""
     low, high = map(np.float32, request.param)
-    monkeypatch.setattr(selection, "_bounds", lambda sample, fraction: (low, high))
+    monkeypatch.setattr(selection, "bounds_of", lambda sample, fraction: (low, high))
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE", 24)
-    monkeypatch.setattr(selection, "_STEPS", (3, 3))
+    monkeypatch.setattr(bounds, "_STEPS", (3, 3))
 
 
 def find(tensors: Sequence[Tensor], k: int, *, signed: bool = False) -> Threshold:
