@@ -9,14 +9,12 @@ it in place.
 from __future__ import annotations
 
 import contextlib
-import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
@@ -27,6 +25,7 @@ from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import Diagnostic
 from mfcompile.module_copy import KeptState, share_weights_copy, storage_address
 from mfcompile.passes.losses import LossFunction, batch_count, batch_tensors, own_containers, usable_loss
+from mfcompile.passes.random_numbers import seeded
 
 Progress = Callable[[int, int | None], None]
 
@@ -137,24 +136,9 @@ class LossRunner:
         self._watcher = _Watcher(self._copy)
         _set_mode(self._copy, training, self._watcher)
 
-    @contextlib.contextmanager
-    def seeded(self, seed: int) -> Iterator[None]:
+    def seeded(self, seed: int) -> contextlib.AbstractContextManager[None]:
         """Seed every generator that a loss may draw from, and put all of them back at the end."""
-        devices = sorted({item.device for item in self._copy.parameters() if item.device.type == "cuda"}, key=str)
-        python, array = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=devices):
-            # Not torch.manual_seed, which seeds every device there is, also those that are not put back.
-            torch.default_generator.manual_seed(seed)
-            for device in devices:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            try:
-                yield
-            finally:
-                random.setstate(python)
-                np.random.set_state(array)
+        return seeded(seed, self._copy)
 
     def set_weights(self, values: Mapping[str, Tensor] | None = None, masks: Mapping[str, Tensor] | None = None) -> None:
         """Let other values stand for the weights, zero where a mask prunes; weights named in neither keep their own.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,6 +21,7 @@ from mfcompile.masks import MaskSet
 from mfcompile.passes.calibration import plan_padding, repeated_weights, run_batches
 from mfcompile.passes.gram import GramCollector
 from mfcompile.passes.pruning_run import PruningRun
+from mfcompile.passes.random_numbers import seeded
 from mfcompile.passes.reconstruction import Reconstructor
 from mfcompile.passes.update_stages import SiteGroup, group_sites, plan_stages
 from mfcompile.passes.weight_values import with_values
@@ -147,6 +149,7 @@ class _Updater:
         self._plan = plan_padding(run.captured, run.regions, options.padding_mask)
         self._weights: dict[str, Tensor] = {}  # what the model has by now: dense where no site was reached
         self._changed = set(masks.new_values)
+        self._mask_of = lru_cache(maxsize=2)(masks.__getitem__)  # not unpacked anew for every expert of a stack
         self.updates: list[SiteUpdate] = []
         with_values(run.captured, {})  # refuses a module that cannot be copied before anything has run
 
@@ -161,15 +164,14 @@ class _Updater:
             found += [site for site, count in counts.items() if 0 < count < site.weight_count]
             empty = [site for site, count in counts.items() if not count]
             if empty:
-                self._write(fqn, {site: torch.zeros((), dtype=self._dense(fqn).dtype) for site in empty})
+                self._write(fqn, {site: self._dense(fqn).new_zeros(()) for site in empty})
         return found
 
     def rewrite(self, stage: Sequence[SiteGroup]) -> None:
         """Run the batches through the model as it is by now, and rewrite the sites of a stage."""
         collector = GramCollector(tuple(site for group in stage for site in group.sites), self._plan, self._repeated)
         current = with_values(self._run.captured, self._weights) if self._weights else self._run.captured
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._run.seed)
+        with seeded(self._run.seed, self._run.captured.module):
             run_batches(
                 current, self._run.regions, collector, self._batches(), self._plan, num_samples=self._options.num_samples
             )
@@ -224,7 +226,7 @@ class _Updater:
         return self._run.captured.parameter(fqn).detach()
 
     def _kept(self, site: PruneSite) -> Tensor:
-        return self._matrix(site, self._masks[site.fqn]).to(self._dense(site.fqn).device)
+        return self._matrix(site, self._mask_of(site.fqn)).to(self._dense(site.fqn).device)
 
     def _current(self, site: PruneSite) -> Tensor:
         """What the masks' own values make of a site, or the dense values."""

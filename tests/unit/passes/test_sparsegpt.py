@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mfcompile
-from mfcompile.masks import MaskSet, fingerprint
+from mfcompile.masks import MaskSet, PackedMask, fingerprint
 from mfcompile.passes.mask_selection import site_weight
 from mfcompile.passes.pruning_run import PruningRun
 from mfcompile.passes.reconstruction import Reconstructor
@@ -240,6 +240,19 @@ class TestKindsOfWeights:
         assert len(said) == 4
         assert "experts.up: 2 of its 4 experts (" in said[0]
 
+    def test_a_stack_of_experts_is_not_unpacked_for_each_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        count, unpack = 0, PackedMask.unpack
+
+        def counted(mask: PackedMask) -> Tensor:
+            nonlocal count
+            count += 1
+            return unpack(mask)
+
+        monkeypatch.setattr(PackedMask, "unpack", counted)
+        _, masks, updates = update_of(Mixture("looked up"), [image()], regions={"modalities": {"image": "vision"}})
+        assert len(updates) > 2 * len(masks)
+        assert count <= 3 * len(masks), "to look for work, to rewrite, and to read the new values"
+
     def test_patches_of_a_convolution(self) -> None:
         class Net(nn.Module):
             def __init__(self) -> None:
@@ -337,6 +350,12 @@ class TestWhatIsLeftAlone:
         assert fingerprint(model) == before
         assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
         assert torch.equal(torch.get_rng_state(), state)
+
+    def test_generators_of_devices_that_the_model_is_not_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        run, masks, seeds = vlm_run(), vlm_masks(), list[int]()
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+        assert updated(run, masks)[0].new_values
+        assert not seeds
 
 
 def test_weights_that_some_batches_tell_apart_have_their_own_inputs() -> None:
