@@ -62,7 +62,7 @@ def build_report(
         "diagnostics": _diagnostics((*regions.diagnostics, *masks.diagnostics)),
         "calibration": _calibration(statistics),
         "totals": _totals(captured, sites, sparsity),
-        "regions": _region_rows(sites, sparsity),
+        "regions": _region_rows(sites, None if isinstance(options.get("allocation"), Mapping) else sparsity),
         "sites": sites,
         "digest": masks.mask_digest(),
         "export": None,
@@ -196,8 +196,13 @@ def _requested(sites: Sequence[Mapping[str, Any]], sparsity: float | Mapping[str
     return sum(sparsity[site["region"]] * site["weights"] for site in sites) / weights if weights else 0.0
 
 
-def _region_rows(sites: Sequence[Mapping[str, Any]], sparsity: float | Mapping[str, float]) -> list[dict[str, Any]]:
-    """One row per region, in order of first appearance; tokens as the range over its sites."""
+def _region_rows(sites: Sequence[Mapping[str, Any]], sparsity: float | Mapping[str, float] | None) -> list[dict[str, Any]]:
+    """One row per region, in order of first appearance; tokens as the range over its sites.
+
+    Args:
+        sites: rows of the sites.
+        sparsity: what was asked of regions; None where it was asked of layers.
+    """
     grouped: dict[str, list[Mapping[str, Any]]] = {}
     for site in sites:
         grouped.setdefault(site["region"], []).append(site)

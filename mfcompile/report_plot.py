@@ -154,7 +154,8 @@ def _draw_bars(axes: Axes, bands: Sequence[Band], gap: float) -> None:
 
 
 def _draw_frame(axes: Axes, bands: Sequence[Band], report: Mapping[str, Any], is_labelled: bool) -> None:
-    _draw_request(axes, bands, report["options"]["sparsity"])
+    if not isinstance(report["options"].get("allocation"), Mapping):  # else every layer was asked for its own
+        _draw_request(axes, bands, report["options"]["sparsity"])
     axes.set_ylim(0, 100)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("sparsity: weights removed (%)")

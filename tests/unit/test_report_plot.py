@@ -81,3 +81,11 @@ def test_a_sparsity_per_region_is_drawn_through_its_layers(tmp_path: Path) -> No
     both, drawn = plot_sparsity(report, tmp_path, stem="both")
     assert "requested, by region" in drawn.read_text()
     assert one.read_bytes() != both.read_bytes()
+
+
+def test_no_line_is_drawn_where_every_layer_was_asked_for_its_own(tmp_path: Path) -> None:
+    report = _report({"vision": 3, "text": 2})
+    _, asked = plot_sparsity(report, tmp_path, stem="asked")
+    report["options"]["allocation"] = {"*": 0.5, "text.*": 0.8}
+    _, own = plot_sparsity(report, tmp_path, stem="own")
+    assert ("requested: 63 %" in asked.read_text(), "requested" in own.read_text()) == (True, False)
