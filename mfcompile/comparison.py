@@ -109,7 +109,8 @@ def compare(
     model = opened(model)
     for variant in variants:
         with _named(variant.label):
-            refuse_unprunable(model, variant.options(None, seed))
+            for sparsity in asked:
+                refuse_unprunable(model, variant.options(sparsity, seed))
             check_needs(variant.pruner, NO_STATISTICS, batches or tuple, loss_fn)
     if example_inputs is None and batches is not None:
         example_inputs, _ = first_batch(batches())

@@ -19,7 +19,7 @@ from mfcompile.inputs import as_function
 from mfcompile.masked_weights import masked_parameters, replaced_weights, strip
 from mfcompile.masks import MaskSet
 from mfcompile.module_copy import share_weights_copy
-from mfcompile.onnx_entry import export_file, first_batch, is_onnx, opened
+from mfcompile.onnx_entry import export_file, first_batch, is_onnx, opened, refuse_untrainable
 from mfcompile.onnx_ladder import FLOAT32_KEY, FLOAT32_VALUE, export_accepted, float32_inputs, float32_module
 from mfcompile.parameter_checks import refuse_broken_parameters, require_values
 from mfcompile.passes.allocation import Sparsity, check_sparsity
@@ -299,11 +299,7 @@ def refuse_unprunable(model: nn.Module, options: SelectionOptions) -> None:
             "then prune it further"
         )
     require_values(model)
-    chosen = check_options(options)
-    if is_onnx(model) and (Need.GRADIENTS in chosen.needs or options.update is not None):
-        needy = Need.GRADIENTS in chosen.needs
-        what = f"the criterion {chosen.name!r} needs gradients" if needy else f"update={options.update!r} runs layers anew"
-        raise InputError(f"{what}, and an .onnx file cannot be trained: prune the PyTorch model, or take another criterion")
+    refuse_untrainable(model, check_options(options), options.update)
 
 
 class _Stages:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import CapturedGraph, Diagnostic
+from mfcompile.passes.criteria.base import Need, Pruner
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +37,18 @@ def opened(model: nn.Module | Path | str) -> nn.Module:
 def is_onnx(model: nn.Module) -> bool:
     """The module runs an ONNX file; told without loading onnxruntime."""
     return any(item.__module__ == "mfcompile.onnx_file" for item in type(model).__mro__)
+
+
+def refuse_untrainable(model: nn.Module, chosen: Pruner, update: str | None) -> None:
+    """Refuse an ONNX file that would have to be trained, or run layer by layer.
+
+    Raises:
+        InputError: the model runs an ONNX file, and the criterion needs gradients or an update is asked for.
+    """
+    needs_gradients = Need.GRADIENTS in chosen.needs
+    if is_onnx(model) and (needs_gradients or update is not None):
+        what = f"the criterion {chosen.name!r} needs gradients" if needs_gradients else f"update={update!r} runs layers anew"
+        raise InputError(f"{what}, and an .onnx file cannot be trained: prune the PyTorch model, or take another criterion")
 
 
 def capture_file(file: nn.Module, example_inputs: Any = None) -> CapturedGraph:

@@ -46,6 +46,7 @@ MASK_OPTIONS = (
     "calibration",
     "num_calibration_samples",
     "precision",
+    "statistics",
 )
 """The options that decide the masks; with any of them changed, the recorded digest says nothing."""
 
@@ -78,6 +79,7 @@ class Recipe:
         calibration: file or directory with calibration data; None takes what the source gives.
         num_calibration_samples: how many samples to calibrate with; None for all.
         precision: "model", or "float64" to calibrate in float64.
+        statistics: file of an earlier calibration that is used in place of one; None calibrates.
         onnx: whether an ONNX file is written.
         format: how pruned weights are stored in it, "packed" or "dense".
         values: precision of their values, "fp32" or "fp16".
@@ -106,6 +108,7 @@ class Recipe:
     calibration: Path | None = None
     num_calibration_samples: int | None = None
     precision: str = "model"
+    statistics: Path | None = None
     onnx: bool = True
     format: str = "packed"
     values: str = "fp32"
@@ -161,7 +164,10 @@ class Recipe:
         ]
         if moved:
             return f"The model is the same; versions changed: {', '.join(moved)}"
-        return "The model and the versions are the same, so the calibration data has changed or is drawn at random"
+        return (
+            "The model and the versions are the same, so the calibration data has changed or is drawn at random, or the "
+            "criterion or the loss_fn that the model's file defines has changed"
+        )
 
     def save(self, path: Path | str, *, beside: Path | None = None) -> Path:
         """Write the recipe as YAML, complete or not at all; the source as a path relative to the recipe.
@@ -176,8 +182,9 @@ class Recipe:
         for item in fields(self):
             document[item.name] = _plain(getattr(self, item.name))
         document["source"] = _relative(self.source.resolve(), directory)
-        if self.calibration is not None:
-            document["calibration"] = _relative(self.calibration.resolve(), directory)
+        for key in _OPTIONAL_PATHS:
+            if (file := getattr(self, key)) is not None:
+                document[key] = _relative(file.resolve(), directory)
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
         return write_atomically(path, (_HEADER.format(name=path.name) + text).encode())
 
@@ -201,7 +208,7 @@ class Recipe:
                 near = difflib.get_close_matches(str(key), sorted(known), n=1)
                 hint = f" Did you mean {near[0]}?" if near else f" A recipe has: {', '.join(sorted(known))}."
                 raise InputError(f"{path}, line {lines.get(key, 1)}: unknown key {key!r}.{hint}")
-            is_path = key == "source" or (key == "calibration" and value is not None)
+            is_path = key == "source" or (key in _OPTIONAL_PATHS and value is not None)
             problem = "it is not a path" if is_path and not isinstance(value, str) else None
             problem = problem or (_CHECKS[key](value) if key in _CHECKS else None)
             if problem:
@@ -209,13 +216,17 @@ class Recipe:
         if "source" not in document:
             raise InputError(f"{path}: the key source is missing: it names the model.py or model directory to prune")
         source = Path(os.path.normpath(path.parent.resolve() / document.pop("source")))
-        if document.get("calibration") is not None:
-            document["calibration"] = Path(os.path.normpath(path.parent.resolve() / document["calibration"]))
+        for key in _OPTIONAL_PATHS:
+            if document.get(key) is not None:
+                document[key] = Path(os.path.normpath(path.parent.resolve() / document[key]))
         for key in ("targets", "ignore"):
             if isinstance(document.get(key), list):
                 document[key] = tuple(document[key])
         return cls(source=source, **document)
 
+
+_OPTIONAL_PATHS = ("calibration", "statistics")
+"""Beside the source; relative to the recipe's directory in the file."""
 
 _HEADER = "# What mfcompile did, and how to do it again: mfcompile prune {name}\n"
 

@@ -12,9 +12,8 @@ from mfcompile.errors import InputError
 from mfcompile.passes.apportionment import apportion
 from mfcompile.passes.selection import Threshold, magnitude_threshold, score_threshold
 from mfcompile.passes.sparsity_patterns import Pattern, Unstructured
+from mfcompile.recipe import ROUNDINGS
 from mfcompile.region import PruneSite
-
-ROUNDINGS = ("exact", "official")
 
 ALLOCATIONS = (
     "magnitude-per-region",
@@ -154,7 +153,7 @@ def allocate(allocation: str | Mapping[str, float], request: Request) -> Budget:
         raise InputError(
             f"allocation={allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}, or give sparsities by layer"
         )
-    groups = _groups(allocation, request)
+    groups = groups_of(allocation, request)
     if allocation.startswith("magnitude"):
         return _by_magnitude(groups, request)
     if allocation.startswith("score"):
@@ -169,16 +168,33 @@ def allocate(allocation: str | Mapping[str, float], request: Request) -> Budget:
     return Budget({name: sum(by_row.get(name, (count,))) for name, count in pruned.items()}, {}, by_row)
 
 
-def _groups(allocation: str, request: Request) -> dict[str, list[PruneSite]]:
-    """The groups that lose a fraction of their own."""
+def groups_of(allocation: str, request: Request) -> dict[str, list[PruneSite]]:
+    """Group -> its sites: the groups that lose a fraction of their own (``Request.sparsity_of``).
+
+    Raises:
+        InputError: the allocation knows no regions, and every region was given its own sparsity.
+    """
     if isinstance(request.sparsity, float) and not allocation.endswith("-per-region"):
         return {EVERYTHING: list(request.sites)}
-    if allocation.endswith("-global"):
+    check_scope(allocation, request.sparsity)
+    return request.groups()
+
+
+def check_scope(allocation: str | Mapping[str, float] | None, sparsity: Sparsity | None) -> None:
+    """Refuse an allocation over the whole model where every region has a sparsity of its own.
+
+    Args:
+        allocation: by name, or by layer; None for the criterion's own, which follows the regions.
+        sparsity: what was asked for.
+
+    Raises:
+        InputError: names the allocation that would do.
+    """
+    if isinstance(allocation, str) and allocation.endswith("-global") and isinstance(sparsity, Mapping):
         raise InputError(
             f"allocation={allocation!r} sets one threshold for the whole model, but every region was given its own sparsity. "
             f"Use {allocation.replace('-global', '-per-region')!r}, or one sparsity"
         )
-    return request.groups()
 
 
 def _by_magnitude(groups: Mapping[str, Sequence[PruneSite]], request: Request) -> Budget:
@@ -215,6 +231,8 @@ def _counts(found: Threshold, k: int, sites: Sequence[PruneSite], request: Reque
 
 def _truncated(pruned: int, weights: int) -> int:
     """int(f * n) with f = 1 - kept / n in float64: the published arithmetic, which may fall one short of ``pruned``."""
+    if not weights:
+        return 0
     fraction = 1 - (weights - pruned) / weights
     return int(fraction * weights)
 

@@ -230,6 +230,7 @@ def _model_key(
         "versions": [__version__, str(torch.__version__), torch.get_float32_matmul_precision()],
         "fingerprint": own,
         "devices": sorted({str(parameter.device) for parameter in module.parameters()}),
+        "autocast": _autocast(captured),
         "graph": [captured.frontend, str(captured.graph), _constants(captured), list(captured.remembered)],
         "from_input": [scalar.node for scalar in captured.baked_scalars if scalar.from_input],
         "inputs": [[spec.name, list(spec.shape), str(spec.dtype)] for spec in captured.inputs],
@@ -252,6 +253,12 @@ def _model_key(
             hashlib.sha256(module.proto.SerializeToString(deterministic=True)).hexdigest(),
         ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _autocast(captured: CapturedGraph) -> list[str]:
+    """What operators on the model's devices are computed in, where the caller runs them under autocast."""
+    kinds = sorted({"cpu", *(parameter.device.type for parameter in captured.module.parameters())})
+    return [f"{kind} {torch.get_autocast_dtype(kind)}" for kind in kinds if torch.is_autocast_enabled(kind)]
 
 
 def _constants(captured: CapturedGraph) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
 from numbers import Integral
@@ -13,6 +13,7 @@ from torch import Tensor
 from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.inputs import ExampleInputs, normalize_inputs
+from mfcompile.passes.losses import batch_count
 from mfcompile.passes.observers import StatisticsCollector
 from mfcompile.passes.padding import PaddingPlan, find_padding_masks
 from mfcompile.passes.runner import Runner, runner_of
@@ -112,7 +113,7 @@ def run_batches(
     Raises:
         CalibrationError: there is no batch, or one that the model refuses.
     """
-    runner, total, samples = runner_of(captured, regions, collector, observe, precision, plan), _length(batches), 0
+    runner, total, samples = runner_of(captured, regions, collector, observe, precision, plan), batch_count(batches), 0
     for index, batch in enumerate([captured.example_inputs] if batches is None else batches):
         inputs = normalize_batch(captured, batch, index)
         runner.run(inputs, index)
@@ -177,14 +178,6 @@ def normalize_batch(captured: CapturedGraph, batch: Any, index: int) -> ExampleI
         return normalize_inputs(captured.module, batch, what=f"calibration batch {index}")
     except InputError as error:
         raise CalibrationError(str(error)) from error
-
-
-def _length(batches: Iterable[Any] | None) -> int | None:
-    """Number of batches, None where it is not known (a loader over an endless data set has a length that raises)."""
-    try:
-        return len(batches) if isinstance(batches, Sized) else None
-    except TypeError:
-        return None
 
 
 def check_regions(regions: RegionMap, statistics: CalibrationStatistics) -> None:

@@ -246,7 +246,7 @@ def _solve(gram: Tensor, shift: float, target: Tensor) -> Tensor:
 
 def _times(rows: Tensor, vector: Tensor) -> Tensor:
     """A v, (n,) float64."""
-    total = torch.zeros(rows.shape[0], dtype=torch.float64)
+    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
     for part, numbers in zip(torch.split(rows, _CHUNK, dim=1), torch.split(vector, _CHUNK), strict=True):
         total += part.double() @ numbers.double()
     return total
@@ -265,7 +265,7 @@ def _largest(values: Tensor, count: int, alive: Tensor | None) -> Tensor:
         ranked.masked_fill_(~alive, -1.0)
     pruned = ranked.numel() - count
     if pruned <= 0 or count <= 0:
-        return torch.full(ranked.shape, count > 0)
+        return torch.full_like(ranked, count > 0, dtype=torch.bool)
     if ranked.numel() >= _LARGE:
         return ~smallest(ranked, pruned)
     array = ranked.numpy()

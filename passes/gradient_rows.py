@@ -76,7 +76,8 @@ def gradient_rows(
             f"Take fewer gradients (at most {max(there // rows_size_bytes(1, columns) - 1, 0)}), or prune fewer weights"
         )
     logger.info("%d gradients of %d weights: %.1f GB", count, width, needed / 1e9)
-    rows = torch.zeros(count, width)
+    with torch.inference_mode(False):  # else the backward pass, which never is in that mode, could not write into them
+        rows = torch.zeros(count, width, dtype=torch.float32, device="cpu")
     places: dict[Tensor, list[tuple[Columns, int]]] = {}
     for item, start in zip(columns, accumulate((item.size for item in columns), initial=0), strict=False):
         places.setdefault(runner.leaves[item.fqn], []).append((item, start))

@@ -16,7 +16,7 @@ LossFunction = Callable[[nn.Module, Any], Any]
 """(module, batch) -> a scalar tensor, or an object whose ``loss`` is one (what transformers' models return)."""
 
 
-def batch_count(batches: Iterable[Any]) -> int | None:
+def batch_count(batches: Iterable[Any] | None) -> int | None:
     """Number of batches, None where it is not known (a loader over an endless data set has a length that raises)."""
     try:
         return len(batches) if isinstance(batches, Sized) else None

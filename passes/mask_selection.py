@@ -15,13 +15,13 @@ from torch import Tensor
 from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet
-from mfcompile.passes.allocation import ALLOCATIONS, Sparsity, check_sparsity
+from mfcompile.passes.allocation import ALLOCATIONS, Sparsity, check_scope, check_sparsity
 from mfcompile.passes.criteria.base import Need, Pruner
 from mfcompile.passes.criteria.registry import pruner
-from mfcompile.passes.sparsity_patterns import NOfM, Unstructured, parse_pattern
+from mfcompile.passes.sparsity_patterns import NOfM, Pattern, Unstructured, parse_pattern
 from mfcompile.patterns import select as match_patterns
 from mfcompile.patterns import weight_names
-from mfcompile.recipe import UPDATES
+from mfcompile.recipe import ROUNDINGS, UPDATES
 from mfcompile.region import PruneSite, RegionMap
 from mfcompile.statistics import CalibrationStatistics
 
@@ -123,7 +123,7 @@ def select_masks(
     check_needs(chosen, statistics, batches, loss_fn)
     if options.update is not None and batches is None:
         raise CalibrationError(f"update={options.update!r} runs the model: give calibration batches")
-    allocation = _by_site(options.allocation, captured, regions)
+    allocation = allocation_by_site(options.allocation, captured, regions)
     run = PruningRun(
         captured,
         regions,
@@ -155,8 +155,8 @@ def check_options(options: SelectionOptions) -> Pruner:
     """
     chosen = pruner(options.criterion, options.criterion_options)
     pattern = parse_pattern(options.pattern)
-    if options.rounding not in ("exact", "official"):
-        raise InputError(f"rounding={options.rounding!r} is unknown; choose one of exact, official")
+    if options.rounding not in ROUNDINGS:
+        raise InputError(f"rounding={options.rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}")
     if isinstance(options.allocation, str) and options.allocation not in ALLOCATIONS:
         raise InputError(
             f"allocation={options.allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}, or give sparsities by layer"
@@ -166,6 +166,10 @@ def check_options(options: SelectionOptions) -> Pruner:
             f"update={options.update!r} is unknown; choose {', '.join(UPDATES)}, or None to leave weights as they are"
         )
     _check_update_options(options)
+    if isinstance(options.seed, bool) or not isinstance(options.seed, int):
+        raise InputError(f"seed must be an integer, got {options.seed!r}")
+    if not -(2**63) <= options.seed < 2**64:
+        raise InputError(f"seed must fit into 64 bits, as torch takes it, got {options.seed}")
     if isinstance(pattern, NOfM) and options.allocation is not None:
         raise InputError(
             f"the pattern {options.pattern} removes the same from every layer, so there is nothing to allocate: leave "
@@ -181,12 +185,36 @@ def check_options(options: SelectionOptions) -> Pruner:
             f"allocation must be a name, or pattern of weights -> sparsity, got {options.allocation!r}; names are "
             f"{', '.join(ALLOCATIONS)}"
         )
+    check_fixed_sparsity(options.sparsity, pattern)
+    check_scope(options.allocation, options.sparsity)
+    chosen.check_pattern(pattern)
     if isinstance(options.allocation, Mapping) and options.sparsity is not None:
         raise InputError(
             f"the allocation gives every layer a sparsity of its own, and sparsity {options.sparsity} was asked for as well: "
             f"leave one of them out"
         )
     return chosen
+
+
+def check_fixed_sparsity(sparsity: Sparsity | None, pattern: Pattern) -> None:
+    """Refuse a sparsity that is not the one that the pattern sets.
+
+    Args:
+        sparsity: a fraction, region -> fraction, or None where none was asked for.
+        pattern: the pattern.
+
+    Raises:
+        InputError: another one was asked for, or a fraction is not in [0, 1).
+    """
+    if pattern.fixed_sparsity is None or sparsity is None:
+        return
+    given = set(sparsity.values()) if isinstance(sparsity, Mapping) else {sparsity}
+    if any(abs(check_sparsity(value) - pattern.fixed_sparsity) > 1e-9 for value in given):
+        assert isinstance(pattern, NOfM)
+        raise InputError(
+            f"the pattern {pattern.kept}:{pattern.of} removes {pattern.fixed_sparsity:g} of every layer, but sparsity "
+            f"{sparsity} was asked for. Leave the sparsity out, or choose another N:M"
+        )
 
 
 def _check_update_options(options: SelectionOptions) -> None:
@@ -217,10 +245,19 @@ def check_needs(
         )
 
 
-def _by_site(
+def allocation_by_site(
     allocation: str | Mapping[str, float] | None, captured: CapturedGraph, regions: RegionMap
 ) -> str | Mapping[str, float] | None:
-    """Sparsities by pattern of weights as sparsities by site; the most specific pattern wins."""
+    """Sparsities by pattern of weights as sparsities by site; the most specific pattern wins.
+
+    Args:
+        allocation: pattern of weights -> sparsity; a name, or None, comes back as it is.
+        captured: the captured model.
+        regions: its regions and sites.
+
+    Raises:
+        InputError: a fraction is not in [0, 1), a pattern matches nothing, or a site has no sparsity.
+    """
     if allocation is None or isinstance(allocation, str):
         return allocation
     for layers, sparsity in allocation.items():
@@ -242,7 +279,7 @@ def parameter_mask(captured: CapturedGraph, sites: Sequence[PruneSite], kept: Ca
     shape, layout = tuple(captured.parameter(sites[0].fqn).shape), sites[0].layout
     if len(sites) == 1 and sites[0].weight_count == prod(shape):
         return layout.stored(kept(sites[0]), shape)
-    masks = torch.ones(layout.sizes(shape), dtype=torch.bool)
+    masks = torch.ones(layout.sizes(shape), dtype=torch.bool, device="cpu")
     for site in sites:
         site.matrix(masks).copy_(kept(site))
     return layout.stored(masks, shape)

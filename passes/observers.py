@@ -138,7 +138,7 @@ class StatisticsCollector:
         """Site name -> statistics; a site that was never called has zero tokens."""
         return {
             site.name: SiteStatistics(
-                self._sums.get(site.name, torch.zeros(site.in_features, dtype=torch.float64)).cpu(),
+                self._sums.get(site.name, torch.zeros(site.in_features, dtype=torch.float64, device="cpu")).cpu(),
                 self._tokens.get(site.name, 0),
                 self._padding.get(site.name, 0),
                 self._samples.get(site.name, 0),

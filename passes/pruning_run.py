@@ -22,7 +22,7 @@ from mfcompile.passes.criteria.base import Criterion, Need, SiteData
 from mfcompile.passes.criteria.magnitude import Magnitude
 from mfcompile.passes.dense_facts import DenseFacts
 from mfcompile.passes.mask_packing import kept_bits_by_site, packed_mask
-from mfcompile.passes.mask_selection import parameter_mask, pruned_by_row, site_weight
+from mfcompile.passes.mask_selection import check_fixed_sparsity, parameter_mask, pruned_by_row, site_weight
 from mfcompile.passes.pieces import Values
 from mfcompile.passes.selection import at_most, kept_bits, smallest
 from mfcompile.passes.sparsity_patterns import NOfM, Pattern, Unstructured
@@ -363,13 +363,7 @@ def sparsity_of(
     if isinstance(sparsity, Mapping):
         sparsity = _by_region(sparsity, regions)
     if pattern.fixed_sparsity is not None:
-        given = set(sparsity.values()) if isinstance(sparsity, Mapping) else {sparsity} - {None}
-        if any(abs(check_sparsity(value) - pattern.fixed_sparsity) > 1e-9 for value in given if value is not None):
-            assert isinstance(pattern, NOfM)
-            raise InputError(
-                f"the pattern {pattern.kept}:{pattern.of} removes {pattern.fixed_sparsity:g} of every layer, but sparsity "
-                f"{sparsity} was asked for. Leave the sparsity out, or choose another N:M"
-            )
+        check_fixed_sparsity(sparsity, pattern)
         return pattern.fixed_sparsity
     if isinstance(allocation, Mapping):
         sites = regions.pruned_sites

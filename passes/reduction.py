@@ -112,7 +112,7 @@ def reduce_activation(
         sums = _weighted_squares(torch.ones((), dtype=kind, device=matrix.device).expand(samples, 1, count), matrix)
         return Reduction(sums[:, 0].sum(0), samples * count, 0, samples)
     weights = torch.ones((), dtype=kind, device=matrix.device).expand(samples, 1, count)
-    tokens = torch.full((samples,), count)
+    tokens = torch.full((samples,), count, device="cpu")
     if keep is not None:
         kept = keep.reshape(samples, 1, count)
         weights, tokens = kept.to(kind), kept.sum(dim=(1, 2)).cpu()
@@ -192,7 +192,7 @@ def distinct(reductions: Sequence[Reduction]) -> list[Reduction]:
 
 def fresh_samples(samples: SampleSums, earlier: Sequence[SampleSums]) -> Tensor:
     """(samples,) bool: which samples repeat none of the same place in an earlier call."""
-    fresh = torch.ones(len(samples.tokens), dtype=torch.bool)
+    fresh = torch.ones_like(samples.tokens, dtype=torch.bool)
     for other in earlier:
         if other.sums.shape == samples.sums.shape and other.rows == samples.rows:
             same = torch.isclose(samples.sums, other.sums, rtol=_REPEAT_RTOL, atol=0.0).all(dim=(1, 2)).cpu()

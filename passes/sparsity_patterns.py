@@ -79,14 +79,14 @@ class Blocks(Pattern):
     def unit_scores(self, scores: Tensor) -> Tensor:
         """Sums over whole blocks."""
         rows, columns = self.unit_grid(scores.shape[0], scores.shape[1])
-        total = torch.zeros(rows, columns)
+        total = torch.zeros(rows, columns, dtype=torch.float32, device=scores.device)
         for row in range(self.rows):  # in a fixed order: the sum is the same for every layout and number of threads
             total += scores[row : rows * self.rows : self.rows]
         return total
 
     def pruned_weights(self, units: Tensor, shape: tuple[int, int]) -> Tensor:
         """Every weight of a removed block."""
-        pruned = torch.zeros(shape, dtype=torch.bool)
+        pruned = torch.zeros(shape, dtype=torch.bool, device=units.device)
         pruned[: units.shape[0] * self.rows] = units.repeat_interleave(self.rows, dim=0)
         return pruned
 
@@ -125,7 +125,7 @@ class NOfM(Pattern):
         places = padded.reshape(out_features, groups, self.of).permute(2, 0, 1).contiguous()
         removed = torch.empty_like(places, dtype=torch.bool)
         for place in range(self.of):
-            rank = torch.zeros(places.shape[1:], dtype=torch.uint8)
+            rank = torch.zeros_like(places[0], dtype=torch.uint8)
             for other in range(self.of):
                 if other != place:
                     first = places[other] <= places[place] if other < place else places[other] < places[place]

@@ -199,12 +199,12 @@ def _options(text: str, word: str) -> dict[str, Any]:
         name, separator, value = item.partition("=")
         if not (name and separator and value):
             raise InputError(f"{word!r}: {item!r} is no option; write NAME,OPTION=VALUE, itersnip,steps=20 say")
-        found[name] = _value(value)
+        found[name] = option_value(value)
     return found
 
 
-def _value(text: str) -> Any:
-    """A number, true, false or null, else text."""
+def option_value(text: str) -> Any:
+    """The value of an option: a number, true, false or null, else text."""
     try:
         return json.loads(text)
     except ValueError:

@@ -134,12 +134,22 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         if args.output_dir is not None:
             with progress.stage("write"):
                 found.save(args.output_dir, overwrite=args.overwrite)
-    show(found.as_dict(), args.source, args.output_dir, terminal)
+    show(found.as_dict(), args.source, args.output_dir, terminal, _shared_options(args))
     return 0
 
 
-def show(document: dict[str, Any], source: Path, directory: Path | None, terminal: Terminal) -> None:
-    """The comparison as tables and plain sentences."""
+def show(
+    document: dict[str, Any], source: Path, directory: Path | None, terminal: Terminal, options: Sequence[str] = ()
+) -> None:
+    """The comparison as tables and plain sentences.
+
+    Args:
+        document: what ``Comparison.as_dict`` returned.
+        source: the model.
+        directory: what was written into; None where nothing was.
+        terminal: where it is printed.
+        options: words of the command line that the command which follows needs too.
+    """
     terminal.out.print(comparison_tables.results_table(document))
     for line in comparison_tables.explanation(document):
         terminal.say(line)
@@ -152,9 +162,22 @@ def show(document: dict[str, Any], source: Path, directory: Path | None, termina
     terminal.out.print(comparison_tables.agreement_table(document["agreement"][document["middle"]]))
     if directory is not None:
         terminal.say(f"Wrote {', '.join(str(directory / name) for name in ('compare.json', 'compare.png', 'compare.svg'))}")
-    following = comparison_tables.next_step(document, source)
+    following = comparison_tables.next_step(document, source, options)
     if following is not None:
         terminal.say(following)
+
+
+def _shared_options(args: argparse.Namespace) -> list[str]:
+    """The options that were given and mean the same to ``mfcompile prune``."""
+    words: list[str] = []
+    of_data = ("calibration", "statistics", "num_calibration_samples", "padding_mask", "seed")
+    for name in (*of_data, "targets", "ignore", "regions", "modalities"):
+        value = getattr(args, name)
+        if value:
+            items = value if isinstance(value, list) else [value]
+            flag = "modality" if name == "modalities" else name.replace("_", "-")
+            words += [f"--{flag}", *("=".join(item) if isinstance(item, tuple) else str(item) for item in items)]
+    return words
 
 
 def _read(word: str) -> dict[str, Any]:

@@ -98,8 +98,14 @@ def explanation(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"note: {len(emptied) - MOST_OUTPUTS} more rows have empty layers"
 
 
-def next_step(document: Mapping[str, Any], source: Path) -> str | None:
-    """The command that prunes with the best pruner, at the sparsity whose agreement is shown; None where none is best."""
+def next_step(document: Mapping[str, Any], source: Path, options: Sequence[str] = ()) -> str | None:
+    """The command that prunes with the best pruner, at the sparsity whose agreement is shown; None where none is best.
+
+    Args:
+        document: what ``Comparison.as_dict`` returned.
+        source: the model.
+        options: further words of the command: what data, and which weights, were compared on.
+    """
     sparsity = document["agreement"][document["middle"]]["sparsity"]
     best = next((row for row in document["rows"] if row["is_best"] and row["sparsity"] == sparsity), None)
     if best is None:
@@ -107,10 +113,12 @@ def next_step(document: Mapping[str, Any], source: Path) -> str | None:
     pruner = next(item for item in document["pruners"] if item["label"] == best["pruner"])
     if pruner["is_floor"]:
         return f"At {_asked(sparsity)} nothing does better than random scores: this measure tells these pruners not apart."
+    if isinstance(pruner["allocation"], Mapping):
+        return f"Best at {_asked(sparsity)}: {best['pruner']}. Prune with its sparsities by layer in a file: --allocation FILE."
     words = ["mfcompile", "prune", str(source), "--criterion", pruner["criterion"]]
     if pruner["criterion_options"]:
         words += ["--criterion-option", *(f"{name}={value}" for name, value in pruner["criterion_options"].items())]
-    if pruner["is_allocation_chosen"] and isinstance(pruner["allocation"], str):
+    if pruner["is_allocation_chosen"]:
         words += ["--allocation", pruner["allocation"]]
     if pruner["pattern"] != "unstructured":
         words += ["--pattern", pruner["pattern"]]
@@ -121,7 +129,7 @@ def next_step(document: Mapping[str, Any], source: Path) -> str | None:
     given = (
         ",".join(f"{name}={value}" for name, value in sparsity.items()) if isinstance(sparsity, Mapping) else f"{sparsity:g}"
     )
-    return f"Best at {_asked(sparsity)}: {best['pruner']}. Next:  {shlex.join([*words, '--sparsity', given])}"
+    return f"Best at {_asked(sparsity)}: {best['pruner']}. Next:  {shlex.join([*words, '--sparsity', given, *options])}"
 
 
 def _is_calibrated(document: Mapping[str, Any]) -> bool:

@@ -58,11 +58,17 @@ def load_recipe(recipe: Recipe, progress: StageProgress) -> ModelSource:
     return replace(source, calibration=load_calibration(recipe.calibration, fixed_batch))
 
 
-def announce(source: ModelSource, terminal: Terminal) -> None:
-    """Say what is worth knowing before the long work begins."""
+def announce(source: ModelSource, terminal: Terminal, *, is_calibrated: bool = True) -> None:
+    """Say what is worth knowing before the long work begins.
+
+    Args:
+        source: the model.
+        terminal: where it is said.
+        is_calibrated: calibration data will be run; nobody misses them otherwise.
+    """
     for note in source.notes:
         terminal.note(f"note: {note}")
-    if source.calibration is None:
+    if source.calibration is None and is_calibrated:
         if source.kind == "onnx":
             terminal.warn(
                 "there is no calibration data: RANDOM inputs, made from the types of the file's inputs, stand in for it. Which "

@@ -67,10 +67,13 @@ def publish(
     compiled: CompiledModel,
     evaluation: Evaluation,
     progress: StageProgress,
+    *,
+    beside: Path | None = None,
 ) -> dict[str, Any]:
     """Export, verify and measure in a directory beside the final one, and rename it when all of it is there.
 
-    A model that cannot be written as ONNX is published without model.onnx; ``export_refused`` in the report says why.
+    A model that cannot be written as ONNX is published without model.onnx; ``export_refused`` in the report says why. Paths
+    in the recipe are relative to ``beside``, where the directory ends up; None for ``directory`` itself.
 
     Returns:
         The whole report.
@@ -105,7 +108,7 @@ def publish(
                 fingerprint=report["model"]["fingerprint"],
                 versions=report["versions"],
             )
-            ran.save(staging / "recipe.yaml", beside=directory)
+            ran.save(staging / "recipe.yaml", beside=beside or directory)
             plot_sparsity(report, staging)
             report = with_files(report, {file.name: file.stat().st_size for file in sorted(staging.iterdir())})
             save_report(report, staging / "report.json")

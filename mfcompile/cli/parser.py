@@ -28,7 +28,8 @@ start here:
 a model.py defines:
   model            an nn.Module (or build_model(), which returns one)
   example_inputs   a dict of keyword arguments of forward, a tuple, or a tensor
-  and, if you like: calibration_batches, evaluate, modalities
+  and, if you like: calibration_batches, evaluate(model), loss_fn(model, batch), criterion, modalities, regions,
+  padding_mask
 
 exit status:
   0 done    1 a check failed (parity, a recipe that was not reproduced)    2 a mistake in the request, or Ctrl-C"""

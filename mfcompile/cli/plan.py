@@ -2,65 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mfcompile.cli import tables
 from mfcompile.cli.console import Terminal
 from mfcompile.cli.loading import capture_source, load_recipe
+from mfcompile.cli.pruning_options import Sparsity, check_request, sets_sparsity
 from mfcompile.recipe import Recipe
 
 if TYPE_CHECKING:
+    from mfcompile.frontends.sources import ModelSource
     from mfcompile.graph import CapturedGraph
+    from mfcompile.passes.criteria.base import Pruner
     from mfcompile.region import RegionMap
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2}
+SHARED_BY_ALL = ("magnitude-global", "score-global", "erk")
+"""Allocations of which a region does not know its share before scores are known."""
+
 GAP_BYTES = 1
 """Bytes by which packed storage says where a kept weight is."""
 
 
-def show(recipe: Recipe, terminal: Terminal) -> None:
-    """Capture the model and print the plan; nothing is calibrated, nothing is written."""
+def show(recipe: Recipe, wanted: Sequence[Sparsity], terminal: Terminal) -> None:
+    """Capture the model and print the plan; nothing is calibrated, nothing is written.
+
+    Args:
+        recipe: what is asked for.
+        wanted: all sparsities that are asked for; none for the recipe's.
+        terminal: where it is printed.
+    """
     with terminal.progress() as progress:
         source = load_recipe(recipe, progress)
+        chosen = check_request(recipe, wanted, source)
         captured, regions = capture_source(source, vars(recipe), progress)
-    view = describe(captured, regions, recipe)
-    out = terminal.out
+    views = [describe(captured, regions, recipe.override({"sparsity": one})) for one in wanted or (recipe.sparsity,)]
+    view, out = views[0], terminal.out
     out.print(tables.inputs_table(view))
-    out.print(tables.plan_table(view))
+    for one in views:
+        out.print(tables.plan_table(one))
+    name = _allocation(recipe, chosen)
+    if name in SHARED_BY_ALL and not isinstance(recipe.sparsity, Mapping):
+        terminal.say(f"note: {name} shares out one budget among all layers: only the total is certain, not what a region loses")
     skipped = tables.skipped_table(view)
     if skipped is not None:
         out.print(skipped)
     for item in view["diagnostics"]:
         terminal.say(f"note: {item['subject']}: {item['reason']}")
-    given = "calibration_batches" if source.calibration else "the example inputs (no calibration data is defined)"
-    data = str(recipe.calibration) if recipe.calibration else given
-    terminal.say(f"Calibration: with {data}.")
+    terminal.say(f"Calibration: {_data(recipe, source, chosen)}.")
     files = "In ONNX, in parts:" if recipe.split else "In model.onnx:"
-    predicted = f" {files} about {tables.size(view['predicted_bytes'])} ({recipe.format}, {recipe.values})."
+    sizes = ", ".join(tables.size(one["predicted_bytes"]) for one in views)
+    predicted = f" {files} about {sizes} ({recipe.format}, {recipe.values})."
     terminal.say(
         f"Parameters: {view['parameters']:,}, {tables.size(view['dense_bytes'])} dense." + (predicted if recipe.onnx else "")
     )
     terminal.say("This was a dry run: nothing was written.")
 
 
+def _allocation(recipe: Recipe, chosen: Pruner) -> str | None:
+    """Name of the allocation that is in force; None where the pattern, or a sparsity per layer, leaves nothing to allocate."""
+    return None if sets_sparsity(vars(recipe)) else str(recipe.allocation or chosen.allocation)
+
+
+def _data(recipe: Recipe, source: ModelSource, chosen: Pruner) -> str:
+    """What the model will be run on."""
+    from mfcompile.passes.criteria.base import Need
+
+    runs = Need.GRADIENTS in chosen.needs or recipe.update is not None
+    if not chosen.needs and not runs:
+        return f"none, the criterion {chosen.name} needs none"
+    if recipe.statistics is not None and not runs:
+        return f"none, with the statistics of {recipe.statistics}"
+    given = "calibration_batches" if source.calibration else "the example inputs (no calibration data is defined)"
+    return f"with {recipe.calibration or given}"
+
+
 def describe(captured: CapturedGraph, regions: RegionMap, recipe: Recipe) -> dict[str, Any]:
     """The plan as JSON."""
+    from mfcompile.passes.mask_selection import allocation_by_site
     from mfcompile.passes.pruning_run import sparsity_of
     from mfcompile.passes.sparsity_patterns import parse_pattern
     from mfcompile.report import describe_plan
 
-    sparsity = sparsity_of(recipe.sparsity, parse_pattern(recipe.pattern), regions)
+    allocation = allocation_by_site(recipe.allocation, captured, regions)
+    sparsity = sparsity_of(recipe.sparsity, parse_pattern(recipe.pattern), regions, allocation)
     rows: list[dict[str, Any]] = []
     for region, sites in regions.by_region().items():
         weights = sum(site.weight_count for site in sites)
         own = sparsity[region] if isinstance(sparsity, Mapping) else sparsity
+        removed = int(own * weights)  # what an allocation by region takes
+        if isinstance(allocation, Mapping):
+            removed = sum(int(allocation[site.name] * site.weight_count) for site in sites)
+            own = removed / weights
         rows.append(
             {
                 "region": region,
                 "sites": len(sites),
                 "weights": weights,
-                "kept": weights - int(own * weights),  # what an allocation by region gives it
+                "kept": weights - removed,
                 "sparsity_requested": own,
             }
         )

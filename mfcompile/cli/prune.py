@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +22,19 @@ from mfcompile.cli.pruning_options import (
     DEFAULT_CRITERION,
     Sparsity,
     add_selection_options,
+    check_request,
     read_options,
     selection_of,
+    sets_sparsity,
     sparsities,
     sparsity,
     sparsity_name,
 )
-from mfcompile.errors import InputError
+from mfcompile.files import staged_directory
 from mfcompile.recipe import PRECISIONS, Recipe
 
 if TYPE_CHECKING:
+    from mfcompile.cli.evaluation import Evaluation
     from mfcompile.compile import CompiledModel
     from mfcompile.frontends.sources import ModelSource
 
@@ -81,7 +84,7 @@ def add_parser(subparsers: Subparsers) -> None:
         type=sparsity,
         metavar="S",
         help="fraction of the weights to remove, in [0, 1); several give a result each, from one calibration; "
-        "REGION=S,REGION=S gives every region its own (default: 0.63, or what the pattern sets)",
+        "REGION=S,REGION=S gives every region its own (default: 0.63, or what the pattern or the allocation sets)",
     )
     add_selection_options(how)
     add_calibration_options(how)
@@ -120,37 +123,32 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``mfcompile prune``."""
     wanted = sparsities(args.sparsity)
     recipe = read_recipe(args, wanted, terminal)
+    for one in wanted:
+        recipe.override({"sparsity": one})  # refuses what is no sparsity before the model is loaded
     if args.dry_run:
-        for one in wanted or (recipe.sparsity,):
-            plan.show(recipe.override({"sparsity": one}), terminal)
+        plan.show(recipe, wanted, terminal)
         return 0
     from mfcompile.cli import outputs, results
-    from mfcompile.cli.evaluation import DENSE, PRUNED, Evaluation
+    from mfcompile.cli.evaluation import DENSE, Evaluation
 
     directory = args.output_dir or Path(f"{_stem(recipe.source)}-pruned")
     outputs.check_directory(directory, overwrite=args.overwrite)
-    reports: dict[str, dict[str, Any]] = {}
     with terminal.progress() as progress:
         source = load_recipe(recipe, progress)
-        if source.kind == "onnx" and recipe.split:
-            raise InputError(f"{recipe.source} is pruned as it is, in one file: leave out --split, which is for PyTorch models")
+        check_request(recipe, wanted, source)
         terminal.note(f"{recipe.source} -> {directory}")
         compiled = _compile(source, recipe, args, terminal, progress)
         recipe.check_reproduced(compiled.masks.mask_digest(), compiled.masks.fingerprint, compiled.report["versions"])
         evaluation = Evaluation(source.evaluate if recipe.evaluate else None, progress)
         evaluation.add(DENSE, source.model)
-        asked = wanted if len(wanted) > 1 else (compiled.pruned_sparsity,)
-        for one in asked:
-            if one != compiled.pruned_sparsity:
-                compiled = compiled.at_sparsity(one, progress)
-            place = directory / sparsity_name(one) if len(asked) > 1 else directory
-            own = evaluation.of_dense()
-            own.add(PRUNED, compiled.module)
-            # A criterion that model.py brings has no name that another file would know: it stays the file's own.
-            ran = replace(recipe, sparsity=one, criterion=recipe.criterion or (None if source.criterion else DEFAULT_CRITERION))
-            reports[str(place)] = outputs.publish(place, args.overwrite, source, ran, compiled, own, progress)
+        if len(wanted) > 1:
+            with staged_directory(directory, overwrite=args.overwrite) as staging:
+                reports = _publish_several(staging, directory, wanted, source, recipe, compiled, evaluation, progress)
+        else:
+            report = _publish(directory, directory, args.overwrite, source, recipe, compiled, evaluation, progress)
+            reports = {str(directory): report}
     for place, report in reports.items():
-        results.show(report, Path(place), args.source, terminal)
+        results.show(report, Path(place), recipe.source, terminal)
     if len(reports) > 1:
         results.show_sparsities(reports, terminal)
     if recipe.digest:
@@ -159,6 +157,51 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     for place, reason in refused.items():
         terminal.fail(f"there is no model.onnx: {reason}. Everything else was written to {place}")
     return 1 if refused else 0
+
+
+def _publish_several(
+    staging: Path,
+    directory: Path,
+    wanted: Sequence[Sparsity],
+    source: ModelSource,
+    recipe: Recipe,
+    compiled: CompiledModel,
+    evaluation: Evaluation,
+    progress: StageProgress,
+) -> dict[str, dict[str, Any]]:
+    """One result per sparsity in a directory that becomes ``directory``; where each will lie -> its report."""
+    reports = {}
+    for one in wanted:
+        if one != compiled.pruned_sparsity:
+            compiled = compiled.at_sparsity(one, progress)
+        name = sparsity_name(one)
+        report = _publish(staging / name, directory / name, False, source, recipe, compiled, evaluation, progress)
+        reports[str(directory / name)] = report
+    return reports
+
+
+def _publish(
+    place: Path,
+    final: Path,
+    overwrite: bool,
+    source: ModelSource,
+    recipe: Recipe,
+    compiled: CompiledModel,
+    evaluation: Evaluation,
+    progress: StageProgress,
+) -> dict[str, Any]:
+    """Score and write one result at ``place``, which ends up as ``final``; its report."""
+    from mfcompile.cli import outputs
+    from mfcompile.cli.evaluation import PRUNED
+
+    own = evaluation.of_dense()
+    own.add(PRUNED, compiled.module)
+    # Sparsities by layer say it all: what they come to would be a second request. A criterion that model.py brings has no
+    # name that another file would know: it stays the file's own.
+    sparsity = None if isinstance(recipe.allocation, Mapping) else compiled.pruned_sparsity
+    criterion = recipe.criterion or (None if source.criterion else DEFAULT_CRITERION)
+    ran = replace(recipe, sparsity=sparsity, criterion=criterion)
+    return outputs.publish(place, overwrite, source, ran, compiled, own, progress, beside=final)
 
 
 def read_recipe(args: argparse.Namespace, wanted: Sequence[Sparsity], terminal: Terminal) -> Recipe:
@@ -178,6 +221,8 @@ def read_recipe(args: argparse.Namespace, wanted: Sequence[Sparsity], terminal: 
     if args.source.suffix not in (".yaml", ".yml"):
         return Recipe(source=args.source, **given)
     recorded = Recipe.load(args.source)
+    if "sparsity" not in given and sets_sparsity(given):
+        given["sparsity"] = None  # the recorded one was of another allocation or pattern
     recipe = recorded.override(given)
     changed = recorded.mask_options_changed(recipe)
     if changed:
@@ -199,8 +244,18 @@ def _compile(
 
     selection = selection_of(recipe, source.criterion)
     chosen = pruner(selection["criterion"], selection["criterion_options"])
-    if chosen.needs or recipe.update:
-        announce(source, terminal)
+    is_given = recipe.statistics is not None and Need.STATISTICS in chosen.needs
+    if recipe.statistics is not None and not is_given:
+        terminal.note(f"note: --statistics is not used: the criterion {chosen.name} needs none")
+    runs = bool(recipe.update) or Need.GRADIENTS in chosen.needs or (Need.STATISTICS in chosen.needs and not is_given)
+    spent = {
+        "--precision": recipe.precision != "model",
+        "--num-calibration-samples": recipe.num_calibration_samples is not None and not runs,
+        "--padding-mask": recipe.padding_mask is not None and not runs,
+    }
+    for flag in (flag for flag, is_spent in spent.items() if is_spent and is_given):
+        terminal.note(f"note: {flag} is not used: the statistics were taken already")
+    announce(source, terminal, is_calibrated=runs)
     options: dict[str, Any] = merged(source, vars(recipe))
     return compile_pruned(
         source.model,
@@ -208,7 +263,7 @@ def _compile(
         **selection,
         calibration=source.calibration if source.calibration else None,
         loss_fn=source.loss_fn,
-        statistics=args.statistics if Need.STATISTICS in chosen.needs else None,
+        statistics=recipe.statistics,
         cache=args.cache,
         padding_mask=recipe.padding_mask or source.padding_mask,
         num_calibration_samples=recipe.num_calibration_samples,

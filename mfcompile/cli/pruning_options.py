@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from mfcompile.errors import InputError
 from mfcompile.recipe import ROUNDINGS, UPDATES
 
 if TYPE_CHECKING:
+    from mfcompile.frontends.sources import ModelSource
+    from mfcompile.passes.criteria.base import Pruner
     from mfcompile.recipe import Recipe
 
 Sparsity = float | Mapping[str, float]
@@ -26,8 +29,9 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--criterion",
         metavar="NAME",
-        help="what ranks the weights: multiflow, magnitude, random, lamp, l2, wanda, snip, itersnip, chita, chita++, tamt, or "
-        "one that an installed package registers; the ones with gradients need loss_fn in model.py (default: multiflow)",
+        help="what ranks the weights: multiflow, multiflow-inverted, magnitude, random, lamp, l2, wanda, snip, itersnip, "
+        "chita, chita++, tamt, or one that an installed package registers; the ones with gradients need loss_fn in model.py "
+        "(default: the criterion that model.py defines, else multiflow)",
     )
     group.add_argument(
         "--criterion-option",
@@ -75,7 +79,12 @@ def sparsity(text: str) -> Sparsity:
     if "=" not in text:
         return fraction(text)
     read = pair("REGION=SPARSITY")
-    return {region: fraction(value) for region, value in map(read, text.split(","))}
+    found: dict[str, float] = {}
+    for region, value in map(read, text.split(",")):
+        if region in found:
+            raise argparse.ArgumentTypeError(f"{text!r} gives the region {region} twice")
+        found[region] = fraction(value)
+    return found
 
 
 def sparsities(given: Sequence[Sparsity] | None) -> tuple[Sparsity, ...]:
@@ -93,14 +102,54 @@ def sparsities(given: Sequence[Sparsity] | None) -> tuple[Sparsity, ...]:
         return tuple(given)
     if len(regions) < len(given):
         raise InputError("--sparsity: give numbers (0.63 0.75: one result each) or regions (vision=0.5,text=0.7), not both")
-    return ({region: value for item in regions for region, value in item.items()},)
+    merged: dict[str, float] = {}
+    for item in regions:
+        twice = next((region for region in item if region in merged), None)
+        if twice is not None:
+            raise InputError(f"--sparsity: the region {twice} is given twice")
+        merged |= item
+    return (merged,)
 
 
 def sparsity_name(value: Sparsity) -> str:
     """How a directory with the result of one sparsity is called."""
     if isinstance(value, Mapping):
         return "-".join(f"{region}-{fraction:g}" for region, fraction in value.items())
-    return f"{value:g}"
+    return f"{value:.15g}"
+
+
+def sets_sparsity(options: Mapping[str, Any]) -> bool:
+    """Options of a recipe say by an allocation or a pattern how much is removed, so that there is no sparsity to ask for."""
+    return isinstance(options.get("allocation"), Mapping) or ":" in options.get("pattern", "")
+
+
+def check_request(recipe: Recipe, wanted: Sequence[Sparsity], source: ModelSource) -> Pruner:
+    """Refuse what can be judged before the model is run: nothing is calibrated for a request that cannot be met.
+
+    Args:
+        recipe: what is asked for.
+        wanted: all sparsities that are asked for; none for the recipe's.
+        source: the model.
+
+    Returns:
+        What will choose the masks.
+
+    Raises:
+        InputError: options are not valid, or not together, or not for a model of this kind.
+        CalibrationError: the criterion needs a loss, and the source defines none.
+    """
+    from mfcompile.onnx_entry import refuse_untrainable
+    from mfcompile.passes.mask_selection import SelectionOptions, check_needs, check_options
+    from mfcompile.statistics import NO_STATISTICS
+
+    if source.kind == "onnx" and recipe.split:
+        raise InputError(f"{recipe.source} is pruned as it is, in one file: leave out --split, which is for PyTorch models")
+    for one in wanted or (recipe.sparsity,):
+        options = SelectionOptions(**{**selection_of(recipe, source.criterion), "sparsity": one})
+        chosen = check_options(options)
+        refuse_untrainable(source.model, chosen, recipe.update)
+        check_needs(chosen, NO_STATISTICS, tuple, source.loss_fn)
+    return chosen
 
 
 def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +161,9 @@ def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
     changed = dict(options)
     for key in ("criterion_options", "update_options"):
         if key in changed:
-            changed[key] = {name: yaml.safe_load(value) for name, value in changed[key].items()}
+            from mfcompile.passes.variants import option_value
+
+            changed[key] = {name: option_value(value) for name, value in changed[key].items()}
     if isinstance(changed.get("allocation"), str) and changed["allocation"].endswith((".yaml", ".yml", ".json")):
         changed["allocation"] = read_allocation(Path(changed["allocation"]))
     return changed
@@ -138,7 +189,10 @@ def selection_of(recipe: Recipe, criterion: Any = None) -> dict[str, Any]:
 
     Args:
         recipe: the recipe.
-        criterion: the source's own criterion object, used where the recipe names none.
+        criterion: the source's own criterion object, meant where the recipe names none, or it.
+
+    Raises:
+        InputError: what the source calls criterion is none, or has no such option.
     """
     from mfcompile.passes.criteria.base import Pruner
 
@@ -147,10 +201,11 @@ def selection_of(recipe: Recipe, criterion: Any = None) -> dict[str, Any]:
             f"`criterion` in {recipe.source} is a {type(criterion).__name__}, not a Criterion object. Make a subclass of "
             f"mfcompile.Criterion and assign an object of it, or rename the variable"
         )
+    is_own = criterion is not None and recipe.criterion in (None, criterion.name)
     return {
         "sparsity": recipe.sparsity,
-        "criterion": recipe.criterion or criterion or DEFAULT_CRITERION,
-        "criterion_options": dict(recipe.criterion_options),
+        "criterion": _with_options(criterion, recipe) if is_own else recipe.criterion or DEFAULT_CRITERION,
+        "criterion_options": {} if is_own else dict(recipe.criterion_options),
         "allocation": recipe.allocation,
         "pattern": recipe.pattern,
         "update": recipe.update,
@@ -158,3 +213,17 @@ def selection_of(recipe: Recipe, criterion: Any = None) -> dict[str, Any]:
         "rounding": recipe.rounding,
         "seed": recipe.seed,
     }
+
+
+def _with_options(criterion: Any, recipe: Recipe) -> Any:
+    """The source's own criterion, with the options that the recipe gives it.
+
+    Raises:
+        InputError: it has no such option.
+    """
+    known = [item.name for item in fields(criterion) if item.init] if is_dataclass(criterion) else []
+    odd = next((name for name in recipe.criterion_options if name not in known), None)
+    if odd is not None:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise InputError(f"`criterion` in {recipe.source}, {criterion.name!r}, has no option {odd!r}; {has}")
+    return replace(criterion, **recipe.criterion_options) if recipe.criterion_options else criterion

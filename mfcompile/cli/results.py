@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def next_steps(report: Mapping[str, Any], directory: Path, source: Path) -> list
         loader = "mfcompile.load_parts" if split else "onnxruntime.InferenceSession"
         lines.append(f"  {loader}('{written}')      run it")
         masks = directory / "masks.safetensors"
-        lines.append(f"  mfcompile verify {written} {source} --masks {masks}")
-    lines.append(f"  mfcompile prune {directory / 'recipe.yaml'} -o DIR      run it again; the masks must be the same")
+        lines.append(f"  {shlex.join(['mfcompile', 'verify', str(written), str(source), '--masks', str(masks)])}")
+    again = shlex.join(["mfcompile", "prune", str(directory / "recipe.yaml")])
+    lines.append(f"  {again} -o DIR      run it again; the masks must be the same")
     return lines

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mfcompile.masks import MaskSet
     from mfcompile.passes.pieces import Values
     from mfcompile.passes.pruning_run import PruningRun
+    from mfcompile.passes.sparsity_patterns import Pattern
 
 
 class Need(StrEnum):
@@ -61,6 +62,13 @@ class Pruner(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
     allocation: ClassVar[str] = "score-global"
+
+    def check_pattern(self, pattern: Pattern) -> None:  # noqa: B027 - most pruners refuse none
+        """Refuse a pattern in which the pruner cannot choose, before anything is run; most can choose in any.
+
+        Raises:
+            InputError: names the pattern that will do.
+        """
 
     @abstractmethod
     def choose(self, run: PruningRun) -> MaskSet:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mfcompile.errors import InputError
 from mfcompile.masks import MaskSet, PackedMask
-from mfcompile.passes.allocation import Request, allocate
+from mfcompile.passes.allocation import Request, allocate, groups_of
 from mfcompile.passes.chita_solver import solve
 from mfcompile.passes.criteria.base import Need, Pruner
 from mfcompile.passes.gradient_rows import Columns, gradient_rows
@@ -21,7 +21,7 @@ from mfcompile.passes.iteration import BatchCycle, check_count, check_schedule, 
 from mfcompile.passes.losses import sample_count
 from mfcompile.passes.mask_selection import parameter_mask, site_weight
 from mfcompile.passes.pruning_run import PruningRun
-from mfcompile.passes.sparsity_patterns import Unstructured
+from mfcompile.passes.sparsity_patterns import Pattern, Unstructured
 from mfcompile.region import PruneSite
 
 
@@ -57,6 +57,18 @@ class Chita(Pruner):
             check_count("samples", self.samples)
         if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 < self.ridge < float("inf"):
             raise InputError(f"ridge must be a positive number, got {self.ridge!r}: without it the weights are not determined")
+
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Single weights only.
+
+        Raises:
+            InputError: it is another pattern.
+        """
+        if not isinstance(pattern, Unstructured):
+            raise InputError(
+                f"the criterion {self.name!r} chooses single weights together, not in patterns: use pattern='unstructured', "
+                f"or another criterion (snip, multiflow with update='sparsegpt')"
+            )
 
     def choose(self, run: PruningRun) -> MaskSet:
         """Masks and new values."""
@@ -98,11 +110,7 @@ def prune(options: Chita, run: PruningRun, steps: int, schedule: str) -> MaskSet
     """
     assert run.batches is not None
     assert run.loss_fn is not None
-    if not isinstance(run.pattern, Unstructured):
-        raise InputError(
-            f"the criterion {options.name!r} chooses single weights together, not in patterns: use pattern='unstructured', or "
-            f"another criterion (snip, multiflow with update='sparsegpt')"
-        )
+    options.check_pattern(run.pattern)
     weights = FlatWeights(run)
     cycle, samples = BatchCycle(run.batches), options.samples
     runner = LossRunner(run.captured.module, run.loss_fn, run.sites_by_fqn)
@@ -151,7 +159,7 @@ class FlatWeights:
     def update(self, run: PruningRun, rows: Tensor, options: Chita, samples: float) -> None:
         """Solve for masks and values at the sparsity of the run."""
         flat = torch.cat([_part(site)(self.values[site.fqn]).reshape(-1).float() for site in self._sites])
-        support = torch.zeros(flat.shape, dtype=torch.bool)
+        support = torch.zeros_like(flat, dtype=torch.bool)
         for sites, kept in _problems(run):
             # A region's layers need not lie together in a row; one layer's weights do, and so do all.
             places = self._places(sites)
@@ -184,7 +192,7 @@ class FlatWeights:
         ranges = [range(self._starts[site.name], self._starts[site.name] + site.weight_count) for site in sites]
         if all(one.stop == two.start for one, two in pairwise(ranges)):
             return slice(ranges[0].start, ranges[-1].stop)
-        return torch.cat([torch.arange(item.start, item.stop) for item in ranges])
+        return torch.cat([torch.arange(item.start, item.stop, device="cpu") for item in ranges])
 
     def _parameter(self, sites: Sequence[PruneSite], flat: Tensor) -> Tensor:
         """The parameter with the values of its sites; rows of no site keep theirs."""
@@ -202,20 +210,17 @@ def _part(site: PruneSite) -> Callable[[Tensor], Tensor]:
 def _problems(run: PruningRun) -> Iterator[tuple[Sequence[PruneSite], int]]:
     """Sites that are one problem, and how many of their weights stay."""
     sites = run.regions.pruned_sites
-    if run.allocation in (None, "score-global", "score-per-region"):
-        is_global = run.allocation != "score-per-region" and not isinstance(run.sparsity, Mapping)
-        groups = {"": sites} if is_global else run.regions.by_region()
-        for region, members in groups.items():
-            sparsity = run.sparsity if isinstance(run.sparsity, float) else run.sparsity[region]
-            count = sum(site.weight_count for site in members)
+    request = Request(sites, run.sparsity, lambda site: site_weight(run.captured, site), _no_score, run.pattern, run.rounding)
+    allocation = run.allocation or ("score-per-region" if isinstance(run.sparsity, Mapping) else "score-global")
+    if allocation in ("score-global", "score-per-region"):
+        for group, members in groups_of(allocation, request).items():
+            sparsity, count = request.sparsity_of(group), sum(site.weight_count for site in members)
             # The published code rounds the kept count down, all others round the pruned count down.
             yield members, int((1 - sparsity) * count) if run.rounding == "official" else count - int(sparsity * count)
         return
-    assert run.allocation is not None
-    request = Request(sites, run.sparsity, lambda site: site_weight(run.captured, site), _no_score, run.pattern, run.rounding)
-    budget = allocate(run.allocation, request)
+    budget = allocate(allocation, request)
     if budget.by_row:
-        raise InputError(f"CHITA sets no budget by row: allocation={run.allocation!r} cannot be followed; use 'uniform'")
+        raise InputError(f"CHITA sets no budget by row: allocation={allocation!r} cannot be followed; use 'uniform'")
     for site in sites:
         yield [site], site.weight_count - budget.pruned[site.name]
 

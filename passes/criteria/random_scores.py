@@ -28,10 +28,15 @@ class Random(Criterion):
         self._states.clear()
         for site in sites:
             self._states[site.name] = generator.get_state()
-            torch.randn(tuple(site.weight.shape), generator=generator)
+            _draw(site, generator)
 
     def score(self, site: SiteData) -> Tensor:
         """(out_features, in_features) standard normal."""
         generator = torch.Generator()
         generator.set_state(self._states[site.name])
-        return torch.randn(tuple(site.weight.shape), generator=generator)
+        return _draw(site, generator)
+
+
+def _draw(site: SiteData, generator: torch.Generator) -> Tensor:
+    """The next numbers of the stream, whatever torch's default dtype and device are."""
+    return torch.randn(tuple(site.weight.shape), generator=generator, dtype=torch.float32, device="cpu")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from mfcompile.passes.criteria.base import Criterion, Need, Pruner, SiteData
 from mfcompile.passes.criteria.magnitude import Magnitude
 from mfcompile.passes.gradients import LossRunner, unused_weights
 from mfcompile.passes.iteration import BatchCycle, check_count
+from mfcompile.passes.losses import batch_count
 from mfcompile.passes.mask_selection import site_weight
 from mfcompile.passes.pruning_run import PruningRun
 from mfcompile.passes.selection import magnitude_threshold
@@ -60,11 +61,11 @@ class Tamt(Pruner):
         """The masks after training."""
         assert run.batches is not None
         assert run.loss_fn is not None
-        batches = run.batches()
-        steps = self.steps or (len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches))
         scores = initial_scores(run)
         optimizer = torch.optim.AdamW(list(scores.values()), lr=self.learning_rate, weight_decay=self.weight_decay)
         runner = LossRunner(run.captured.module, run.loss_fn, scores, training=True)
+        with runner.seeded(run.seed):  # on its own: counting may draw, and must not change what training draws
+            steps = self.steps or _count(run.batches())
         # Exact at every step: the published rule prunes every tie, and equal scores are what training starts from.
         inner = replace(run, rounding="exact", progress=None)
         cycle, unused = BatchCycle(run.batches), dict.fromkeys(scores)
@@ -87,6 +88,19 @@ class Tamt(Pruner):
         return replace(
             masks, diagnostics=(*masks.diagnostics, *unused_weights(unused), *cycle.diagnostics(self.name, steps, 1))
         )
+
+
+def _count(batches: Iterable[Any]) -> int:
+    """Number of batches, read where it is not known.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    known = batch_count(batches)
+    count = sum(1 for _ in batches) if known is None else known
+    if not count:
+        raise CalibrationError("there is no batch to train masks on: pass at least one batch")
+    return count
 
 
 def initial_scores(run: PruningRun) -> dict[str, Tensor]:

@@ -109,3 +109,15 @@ def test_no_command_follows_where_random_scores_are_best_or_nothing_is_compared(
     best = document(rows=[row("random", 0.5, is_best=True), row("lamp", 0.5)])
     assert "nothing does better than random scores" in (next_step(best, Path("model.py")) or "")
     assert next_step(document(rows=[row("lamp", 0.5)]), Path("model.py")) is None
+
+
+def test_sparsities_by_layer_are_not_made_a_command_that_leaves_them_out() -> None:
+    given = pruner("lamp", allocation={"*": 0.5}, is_allocation_chosen=True)
+    said = next_step(document(pruners=[given, pruner("random")]), Path("model.py")) or ""
+    assert said.endswith("--allocation FILE.")
+    assert "mfcompile prune" not in said
+
+
+def test_the_command_that_follows_takes_the_options_of_the_comparison() -> None:
+    said = next_step(document(), Path("model.py"), ["--ignore", "a.*"]) or ""
+    assert said.endswith("--sparsity 0.5 --ignore 'a.*'")

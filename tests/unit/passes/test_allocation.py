@@ -130,6 +130,12 @@ def test_a_broken_weight_is_refused_by_name_at_any_sparsity(sparsity: float) -> 
         allocate_by_magnitude(weights.groups, weights, sparsity)
 
 
+@pytest.mark.parametrize("rounding", ["exact", "official"])
+def test_a_layer_without_weights_loses_none(rounding: str) -> None:
+    weights = Weights([[torch.ones(0, 3), torch.arange(1.0, 9.0).reshape(2, 4)]])
+    assert allocate_by_magnitude(weights.groups, weights, 0.5, rounding).pruned == {"g0.w0": 0, "g0.w1": 4}
+
+
 def test_an_unknown_rounding_names_the_known_ones() -> None:
     with pytest.raises(InputError, match="rounding='bankers' is unknown; choose one of exact, official"):
         allocate_by_magnitude({}, Weights([]), 0.5, "bankers")

@@ -97,6 +97,14 @@ def test_another_capture_of_the_same_model_finds_it(run: Callable[..., CachedCal
     assert run(batches(), captured=captured, regions=mfcompile.infer_regions(captured)).is_reused
 
 
+def test_autocast_around_the_call_is_another_calibration(run: Callable[..., CachedCalibration]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        first = run(batches())
+        assert run(batches()).is_reused
+    assert not run(batches()).is_reused
+    assert first.is_reused is False
+
+
 REREAD: dict[str, Make] = {
     "a tuple of tuples": lambda: tuple(tuple(batch.values()) for batch in batches()),
     "a loader": lambda: loader(),

@@ -102,6 +102,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"which knows single weights only: leave it out with the .*4x1",
     ),
     "official N:M": ({"rounding": "official", "pattern": "2:4"}, r"rounding='official' repeats what the published code does"),
+    "seed a word": ({"seed": "first"}, r"seed must be an integer, got 'first'"),
+    "seed of no integer": ({"seed": 1.0, "criterion": "random"}, r"seed must be an integer, got 1\.0"),
+    "seed of more than 64 bits": (
+        {"seed": 2**64, "criterion": "random"},
+        r"seed must fit into 64 bits, .* got 18446744073709551616",
+    ),
     "update unknown": ({"update": "obs"}, r"update='obs' is unknown; choose sparsegpt, or None to leave weights as they are"),
 }
 
