@@ -12,7 +12,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mfcompile._version import __version__
@@ -32,7 +31,8 @@ from mfcompile.passes.held_out import SplitData, split_batches
 from mfcompile.passes.mask_agreement import Agreement, agreement
 from mfcompile.passes.mask_selection import check_needs, select_masks
 from mfcompile.passes.masking import mask_module
-from mfcompile.passes.output_error import DenseOutputs, seeded
+from mfcompile.passes.output_error import DenseOutputs
+from mfcompile.passes.random_numbers import seeded
 from mfcompile.passes.sparsity_patterns import parse_pattern
 from mfcompile.passes.variants import Variant, read_variants
 from mfcompile.passes.weight_values import set_values
@@ -127,8 +127,7 @@ def compare(
         statistics = None
     elif statistics is None:
         options = {"padding_mask": padding_mask, "progress": lambda done, total: step("calibrate", done, total)}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed, captured.module):
             statistics = calibrated(captured, data.calibration, found, cache, options)
     else:
         statistics = statistics_of(statistics, captured, found)
@@ -176,7 +175,7 @@ class _Bench:
         """The user's own metrics; every model meets the same random numbers."""
         if self.evaluate is None:
             return {}
-        with seeded(self.seed):
+        with seeded(self.seed, module):
             return evaluated(self.evaluate, module, what)
 
     def run(self, sections: Sequence[_Section], step: Progress) -> tuple[list[ComparedModel], list[tuple[Sparsity, Agreement]]]:

@@ -28,6 +28,7 @@ from mfcompile.passes.dense_facts import DenseFacts
 from mfcompile.passes.mask_selection import SelectionOptions, check_needs, check_options
 from mfcompile.passes.mask_selection import select_masks as select_with_options
 from mfcompile.passes.masking import mask_module
+from mfcompile.passes.random_numbers import seeded
 from mfcompile.passes.weight_values import with_values
 from mfcompile.region import RegionMap
 from mfcompile.report import build_report, save_report
@@ -236,7 +237,7 @@ def compile_pruned(
         num_calibration_samples: use at most about this many samples; None uses all.
         precision: "model", or "float64" to calibrate a copy in float64; see ``mfcompile.calibrate``.
         rounding: "exact" or "official".
-        seed: seeds torch before calibration, for models and loaders that draw random numbers, and random scores.
+        seed: seeds torch, NumPy and Python while batches run, for models and loaders that draw, and random scores.
         keep_gradients: keep the gradients that a criterion took, as large as the pruned weights, for ``at_sparsity``.
         progress: called with (stage, done, total).
 
@@ -277,8 +278,7 @@ def compile_pruned(
     elif statistics is None:
         asked: dict[str, Any] = {"padding_mask": padding_mask, "num_samples": num_calibration_samples, "precision": precision}
         asked["progress"] = stages.step("calibrate")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed, captured.module):
             statistics = calibrated(captured, batches, found, cache, asked)
     else:
         statistics = statistics_of(statistics, captured, found)

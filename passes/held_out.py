@@ -9,12 +9,11 @@ from itertools import islice
 from numbers import Integral
 from typing import Any
 
-import torch
-
 from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import ExampleInputs
 from mfcompile.passes.calibration import check_arguments, normalize_batch, sample_count, source_of
+from mfcompile.passes.random_numbers import seeded
 
 SHARE = 8
 """One batch of so many is held out; fewer batches than this are all needed to calibrate."""
@@ -92,8 +91,7 @@ def split_batches(
         example = captured.example_inputs
         return SplitData(None, (example,), False, source_of(captured, None), (sample_count(example),) * 2)
     check_arguments([], num_samples, "auto")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, captured.module):
         read = _Reading(captured, batches, num_samples, held_out)
     count, held = read.divide()
     if count < 1:

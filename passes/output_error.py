@@ -9,12 +9,10 @@ logits), and outputs that are zero everywhere.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite, sqrt
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +22,7 @@ from mfcompile.inputs import ExampleInputs, output_tensors
 from mfcompile.module_copy import share_weights_copy
 from mfcompile.passes.calibration import plan_padding
 from mfcompile.passes.padding_flow import PaddingTracker
+from mfcompile.passes.random_numbers import seeded
 from mfcompile.region import RegionMap
 from mfcompile.undisturbed import undisturbed
 
@@ -184,7 +183,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 def _run(module: nn.Module, inputs: ExampleInputs, seed: int, which: str, tracker: PaddingTracker | None = None) -> _Outputs:
     """One forward pass; ``tracker`` follows the padding through it."""
-    with undisturbed(module), seeded(seed):
+    with undisturbed(module), seeded(seed, module):
         own = inputs.map_tensors(lambda _, tensor: tensor.clone())
         if tracker is not None:
             tracker.begin(own.tensors())
@@ -203,21 +202,6 @@ def _run(module: nn.Module, inputs: ExampleInputs, seed: int, which: str, tracke
                 found.counted[name] = _counted(found.values[name], tracker.keep(tensor, ()))
             tracker.end()
     return found
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, NumPy and Python inside, and put their generators back at the end."""
-    python, array = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(array)
 
 
 def _compared_values(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import mfcompile
 from mfcompile.errors import CalibrationError
 from mfcompile.inputs import normalize_inputs
 from mfcompile.passes.masking import mask_module
-from mfcompile.passes.output_error import DenseOutputs, seeded
+from mfcompile.passes.output_error import DenseOutputs
+from mfcompile.passes.random_numbers import seeded
 from tests.models import Batch, TwoLayers, tiny_vlm, vlm_batch, vlm_captured, vlm_regions, vlm_statistics
 
 BATCHES = [vlm_batch((6, 3, 5), seed=8), vlm_batch((2, 4, 6, 6), seed=9)]
@@ -109,7 +110,7 @@ def test_outputs_of_every_kind() -> None:
     assert [item.subject for item in dense.ignored] == ["zero"]
     found = dense.errors(pruned).by_output
     model = Odd()
-    with seeded(3), torch.no_grad():
+    with seeded(3, model), torch.no_grad():
         torch.manual_seed(0)
         model = Odd().eval()
         one, other = TwoLayers.forward(model, image).double(), TwoLayers.forward(pruned, image).double()  # type: ignore[arg-type]
@@ -172,11 +173,12 @@ class _Zero(nn.Module):
 
 
 def test_seeds_are_put_back() -> None:
+    model = TwoLayers()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with seeded(1):
+    with seeded(1, model):
         inside = torch.rand(3), float(np.random.rand())
-    with seeded(1):
+    with seeded(1, model):
         assert (torch.equal(torch.rand(3), inside[0]), float(np.random.rand())) == (True, inside[1])
     assert torch.equal(torch.rand(3), expected)
