@@ -27,7 +27,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     """
     # A frozen TorchScript module has no such attribute.
     training = [item for item in module.modules() if getattr(item, "training", False)]
-    mode = _KeepingState(module)
+    mode = KeepingState(module)
     for item in training:
         item.training = False
     try:
@@ -39,8 +39,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         mode.state.restore()
 
 
-class _KeepingState(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
-    """Copies what the run is about to write into parameters and buffers, so that it can be put back."""
+class KeepingState(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
+    """Copies what a run is about to write into parameters and buffers; ``state.restore()`` puts it back."""
 
     supports_higher_order_operators = True
 

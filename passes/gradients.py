@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfcompile.control_flow import eager_code, run_eagerly
+from mfcompile.control_flow import eager_code
 from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import Diagnostic
-from mfcompile.module_copy import KeptState, share_weights_copy, storage_address
+from mfcompile.module_copy import share_weights_copy, storage_address
 from mfcompile.passes.losses import LossFunction, batch_count, batch_tensors, own_containers, usable_loss
 from mfcompile.passes.random_numbers import seeded
+from mfcompile.undisturbed import KeepingState
 
 Progress = Callable[[int, int | None], None]
 
@@ -133,7 +132,7 @@ class LossRunner:
         arrived = weakref.WeakMethod(self._arrived)  # weak: nothing that is large may wait for the garbage collector
         for leaf in dict.fromkeys(self.leaves.values()):
             leaf.register_post_accumulate_grad_hook(partial(_call, arrived))  # type: ignore[no-untyped-call]
-        self._watcher = _Watcher(self._copy)
+        self._watcher = KeepingState(self._copy)
         _set_mode(self._copy, training, self._watcher)
 
     def seeded(self, seed: int) -> contextlib.AbstractContextManager[None]:
@@ -155,7 +154,7 @@ class LossRunner:
                     value = torch.where(self._masks[leaf], value, 0.0)
             if _place(value) != _place(leaf):
                 leaf.data = value
-        self._watcher = _Watcher(self._copy)  # it remembers where the weights are
+        self._watcher = KeepingState(self._copy)  # it remembers where the weights are
 
     def accumulate(self, batches: Iterable[Any], *, progress: Progress | None = None) -> Gradients:
         """The mean gradient over batches; see ``accumulate_gradients``. The buffers are the caller's from then on."""
@@ -276,25 +275,6 @@ class LossRunner:
         return Gradients({fqn: by_leaf[leaf] for fqn, leaf in self.leaves.items()}, count, mean_loss, tuple(unused))
 
 
-class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
-    """Copies what an operator is about to write, so that ``state.restore()`` can put it back."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.state = KeptState(module)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(func, HigherOrderOperator):
-            return run_eagerly(func, args, kwargs, self, "the model")
-        self.state.before(func, args, kwargs)
-        return func(*args, **kwargs)
-
-
 def _call(method: Callable[[], Callable[[Tensor], None] | None], leaf: Tensor) -> None:
     """Call a weakly held method."""
     function = method()
@@ -344,7 +324,7 @@ def _sum_dtype(leaf: Tensor) -> torch.dtype:
     return torch.float64 if leaf.dtype == torch.float64 else torch.float32
 
 
-def _set_mode(module: nn.Module, training: bool, watcher: _Watcher) -> None:
+def _set_mode(module: nn.Module, training: bool, watcher: KeepingState) -> None:
     """Training by the module's own ``train``, which may hold parts of it in eval mode; eval mode for every part."""
     if training:
         with torch.inference_mode(False), watcher:
