@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, UserDict
-from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,67 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mfcompile.errors import CalibrationError, InputError
-from mfcompile.passes.gradient_rows import Columns, gradient_rows, rows_size_bytes
+from mfcompile.passes.gradient_rows import Columns, gradient_rows
 from mfcompile.passes.gradients import LossRunner, accumulate_gradients
-from tests.models import Batch, TinyVlm, tiny_vlm, vlm_batch
-
-BATCHES = [vlm_batch((6, 3, 5), seed=seed) for seed in range(3)]
-
-
-def chosen(module: nn.Module) -> list[str]:
-    """Weights inside the repeated blocks."""
-    return [name for name, item in module.named_parameters() if item.ndim == 2 and name.split(".")[0] in SPANS]
-
-
-SPANS = ("vision", "text", "fusion")
-
-
-def loss_of(module: nn.Module, batch: Batch) -> Tensor:
-    outputs = module(**batch)
-    loss: Tensor = outputs["fused"].pow(2).mean() + outputs["match"].sum()
-    return loss
-
-
-def by_autograd(module: nn.Module, batches: Sequence[Any], fqns: list[str], loss: Any = loss_of) -> dict[str, Tensor]:
-    """Sum over batches of torch.autograd.grad, divided by their number."""
-    weights = [module.get_parameter(fqn) for fqn in fqns]
-    total = [torch.zeros_like(item) for item in weights]
-    for batch in batches:
-        found = torch.autograd.grad(loss(module, batch), weights, allow_unused=True)
-        total = [one if two is None else one + two for one, two in zip(total, found, strict=True)]
-    return {fqn: item / len(batches) for fqn, item in zip(fqns, total, strict=True)}
-
-
-def assert_close(found: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
-
-
-class Pair(nn.Module):
-    """Two linear layers in a row."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            self.first = nn.Linear(5, 5, bias=False, dtype=dtype)
-            self.second = nn.Linear(5, 5, bias=False, dtype=dtype)
-
-    def forward(self, states: Tensor) -> Tensor:
-        result: Tensor = self.second(torch.tanh(self.first(states)))
-        return result
-
-
-def square(module: nn.Module, batch: Tensor) -> Tensor:
-    result: Tensor = module(batch).pow(2).sum()
-    return result
-
-
-def pair_batches(count: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randn(4, 5, generator=generator).to(dtype) for _ in range(count)]
-
-
-PAIR = ["first.weight", "second.weight"]
+from tests.losses import BATCHES, PAIR, Pair, assert_close, by_autograd, chosen, loss_of, pair_batches, square
+from tests.models import Batch, tiny_vlm
 
 # --- the gradient ---
 
@@ -449,63 +391,3 @@ def test_a_module_that_cannot_be_copied_is_refused() -> None:
 
     with pytest.raises(CalibrationError, match="Locked cannot be copied"):
         accumulate_gradients(Locked(), pair_batches(), square, PAIR)
-
-
-# --- rows ---
-
-
-def test_rows_are_the_gradients_of_single_batches() -> None:
-    module: TinyVlm = tiny_vlm()
-    fqns = chosen(module)[:4]
-    columns = [Columns(fqn, module.get_parameter(fqn).numel()) for fqn in fqns]
-    rows = gradient_rows(LossRunner(module, loss_of, fqns), BATCHES, columns, 5)
-    assert rows.shape == (3, sum(item.size for item in columns))
-    assert rows.dtype == torch.float32
-    assert rows_size_bytes(3, columns) == rows.numel() * rows.element_size()
-    for row, batch in zip(rows, BATCHES, strict=True):
-        expected = by_autograd(module, [batch], fqns)
-        assert_close(row, torch.cat([expected[fqn].reshape(-1) for fqn in fqns]))
-
-
-def test_rows_hold_parts_in_the_order_that_is_asked_for() -> None:
-    module, batches = Pair(), pair_batches()
-    columns = [
-        Columns("second.weight", 10, lambda item: item[3:].T),
-        Columns("first.weight", 25),
-        Columns("second.weight", 15, lambda item: item[:3]),
-    ]
-    runner = LossRunner(module, square, PAIR)
-    runner.set_weights(None, {"first.weight": torch.eye(5) == 0})
-    rows = gradient_rows(runner, batches, columns, 2)
-    assert rows.shape == (2, 50), "batches after the count are not read"
-    for row, batch in zip(rows, batches, strict=False):
-        runner.clear()
-        found = runner.accumulate([batch]).gradients
-        second = found["second.weight"]
-        assert torch.equal(
-            row, torch.cat([second[3:].T.reshape(-1), found["first.weight"].reshape(-1), second[:3].reshape(-1)])
-        )
-        assert not found["first.weight"].diagonal().any()
-
-
-def test_only_as_many_batches_are_read_as_there_are_rows() -> None:
-    read: list[int] = []
-
-    def stream() -> Iterator[Tensor]:
-        for index, batch in enumerate(pair_batches(5)):
-            read.append(index)
-            yield batch
-
-    gradient_rows(LossRunner(Pair(), square, PAIR), stream(), [Columns(PAIR[0], 25)], 2)
-    assert read == [0, 1]
-
-
-def test_rows_that_do_not_fit_into_memory_say_how_much_they_need() -> None:
-    runner = LossRunner(Pair(), square, PAIR)
-    huge = [Columns("first.weight", 10**15)]
-    with pytest.raises(
-        CalibrationError, match=r"50 gradients of 1,000,000,000,000,000 weights need 200000000\.0 GB, this machine has"
-    ):
-        gradient_rows(runner, pair_batches(), huge, 50)
-    with pytest.raises(CalibrationError, match="no batch"):
-        gradient_rows(runner, [], [Columns("first.weight", 25)], 1)
