@@ -304,7 +304,7 @@ def _explicit(sparsities: Mapping[str, float], request: Request) -> Budget:
         if wanted > request.units(site):
             raise InputError(
                 f"sparsity {sparsity:g} of {site.name} takes {wanted:,} blocks of {request.pattern.unit_weights} weights, but "
-                f"its {site.out_features} outputs hold {request.units(site):,} whole ones. Ask for less, or leave it out with "
+                f"it holds {request.units(site):,} whole ones. Ask for less, or leave it out with "
                 f"ignore"
             )
         pruned[site.name] = wanted

@@ -40,7 +40,7 @@ class SelectionOptions:
         criterion_options: options of the criterion, where it was named.
         allocation: name of an allocation; pattern of weights -> sparsity of these layers; None for what the criterion was
             published with.
-        pattern: "unstructured", "N:M", "4x1" or "16x1".
+        pattern: "unstructured", "N:M", "1x4", "4x1" or "16x1".
         update: "sparsegpt" rewrites the kept weights once the masks are chosen; None leaves them.
         rounding: "exact" or "official".
         seed: of random scores, and of what a loss draws.

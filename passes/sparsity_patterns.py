@@ -14,7 +14,7 @@ from torch.nn import functional
 from mfcompile.errors import InputError
 
 UNSTRUCTURED = "unstructured"
-BLOCK_PATTERNS = ("4x1", "16x1")
+BLOCK_PATTERNS = ("1x4", "4x1", "16x1")
 
 
 class Pattern(ABC):
@@ -60,40 +60,46 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True)
 class Blocks(Pattern):
-    """Blocks of ``rows`` outputs by one input, aligned to multiples of ``rows``; the last rows of a site that fill none stay.
+    """Blocks of ``rows`` outputs by ``columns`` inputs, aligned to multiples of both; the last outputs and inputs of a
+    site that fill none stay.
 
-    A block is removed by the sum of its scores. Kernels read such weights ``rows`` outputs at a time.
+    A block is removed by the sum of its scores. Kernels read such weights a block at a time.
     """
 
     rows: int
+    columns: int = 1
 
     @property
     def unit_weights(self) -> int:  # type: ignore[override]
         """Weights of a block."""
-        return self.rows
+        return self.rows * self.columns
 
     def unit_grid(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Whole blocks along the outputs."""
-        return out_features // self.rows, in_features
+        """Whole blocks along the outputs and the inputs."""
+        return out_features // self.rows, in_features // self.columns
 
     def unit_scores(self, scores: Tensor) -> Tensor:
         """Sums over whole blocks."""
         rows, columns = self.unit_grid(scores.shape[0], scores.shape[1])
         total = torch.zeros(rows, columns, dtype=torch.float32, device=scores.device)
         for row in range(self.rows):  # in a fixed order: the sum is the same for every layout and number of threads
-            total += scores[row : rows * self.rows : self.rows]
+            for column in range(self.columns):
+                total += scores[row : rows * self.rows : self.rows, column : columns * self.columns : self.columns]
         return total
 
     def pruned_weights(self, units: Tensor, shape: tuple[int, int]) -> Tensor:
         """Every weight of a removed block."""
         pruned = torch.zeros(shape, dtype=torch.bool, device=units.device)
-        pruned[: units.shape[0] * self.rows] = units.repeat_interleave(self.rows, dim=0)
+        rows, columns = units.shape[0] * self.rows, units.shape[1] * self.columns
+        pruned[:rows, :columns] = units.repeat_interleave(self.rows, dim=0).repeat_interleave(self.columns, dim=1)
         return pruned
 
     def remainder(self, out_features: int, in_features: int) -> str | None:
-        """The rows after the last whole block."""
-        left = out_features % self.rows
-        return f"its last {left} of {out_features} rows fill no block of {self.rows} and stay dense" if left else None
+        """The rows after the last whole block, or the inputs."""
+        for name, size, block in (("rows", out_features, self.rows), ("inputs", in_features, self.columns)):
+            if size % block:
+                return f"its last {size % block} of {size} {name} fill no block of {block} and stay dense"
+        return None
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def parse_pattern(pattern: str) -> Pattern:
     """The pattern of that name.
 
     Args:
-        pattern: "unstructured", "N:M" (N of M consecutive inputs stay, "2:4"), "4x1" or "16x1" (outputs x inputs).
+        pattern: "unstructured", "N:M" (N of M consecutive inputs stay, "2:4"), "1x4", "4x1" or "16x1" (outputs x inputs).
 
     Raises:
         InputError: it is none of these.
@@ -152,13 +158,14 @@ def parse_pattern(pattern: str) -> Pattern:
     if text == UNSTRUCTURED:
         return Unstructured()
     if text in BLOCK_PATTERNS:
-        return Blocks(int(text.partition("x")[0]))
+        rows, _, columns = text.partition("x")
+        return Blocks(int(rows), int(columns))
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if found:
         kept, of = int(found[1]), int(found[2])
         if 1 <= kept < of <= 64:
             return NOfM(kept, of)
         raise InputError(f"pattern={pattern!r}: N of M inputs stay, with 1 <= N < M <= 64; 2:4 keeps two of every four")
-    transposed = re.fullmatch(r"1x(4|16)", text)
-    hint = f". Blocks are outputs x inputs: did you mean {transposed[1]}x1?" if transposed else ""
-    raise InputError(f"pattern={pattern!r} is unknown; choose {UNSTRUCTURED}, N:M (2:4), {' or '.join(BLOCK_PATTERNS)}{hint}")
+    hint = ". Blocks are outputs x inputs: did you mean 16x1?" if text == "1x16" else ""
+    choices = f"{', '.join(BLOCK_PATTERNS[:-1])} or {BLOCK_PATTERNS[-1]}"
+    raise InputError(f"pattern={pattern!r} is unknown; choose {UNSTRUCTURED}, N:M (2:4), {choices}{hint}")

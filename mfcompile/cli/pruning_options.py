@@ -53,7 +53,7 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
         "--pattern",
         metavar="PATTERN",
         help="the shape in which weights are removed: unstructured, N:M along the inputs (2:4), or blocks of outputs x inputs, "
-        "4x1 or 16x1 (default: unstructured)",
+        "1x4, 4x1 or 16x1 (default: unstructured)",
     )
     group.add_argument("--update", choices=UPDATES, help="rewrite the kept weights after masking (default: leave them)")
     group.add_argument(

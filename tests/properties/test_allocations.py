@@ -20,8 +20,9 @@ Shapes = dict[str, list[tuple[int, int]]]
 
 FLAT = st.tuples(st.integers(1, 9), st.integers(1, 9))
 TALL = st.tuples(st.integers(1, 40), st.integers(1, 5))
+WIDE = st.tuples(st.integers(1, 5), st.integers(1, 40))
+SHAPES = {"unstructured": FLAT, "1x4": WIDE, "4x1": TALL, "16x1": TALL}
 SPARSITY = st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 0.5, 0.63, 0.75, 0.9]))
-PATTERNS = ("unstructured", "4x1", "16x1")
 CRITERIA = ("magnitude", "multiflow", "multiflow-inverted", "lamp", "wanda", "random")
 
 
@@ -55,12 +56,12 @@ def assert_counts(model: MadeModel, masks: MaskSet, groups: Mapping[str, Sequenc
         assert sum(int(removed[name].sum()) for name in names) == int(own * total) // unit * unit, group
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SHAPES)
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(data=st.data())
 def test_counts_are_exact_and_masks_are_nested(allocation: str, pattern: str, data: st.DataObject) -> None:
-    shapes = data.draw(regions_of(FLAT if pattern == "unstructured" else TALL))
+    shapes = data.draw(regions_of(SHAPES[pattern]))
     model = made(shapes, data.draw(st.integers(0, 99)), has_ties=data.draw(st.booleans()))
     has_regions = data.draw(st.booleans()) and not allocation.endswith("-global")
     low, high = (dict(zip(shapes, data.draw(st.lists(SPARSITY, min_size=3, max_size=3)), strict=False)) for _ in range(2))
@@ -106,23 +107,25 @@ def test_one_threshold_over_all_layers_is_one_sort(shapes: Shapes, sparsity: flo
         np.testing.assert_array_equal(np.concatenate([removed[site.name].reshape(-1) for site in model.sites]), gone)
 
 
-@pytest.mark.parametrize("pattern", ["4x1", "16x1"])
+@pytest.mark.parametrize("pattern", ["1x4", "4x1", "16x1"])
 @settings(deadline=None, max_examples=25, derandomize=True)
-@given(shapes=regions_of(TALL), sparsity=SPARSITY, seed=st.integers(0, 99))
-def test_blocks_go_whole_and_the_rest_of_the_rows_stays(pattern: str, shapes: Shapes, sparsity: float, seed: int) -> None:
-    model, rows = made(shapes, seed), int(pattern.partition("x")[0])
+@given(data=st.data(), sparsity=SPARSITY, seed=st.integers(0, 99))
+def test_blocks_go_whole_and_what_fills_none_stays(pattern: str, data: st.DataObject, sparsity: float, seed: int) -> None:
+    model, (rows, columns) = made(data.draw(regions_of(SHAPES[pattern])), seed), map(int, pattern.split("x"))
     masks = select(model, sparsity=sparsity, criterion="magnitude", allocation="magnitude-global", pattern=pattern)
     removed, sums = model.removed(masks), []
     for site in model.sites:
-        gone, whole = removed[site.name], site.out_features // rows
-        assert not gone[whole * rows :].any()
-        blocks = gone[: whole * rows].reshape(whole, rows, site.in_features)
-        assert (blocks.all(1) == blocks.any(1)).all()
-        scores = np.abs(model.weight(site)[: whole * rows]).reshape(whole, rows, site.in_features).astype(np.float64).sum(1)
-        sums += list(zip(scores.reshape(-1), blocks.all(1).reshape(-1), strict=True))
+        gone, tall, wide = removed[site.name], site.out_features // rows, site.in_features // columns
+        assert not gone[tall * rows :].any()
+        assert not gone[:, wide * columns :].any()
+        whole, grid = np.s_[: tall * rows, : wide * columns], (tall, rows, wide, columns)
+        blocks = gone[whole].reshape(grid)
+        assert (blocks.all((1, 3)) == blocks.any((1, 3))).all()
+        scores = np.abs(model.weight(site)[whole]).reshape(grid).astype(np.float64).sum((1, 3))
+        sums += list(zip(scores.reshape(-1), blocks.all((1, 3)).reshape(-1), strict=True))
     kept, lost = [s for s, gone in sums if not gone], [s for s, gone in sums if gone]
     assert max(lost, default=0) <= min(kept, default=np.inf) * (1 + 1e-6)
-    left = [site for site in model.sites if site.out_features % rows]
+    left = [site for site in model.sites if site.out_features % rows or site.in_features % columns]
     assert {item.subject for item in masks.diagnostics} == {site.name for site in left}
 
 

@@ -276,3 +276,5 @@ def test_patches_are_read_as_the_inputs_that_they_are() -> None:
             assert float(sizes[kept].min()) > float(sizes[~kept].max())
     blocks = mfcompile.select_masks(captured, regions, criterion="magnitude", pattern="4x1", sparsity=0.5)["0.weight"]
     assert set(blocks.reshape(2, 4, -1).sum(1).flatten().tolist()) == {0, 4}
+    blocks = mfcompile.select_masks(captured, regions, criterion="magnitude", pattern="1x4", sparsity=0.5)["0.weight"]
+    assert sorted(blocks.reshape(8, 3, 4).sum(2).flatten().tolist()) == [0] * 12 + [4] * 12

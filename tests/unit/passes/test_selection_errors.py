@@ -93,8 +93,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "N:M and an unknown region": ({"pattern": "2:4", "sparsity": {"audio": 0.5}}, r"there is no region 'audio'"),
     "N:M and an allocation": ({"pattern": "2:4", "allocation": "erk"}, r"nothing to allocate: leave allocation='erk' out"),
     "N not below M": ({"pattern": "4:4"}, r"pattern='4:4': N of M inputs stay, with 1 <= N < M <= 64; 2:4 keeps two of every"),
-    "pattern unknown": ({"pattern": "8x1"}, r"pattern='8x1' is unknown; choose unstructured, N:M \(2:4\), 4x1 or 16x1$"),
-    "pattern turned": ({"pattern": "1x4"}, r"Blocks are outputs x inputs: did you mean 4x1\?"),
+    "pattern unknown": ({"pattern": "8x1"}, r"pattern='8x1' is unknown; choose unstructured, N:M \(2:4\), 1x4, 4x1 or 16x1$"),
+    "pattern turned": ({"pattern": "1x16"}, r"Blocks are outputs x inputs: did you mean 16x1\?"),
     "pattern None": ({"pattern": None}, r"pattern=None is unknown"),
     "rounding unknown": ({"rounding": "floor"}, r"rounding='floor' is unknown; choose one of exact, official"),
     "official blocks": (
@@ -151,7 +151,7 @@ def test_more_blocks_than_there_are_is_refused_by_group() -> None:
         InputError, match=r"sparsity 0\.9 of the model takes 18 blocks of 4 .* hold 16 .* leave layers with few"
     ):
         model.select(pattern="4x1", sparsity=0.9, allocation="uniform")
-    with pytest.raises(InputError, match=r"sparsity 0\.8 of text0 takes 5 blocks of 4 weights, but its 7 outputs hold 4 whole"):
+    with pytest.raises(InputError, match=r"sparsity 0\.8 of text0 takes 5 blocks of 4 weights, but it holds 4 whole"):
         model.select(pattern="4x1", allocation={"*": 0.5, "text0": 0.8})
     masks = model.select(pattern="4x1", sparsity=0.5)
     assert [str(item) for item in masks.diagnostics] == [

@@ -14,7 +14,7 @@ from mfcompile.passes.sparsity_patterns import Blocks, NOfM, Unstructured, parse
 
 @pytest.mark.parametrize(("text", "pattern"), [
     ("unstructured", Unstructured()), ("2:4", NOfM(2, 4)), (" 1:4 ", NOfM(1, 4)), ("63:64", NOfM(63, 64)), ("4x1", Blocks(4)),
-    ("16x1", Blocks(16)),
+    ("16x1", Blocks(16)), ("1x4", Blocks(1, 4)),
 ])  # fmt: skip
 def test_patterns_are_known_by_name(text: str, pattern: object) -> None:
     assert parse_pattern(text) == pattern
@@ -77,14 +77,27 @@ def test_blocks_are_sums_over_outputs() -> None:
     assert not pruned[:, 1].any()
 
 
+def test_blocks_are_sums_over_inputs() -> None:
+    scores = torch.arange(20.0).reshape(2, 10)
+    pattern = Blocks(1, 4)
+    assert pattern.unit_weights == 4
+    assert pattern.unit_grid(2, 10) == (2, 2)
+    assert torch.equal(pattern.unit_scores(scores), torch.stack([scores[:, :4].sum(1), scores[:, 4:8].sum(1)], dim=1))
+    pruned = pattern.pruned_weights(torch.tensor([[True, False], [False, True]]), (2, 10))
+    assert pruned[0].tolist() == [True] * 4 + [False] * 6
+    assert pruned[1].tolist() == [False] * 4 + [True] * 4 + [False] * 2
+
+
 def test_what_does_not_fit_is_said() -> None:
+    assert Blocks(1, 4).remainder(3, 10) == "its last 2 of 10 inputs fill no block of 4 and stay dense"
     assert Blocks(4).remainder(10, 3) == "its last 2 of 10 rows fill no block of 4 and stay dense"
     assert NOfM(2, 4).remainder(3, 10) == "its last 2 of 10 inputs are no group of 4: at most 2 stay"
-    for pattern in (Blocks(4), NOfM(2, 4), Unstructured()):
+    for pattern in (Blocks(4), Blocks(1, 4), NOfM(2, 4), Unstructured()):
         assert pattern.remainder(8, 8) is None
 
 
 def test_a_layer_of_less_than_a_block_has_no_unit() -> None:
+    assert Blocks(1, 4).unit_scores(torch.ones(5, 3)).shape == (5, 0)
     pattern = Blocks(16)
     assert pattern.unit_grid(15, 4) == (0, 4)
     assert pattern.unit_scores(torch.ones(15, 4)).shape == (0, 4)
