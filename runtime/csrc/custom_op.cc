@@ -1,7 +1,8 @@
 // mfcompile::SparseLinear and mfcompile::SparseLinearGap4 as custom operators of onnxruntime.
 //
 // Inputs: X (..., K) float32; gaps (bytes,) uint8 and values (entries,) float32 or float16, both constant; bias (N,) float32,
-// optional. Attribute shape = [N, K]. Output: (..., N) float32 = X W^T + bias.
+// optional. Attribute shape = [N, K]. Output: (..., N) float32 = X W^T + bias. The operators named NoBias are the same kernels:
+// a function that stands in for an operator cannot have an optional input, so files name those without a bias differently.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -267,7 +268,9 @@ const void* const* find_table(const ApiBase* base) {
 
 Domain* make_domain() {
   static const Operator operators[] = {make_operator("SparseLinear", Encoding::kGap8),
-                                       make_operator("SparseLinearGap4", Encoding::kGap4)};
+                                       make_operator("SparseLinearGap4", Encoding::kGap4),
+                                       make_operator("SparseLinearNoBias", Encoding::kGap8),
+                                       make_operator("SparseLinearGap4NoBias", Encoding::kGap4)};
   Domain* domain = nullptr;
   check(g_api.create_domain.call("mfcompile", &domain));
   for (const Operator& op : operators) check(g_api.add_op.call(domain, &op));
