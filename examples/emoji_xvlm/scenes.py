@@ -98,11 +98,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn, on which ground, and the sentence."""
+    """What is drawn, on which ground, the sentence, and all sentences that would have been true."""
 
     placements: tuple[Placement, ...]
     ground: str
     caption: str
+    sentences: tuple[str, ...] = ()
 
     @property
     def emoji(self) -> tuple[int, ...]:
@@ -252,8 +253,8 @@ def compose_scene(rng: np.random.Generator, atlas: Atlas, emoji: Sequence[int]) 
     else:
         kind, placements, slots = _compose_many(rng, atlas, emoji)
     ground = str(rng.choice(list(GROUNDS)))
-    template = str(rng.choice(TEMPLATES[kind]))
-    return Scene(tuple(placements), ground, template.format(g=ground, n=_with_article(ground), **slots))
+    sentences = tuple(template.format(g=ground, n=_with_article(ground), **slots) for template in TEMPLATES[kind])
+    return Scene(tuple(placements), ground, sentences[int(rng.choice(len(sentences)))], sentences)
 
 
 def sample_scenes(rng: np.random.Generator, count: int, split: Split, twins: float = 0.0) -> list[Scene]:
