@@ -29,6 +29,11 @@ class Tokenizer:
         """The tokenizer of a committed ``vocab.json``."""
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The vocabulary, by id."""
+        return self._tokens
+
     def __len__(self) -> int:
         return len(self._tokens)
 
