@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of the model."""
+class StackConfig:
+    """Sizes of the vision and text stacks."""
 
     vocab_size: int
     width: int = 192
@@ -21,7 +21,6 @@ class ModelConfig:
     mlp_width: int = 768
     vision_layers: int = 6
     text_layers: int = 3
-    fusion_layers: int = 3
     embed_dim: int = 128
     image_px: int = 64
     patch_px: int = 8
@@ -31,6 +30,13 @@ class ModelConfig:
     def patches_a_side(self) -> int:
         """Patches along one edge of the image."""
         return self.image_px // self.patch_px
+
+
+@dataclass(frozen=True)
+class ModelConfig(StackConfig):
+    """Sizes of the whole model."""
+
+    fusion_layers: int = 3
 
 
 class Attention(nn.Module):
@@ -80,7 +86,7 @@ class Mlp(nn.Module):
 class EncoderBlock(nn.Module):
     """Pre-norm transformer block: self-attention, MLP."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)
         self.attention = Attention(config.width, config.heads)
@@ -98,7 +104,7 @@ class EncoderBlock(nn.Module):
 class FusionBlock(nn.Module):
     """Pre-norm transformer block over text: self-attention, cross-attention into the image, MLP."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)
         self.attention = Attention(config.width, config.heads)
@@ -119,7 +125,7 @@ class FusionBlock(nn.Module):
 class VisionEncoder(nn.Module):
     """ViT over 8x8 patches with a class token in front."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: StackConfig) -> None:
         super().__init__()
         tokens = config.patches_a_side**2 + 1
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_px, stride=config.patch_px)
@@ -142,7 +148,7 @@ class VisionEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """Bidirectional transformer over token ids."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.token_embed = nn.Embedding(config.vocab_size, config.width, padding_idx=0)
         self.position_embed = nn.Parameter(torch.zeros(1, config.max_text_length, config.width))
@@ -177,7 +183,7 @@ class FusionEncoder(nn.Module):
 class MlmHead(nn.Module):
     """Scores every word of the vocabulary at every position."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width)
@@ -203,7 +209,7 @@ class EmojiXvlm(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07), as CLIP
         self.itm_head = nn.Linear(config.width, 2)
         self.mlm_head = MlmHead(config)
-        self.apply(_initialise)
+        self.apply(initialise)
         nn.init.trunc_normal_(self.vision_encoder.position_embed, std=0.02)
         nn.init.trunc_normal_(self.vision_encoder.cls_token, std=0.02)
         nn.init.trunc_normal_(self.text_encoder.position_embed, std=0.02)
@@ -261,7 +267,8 @@ def key_mask(attention_mask: Tensor) -> Tensor:
     return attention_mask.to(torch.bool)[:, None, None, :]
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Truncated normal weights of deviation 0.02, zero biases; for `nn.Module.apply`."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

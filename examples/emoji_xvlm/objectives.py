@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -78,7 +79,20 @@ def contrastive_loss(similarity: Tensor, is_same_text: Tensor) -> Tensor:
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def region_loss(model: EmojiXvlm, batch: TrainingBatch, image_states: Tensor, scale: Tensor) -> Tensor:
+class TextAndImageEmbedder(Protocol):
+    """What the region loss asks of a model."""
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L) ids and padding mask to (B, L, D)."""
+
+    def embed_image(self, states: Tensor) -> Tensor:
+        """(..., D) to (..., E) unit vectors."""
+
+    def embed_text(self, states: Tensor) -> Tensor:
+        """(..., D) to (..., E) unit vectors."""
+
+
+def region_loss(model: TextAndImageEmbedder, batch: TrainingBatch, image_states: Tensor, scale: Tensor) -> Tensor:
     """Each object's patches must find the object's name among all names of the batch."""
     name_states = model.encode_text(batch.name_ids, batch.name_mask)
     patches = image_states[:, 1:][batch.region_images]
@@ -95,6 +109,35 @@ def _draw_negatives(wrong: Tensor, hard_share: float, generator: torch.Generator
     return torch.multinomial(chances, 1, generator=generator)[:, 0]
 
 
+@torch.no_grad()
+def draw_pairs(
+    similarity: Tensor, is_same_text: Tensor, count: int, hard_share: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Choose ``count`` true pairs, each with a negative sentence and a negative image.
+
+    ``hard_share`` of the negatives are drawn in proportion to the softmax of the similarity, as in X-VLM and BLIP; the
+    others uniformly, without which a young fusion sees only pairs that it cannot tell apart.
+
+    Args:
+        similarity: (B, B) logits, one row an image, one column a sentence.
+        is_same_text: (B, B) bool, True where a wrong pair has the sentence of the right one.
+        count: at most B.
+        hard_share: 0 to 1.
+        generator: on the CPU, decides the draw.
+
+    Returns:
+        image_rows, text_rows: (3 count,) int64 each, on the device of ``similarity``. A pair matches where both agree.
+    """
+    wrong = similarity.detach().float().clone()
+    wrong.fill_diagonal_(float("-inf"))
+    wrong = wrong.masked_fill(is_same_text, float("-inf")).cpu()
+    texts = _draw_negatives(wrong[:count], hard_share, generator)
+    images = _draw_negatives(wrong.T[:count], hard_share, generator)
+    own = torch.arange(count)
+    image_rows, text_rows = torch.cat([own, own, images]), torch.cat([own, texts, own])
+    return image_rows.to(similarity.device), text_rows.to(similarity.device)
+
+
 def matching_loss(
     model: EmojiXvlm,
     batch: TrainingBatch,
@@ -105,20 +148,8 @@ def matching_loss(
     hard_share: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Match or not, for ``count`` true pairs, each with a negative sentence and a negative image.
-
-    ``hard_share`` of the negatives are drawn in proportion to the softmax of the (B, B) similarity, as in X-VLM; the
-    others uniformly, without which a young fusion stack sees only pairs that it cannot tell apart.
-    """
-    with torch.no_grad():
-        wrong = similarity.detach().float().clone()
-        wrong.fill_diagonal_(float("-inf"))
-        wrong = wrong.masked_fill(batch.is_same_text, float("-inf")).cpu()
-        texts = _draw_negatives(wrong[:count], hard_share, generator)
-        images = _draw_negatives(wrong.T[:count], hard_share, generator)
-    own = torch.arange(count)
-    image_rows = torch.cat([own, own, images]).to(image_states.device)
-    text_rows = torch.cat([own, texts, own]).to(image_states.device)
+    """Match or not, for the pairs of `draw_pairs`."""
+    image_rows, text_rows = draw_pairs(similarity, batch.is_same_text, count, hard_share, generator)
     mask = batch.attention_mask[text_rows]
     fused = model.fuse(text_states[text_rows], image_states[image_rows], mask)
     targets = (image_rows == text_rows).long()

@@ -128,10 +128,12 @@ class SceneBatch:
     pixel_values: (B, 3, 64, 64) float32, -1 to 1.
     boxes: (B, 4, 4) int64, x0 y0 x1 y1 of each placement in pixels; zeros where there is none.
     labels: (B, 4) int64, emoji of each placement; -1 where there is none.
+    sentences: of each scene, all that are true of it, the caption among them.
     """
 
     pixel_values: FloatArray
     captions: tuple[str, ...]
+    sentences: tuple[tuple[str, ...], ...]
     boxes: IntArray
     labels: IntArray
 
@@ -314,7 +316,8 @@ def render_scenes(rng: np.random.Generator, scenes: Sequence[Scene], augment: bo
         noise = rng.standard_normal(images.shape, dtype=np.float32) * np.float32(0.03)
         images = np.clip(images * contrast + brightness + noise, -1, 1)
     pixel_values = np.ascontiguousarray(images, dtype=np.float32)
-    return SceneBatch(pixel_values, tuple(scene.caption for scene in scenes), boxes, labels)
+    captions = tuple(scene.caption for scene in scenes)
+    return SceneBatch(pixel_values, captions, tuple(scene.sentences for scene in scenes), boxes, labels)
 
 
 def training_batch(seed: int, step: int, batch_size: int) -> SceneBatch:
