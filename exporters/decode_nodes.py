@@ -5,17 +5,21 @@
     <fqn>.gaps (uint8) -> [gap4: Cast -> Gather in a table -> Reshape] -> Cast -> CumSum ---+
     <fqn>.values -> [fp16: Cast] ------------------------------------------------> ScatterElements -> Reshape -> <fqn>
     zeros of the weight's length, shared by all weights of that length ------------+
+
+    mask: see ``mfcompile.exporters.sparse_linear``, with tables that all weights share
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from mfcompile.exporters.packing import Array, EncodedWeight, EncodingPlan
+from mfcompile.exporters.sparse_linear import kept_in_byte, ranks_in_byte
 
 INT32_PLACES = 2**31 - 1
 
@@ -54,6 +58,13 @@ class SharedConstants:
         return self.made[name]
 
 
+class AddNode(Protocol):
+    """Adds a node named after its output, and returns that."""
+
+    def __call__(self, op_type: str, inputs: list[ir.Value], output: ir.Value, **attributes: int) -> ir.Value:  # noqa: D102
+        ...
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """What replaces the initializer of one weight.
@@ -84,8 +95,6 @@ def pack_weight(name: str, plan: EncodingPlan, load: Callable[[], EncodedWeight]
     if plan.encoding == "dense" and stored == dtype:
         decoded.const_value = _lazy(name, stored, entries, lambda: load().values)
         return PackedWeight(decoded, (), (decoded,))
-    load = _KeptOnce(load)
-    values = _stored(f"{name}.values", stored, entries, lambda: load().values)
     nodes: list[ir.Node] = []
 
     def add(op_type: str, inputs: list[ir.Value], output: ir.Value, **attributes: int) -> ir.Value:
@@ -93,33 +102,71 @@ def pack_weight(name: str, plan: EncodingPlan, load: Callable[[], EncodedWeight]
         return output
 
     if plan.encoding == "dense":
+        values = _stored(f"{name}.values", stored, entries, lambda: load().values)
         add("Cast", [values], decoded, to=int(dtype))
         return PackedWeight(decoded, tuple(nodes), (values,))
-    gaps = _stored(f"{name}.gaps", ir.DataType.UINT8, [plan.gap_bytes], lambda: _gaps(load()))
-    length = plan.weight_count
-    index_type = ir.DataType.INT32 if length <= INT32_PLACES else ir.DataType.INT64
+    gaps, values = stored_tensors(name, plan, load)
+    kept = values
+    if stored != dtype:
+        kept = add("Cast", [values], ir.val(f"{name}.kept", dtype, entries), to=int(dtype))
+    steps = _mask_steps if plan.encoding == "mask" else _gap_steps
+    is_flat = len(plan.shape) == 1 and plan.encoding != "mask"
+    flat_shape = [plan.gap_bytes, 8] if plan.encoding == "mask" else [plan.weight_count]
+    flat = decoded if is_flat else ir.val(f"{name}.flat", dtype, flat_shape)
+    steps(name, plan, gaps, kept, flat, shared, add)
+    if not is_flat:
+        text = "x".join(map(str, plan.shape))
+        shape = shared.constant(f"shape.{text}", np.array(plan.shape, np.int64))
+        add("Reshape", [flat, shape], decoded, allowzero=1)
+    return PackedWeight(decoded, tuple(nodes), (gaps, values))
+
+
+def _gap_steps(
+    name: str, plan: EncodingPlan, gaps: ir.Value, kept: ir.Value, flat: ir.Value, shared: SharedConstants, add: AddNode
+) -> None:
+    """From gaps and kept values to the flat weight: a sum gives places, a scatter fills them."""
+    index_type = ir.DataType.INT32 if plan.weight_count <= INT32_PLACES else ir.DataType.INT64
     steps = gaps
     if plan.encoding == "gap4":
         codes = add("Cast", [gaps], ir.val(f"{name}.codes", ir.DataType.INT32, [plan.gap_bytes]), to=int(ir.DataType.INT32))
         halves = ir.val(f"{name}.halves", ir.DataType.UINT8, [plan.gap_bytes, 2])
         add("Gather", [shared.constant("gap4.table", _half_bytes()), codes], halves, axis=0)
-        flat = shared.constant("flat", np.array([-1], np.int64))
-        steps = add("Reshape", [halves, flat], ir.val(f"{name}.steps", ir.DataType.UINT8, entries))
-    wide = add("Cast", [steps], ir.val(f"{name}.distances", index_type, entries), to=int(index_type))
+        everything = shared.constant("flat", np.array([-1], np.int64))
+        steps = add("Reshape", [halves, everything], ir.val(f"{name}.steps", ir.DataType.UINT8, [plan.entries]))
+    wide = add("Cast", [steps], ir.val(f"{name}.distances", index_type, [plan.entries]), to=int(index_type))
     axis = shared.constant("axis.0", np.array(0, np.int64))
-    positions = add("CumSum", [wide, axis], ir.val(f"{name}.positions", index_type, entries))
-    if stored != dtype:
-        values_wide = add("Cast", [values], ir.val(f"{name}.kept", dtype, entries), to=int(dtype))
-    else:
-        values_wide = values
-    zeros = shared.zeros(length, dtype)
-    flat_weight = decoded if len(plan.shape) == 1 else ir.val(f"{name}.flat", dtype, [length])
-    add("ScatterElements", [zeros, positions, values_wide], flat_weight, axis=0)
-    if len(plan.shape) != 1:
-        text = "x".join(map(str, plan.shape))
-        shape = shared.constant(f"shape.{text}", np.array(plan.shape, np.int64))
-        add("Reshape", [flat_weight, shape], decoded, allowzero=1)
-    return PackedWeight(decoded, tuple(nodes), (gaps, values))
+    positions = add("CumSum", [wide, axis], ir.val(f"{name}.positions", index_type, [plan.entries]))
+    zeros = shared.zeros(plan.weight_count, ir.DataType.from_numpy(plan.dtype))
+    add("ScatterElements", [zeros, positions, kept], flat, axis=0)
+
+
+def _mask_steps(
+    name: str, plan: EncodingPlan, mask: ir.Value, kept: ir.Value, flat: ir.Value, shared: SharedConstants, add: AddNode
+) -> None:
+    """From mask and kept values to (bytes, 8): every place gathers its value, a pruned one the zero behind them."""
+    int32, size = ir.DataType.INT32, plan.gap_bytes
+    codes = add("Cast", [mask], ir.val(f"{name}.codes", int32, [size]), to=int(int32))
+    counts = ir.val(f"{name}.counts", int32, [size])
+    add("Gather", [shared.constant("mask.counts", kept_in_byte()), codes], counts, axis=0)
+    axis = shared.constant("axis.0", np.array(0, np.int64))
+    before = add("CumSum", [counts, axis], ir.val(f"{name}.before", int32, [size]), exclusive=1)
+    column = shared.constant("column", np.array([-1, 1], np.int64))
+    before_column = add("Reshape", [before, column], ir.val(f"{name}.before.column", int32, [size, 1]))
+    ranks = ir.val(f"{name}.ranks", int32, [size, 8])
+    add("Gather", [shared.constant("mask.ranks", ranks_in_byte()), codes], ranks, axis=0)
+    ordinals = add("Add", [ranks, before_column], ir.val(f"{name}.ordinals", int32, [size, 8]))
+    last = shared.constant("mask.last", np.array(-1, np.int32))
+    places = add("Max", [ordinals, last], ir.val(f"{name}.places", int32, [size, 8]))
+    add("Gather", [kept, places], flat, axis=0)
+
+
+def stored_tensors(name: str, plan: EncodingPlan, load: Callable[[], EncodedWeight]) -> tuple[ir.Value, ir.Value]:
+    """``<name>.gaps`` (of a mask ``<name>.mask``) and ``<name>.values`` of a packed weight, made when they are written."""
+    load = _KeptOnce(load)
+    stored = ir.DataType.from_numpy(plan.values_dtype)
+    places = "mask" if plan.encoding == "mask" else "gaps"
+    gaps = _stored(f"{name}.{places}", ir.DataType.UINT8, [plan.gap_bytes], lambda: _gaps(load()))
+    return gaps, _stored(f"{name}.values", stored, [plan.entries], lambda: load().values)
 
 
 class _KeptOnce:
@@ -139,7 +186,7 @@ class _KeptOnce:
 
 
 def _gaps(encoded: EncodedWeight) -> Array:
-    assert encoded.gaps is not None  # the plan of this weight is gap8 or gap4
+    assert encoded.gaps is not None  # the plan of this weight is not dense
     return encoded.gaps
 
 

@@ -3,22 +3,21 @@
 **gap8**: one byte per kept weight, the distance from the previous kept weight in row-major order; a distance over 255
 is broken by an explicit zero value at a pruned place. Decoding is a cumulative sum and a scatter.
 **gap4**: the same with distances up to 15, two in a byte (the high half first).
+**mask**: one bit per weight, 1 = kept, row-major, the lowest bit of a byte first; the kept values, and one +0.0 behind
+them, which decoding puts at every pruned place.
 **dense**: every weight, with +0.0 at pruned places.
 
-Bytes per weight at density d, with v bytes per value: gap8 d (v + 1), gap4 d (v + 1/2), dense v; broken gaps add at
-most (v + 1) / 255 to gap8 and (v + 1/2) / 15 to gap4. gap8 or dense, whichever is smaller, takes at most
-0.4625 + 0.005 of the dense fp32 bytes when 63 % of all weights are pruned, however unevenly over the layers, because
-min(5 d, 4) is concave in d.
-
-One bit per weight would be smallest at 63 % (0.401 of the dense bytes; gap4 0.417, gap8 0.463), but its decode works
-on every place instead of every kept one. Creating a session with onnxruntime 1.31 on 57 M fp32 weights at 63 %, one
-thread, least CPU seconds of five runs and peak memory: dense 0.35 s and 0.25 GB, gap8 0.76 s and 0.82 GB, gap4 0.86 s
-and 0.85 GB, one bit 2.8 s and 1.64 GB. gap4 costs little over gap8, so it is used where it is smaller; one bit per
-weight is not offered.
+Bytes per weight at density d, with v bytes per value: gap8 d (v + 1), gap4 d (v + 1/2), mask d v + 1/8, dense v; broken gaps
+add at most (v + 1) / 255 to gap8 and (v + 1/2) / 15 to gap4. mask is the smallest between a density of about 1/4 and 1, and
+its decode is the dearest, because it works on every place instead of every kept one (``EncodingPlan.folded_bytes``;
+measured by ``python -m benchmarks.formats``). So of all that are within 5 % of the smallest, the one that is decoded with
+the least memory is taken, and a weight takes at most 1.05 (d v + 1/8) bytes per place; ``choose_encodings`` keeps the whole
+file under a load budget.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -29,7 +28,7 @@ from mfcompile.errors import ExportError, InputError
 
 Array = NDArray[np.generic]
 
-ENCODINGS = ("dense", "gap8", "gap4")
+ENCODINGS = ("dense", "gap8", "gap4", "mask")
 VALUES = ("fp32", "fp16")
 GAP_LIMITS = {"gap8": 255, "gap4": 15}
 FP16_LARGEST = 65504.0
@@ -37,8 +36,8 @@ FP16_LARGEST = 65504.0
 # onnxruntime 1.27 and later fold a node into a constant only when its output is at most this large.
 FOLDABLE_BYTES = 1 << 30
 
-# What a packed form must save of the dense bytes, and gap4 of the gap8 bytes, to be preferred over the simpler one.
-LEAST_SAVING = 0.05
+# How much larger than the smallest an encoding may be, to be preferred because it is decoded with less memory.
+SIZE_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,12 @@ class EncodedWeight:
 
     Attributes:
         name: FQN of the weight.
-        encoding: "dense", "gap8" or "gap4".
+        encoding: one of ``ENCODINGS``.
         shape: shape of the weight.
         dtype: dtype of the decoded weight.
-        gaps: gap8: (entries,) uint8; gap4: (entries / 2,) uint8; None for dense.
-        values: (entries,) for gap8 and gap4, ``shape`` for dense; ``dtype``, or float16 where stored as fp16.
+        gaps: where the values are. gap8: (entries,) uint8; gap4: (entries / 2,) uint8; mask: (ceil(places / 8),) uint8;
+            None for dense.
+        values: ``shape`` for dense, (entries,) otherwise; ``dtype``, or float16 where stored as fp16.
     """
 
     name: str
@@ -72,7 +72,7 @@ class EncodingPlan:
     """The encoding chosen for one weight, known from its mask alone.
 
     Attributes:
-        encoding: "dense", "gap8" or "gap4".
+        encoding: one of ``ENCODINGS``.
         entries: stored values: kept weights and explicit zeros; all weights for dense.
         values_dtype: dtype of the stored values.
         dtype: dtype of the decoded weight.
@@ -89,12 +89,13 @@ class EncodingPlan:
 
     @property
     def gap_bytes(self) -> int:
-        """Bytes of the gaps, 0 for dense."""
-        return {"dense": 0, "gap8": self.entries, "gap4": self.entries // 2}[self.encoding]
+        """Bytes of the gaps or of the mask, 0 for dense."""
+        mask_bytes = (self.weight_count + 7) // 8
+        return {"dense": 0, "gap8": self.entries, "gap4": self.entries // 2, "mask": mask_bytes}[self.encoding]
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of gaps and values."""
+        """Bytes of gaps or mask, and values."""
         return self.gap_bytes + self.entries * self.values_dtype.itemsize
 
     @property
@@ -102,13 +103,14 @@ class EncodingPlan:
         """Bytes of all intermediates that onnxruntime makes and keeps while it folds the decode nodes.
 
         With n entries and N weights of w bytes: gap8 8 n (distances and positions, int32), gap4 4 n more (codes,
-        halves, steps), values stored in another dtype n w more, and 2 N w for the scattered and the reshaped weight.
+        halves, steps), mask 14 N (four numbers per byte, three indices per place; int32); values stored in another dtype
+        n w more, and 2 N w for the flat and the reshaped weight.
         """
         width = self.dtype.itemsize
-        if self.encoding == "dense":
-            return 0 if self.values_dtype == self.dtype else self.entries * width
-        index = 8 * self.entries + (4 * self.entries if self.encoding == "gap4" else 0)
         values = 0 if self.values_dtype == self.dtype else self.entries * width
+        if self.encoding == "dense":
+            return values
+        index = {"gap8": 8 * self.entries, "gap4": 12 * self.entries, "mask": 14 * self.weight_count}[self.encoding]
         return index + values + 2 * self.weight_count * width
 
     @property
@@ -134,6 +136,8 @@ def entry_count(mask: NDArray[np.bool_], encoding: str) -> int:
     """Values that ``encode`` stores for this mask: kept weights and explicit zeros; all weights for dense."""
     if encoding == "dense" or mask.size == 0:
         return int(mask.size)
+    if encoding == "mask":
+        return int(np.count_nonzero(mask)) + 1
     limit = GAP_LIMITS[encoding]
     gaps = np.diff(np.flatnonzero(mask), prepend=0)
     entries = max(1, int(gaps.size + np.maximum(gaps - 1, 0).__floordiv__(limit).sum()))
@@ -141,15 +145,13 @@ def entry_count(mask: NDArray[np.bool_], encoding: str) -> int:
     return entries + int(is_padded)
 
 
-def plan_encoding(
+def possible_encodings(
     mask: NDArray[np.bool_], dtype: DTypeLike, values: str, *, allowed: tuple[str, ...] = ENCODINGS
-) -> EncodingPlan:
-    """The encoding for a weight of this mask and dtype: the simplest that is small.
+) -> tuple[EncodingPlan, ...]:
+    """The encodings that a weight of this mask and dtype can have, dense first.
 
-    In the order dense, gap8, gap4, a later one is taken when it saves 5 % over the earlier. So fp32 values stay dense
-    over a density of 0.84, and gap8 wins below about 0.17, where gaps over 15 become common. Dense is
-    kept where onnxruntime would refuse to fold the decoded weight (over 1 GiB), and where gap4 would need an even
-    number of entries and no place is left to add one.
+    None but dense where onnxruntime would refuse to fold the decoded weight (over 1 GiB). gap4 is missing where it would need
+    an even number of entries and no place is left to add one, mask where the places do not fill whole bytes.
 
     Args:
         mask: bool, 1 = kept, in the layout of the parameter.
@@ -160,16 +162,85 @@ def plan_encoding(
     own: np.dtype[np.generic] = np.dtype(dtype)
     stored = stored_dtype(own, values)
     kept = int(np.count_nonzero(mask))
-    best = EncodingPlan("dense", mask.size, stored, own, mask.shape, kept)
-    if mask.size * own.itemsize > FOLDABLE_BYTES:
-        return best
-    for encoding in ("gap8", "gap4"):
-        if encoding in allowed:
-            plan = EncodingPlan(encoding, entry_count(mask, encoding), stored, own, mask.shape, kept)
-            is_possible = encoding != "gap4" or plan.entries % 2 == 0
-            if is_possible and plan.stored_bytes < (1 - LEAST_SAVING) * best.stored_bytes:
-                best = plan
-    return best
+    dense = EncodingPlan("dense", mask.size, stored, own, mask.shape, kept)
+    if mask.size == 0 or mask.size * own.itemsize > FOLDABLE_BYTES:
+        return (dense,)
+    others = (
+        EncodingPlan(encoding, entry_count(mask, encoding), stored, own, mask.shape, kept)
+        for encoding in ("gap8", "gap4", "mask")
+        if encoding in allowed
+    )
+    return dense, *(plan for plan in others if _is_possible(plan))
+
+
+def _is_possible(plan: EncodingPlan) -> bool:
+    if plan.encoding == "gap4":
+        return plan.entries % 2 == 0
+    return plan.encoding != "mask" or plan.weight_count % 8 == 0
+
+
+def choose_encoding(plans: Sequence[EncodingPlan]) -> EncodingPlan:
+    """Of all that are within 5 % of the smallest, the one that onnxruntime decodes with the least memory."""
+    limit = (1 + SIZE_TOLERANCE) * min(plan.stored_bytes for plan in plans)
+    return min((plan for plan in plans if plan.stored_bytes <= limit), key=lambda plan: (plan.folded_bytes, plan.stored_bytes))
+
+
+def plan_encoding(
+    mask: NDArray[np.bool_], dtype: DTypeLike, values: str, *, allowed: tuple[str, ...] = ENCODINGS
+) -> EncodingPlan:
+    """The encoding for one weight where no load budget is known, so that none is decoded at a high price: anything but mask.
+
+    Arguments are those of ``possible_encodings``.
+    """
+    cheap = tuple(encoding for encoding in allowed if encoding != "mask")
+    return choose_encoding(possible_encodings(mask, dtype, values, allowed=cheap))
+
+
+def choose_encodings(
+    possible: Mapping[str, Sequence[EncodingPlan]], load_bytes: Callable[[EncodingPlan], int], budget_bytes: float
+) -> dict[str, EncodingPlan]:
+    """The encoding of every weight of a file, so that all of them together can be loaded within a budget.
+
+    Starts from ``choose_encoding`` for each. While the sum of load bytes is over the budget, the one exchange is made that
+    costs the fewest stored bytes for each byte of load memory that it saves; where two cost the same, the earlier weight's.
+    It is exact for every sum that an exchange ends at, and a function of its arguments alone.
+
+    Args:
+        possible: name -> ``possible_encodings``.
+        load_bytes: bytes that onnxruntime needs to load a weight that is stored so.
+        budget_bytes: what the load bytes of all weights may sum up to; where not even dense weights fit, they are dense.
+    """
+    chosen = {name: choose_encoding(plans) for name, plans in possible.items()}
+    total = sum(load_bytes(plan) for plan in chosen.values())
+    queue = [
+        (cost, order, name, plan)
+        for order, (name, plans) in enumerate(possible.items())
+        for cost, plan in _exchanges(chosen[name], plans, load_bytes)
+    ]
+    for _, _, name, plan in sorted(queue, key=lambda item: item[:2]):
+        if total <= budget_bytes:
+            break
+        total += load_bytes(plan) - load_bytes(chosen[name])
+        chosen[name] = plan
+    return chosen
+
+
+def _exchanges(
+    start: EncodingPlan, plans: Sequence[EncodingPlan], load_bytes: Callable[[EncodingPlan], int]
+) -> list[tuple[float, EncodingPlan]]:
+    """What a weight may be exchanged for in turn, each with its stored bytes per load byte saved, the cheapest first."""
+    found: list[tuple[float, EncodingPlan]] = []
+    while True:
+        steps = [
+            ((plan.stored_bytes - start.stored_bytes) / (load_bytes(start) - load_bytes(plan)), order)
+            for order, plan in enumerate(plans)
+            if load_bytes(plan) < load_bytes(start)
+        ]
+        if not steps:
+            return found
+        cost, order = min(steps)
+        start = plans[order]
+        found.append((cost, start))
 
 
 def encode(weight: Array, mask: NDArray[np.bool_], values: str, *, encoding: str, name: str = "weight") -> EncodedWeight:
@@ -181,7 +252,7 @@ def encode(weight: Array, mask: NDArray[np.bool_], values: str, *, encoding: str
         weight: any shape, any float dtype; not changed.
         mask: bool of the same shape, 1 = kept.
         values: "fp32" (the weight's own dtype) or "fp16".
-        encoding: "dense", "gap8" or "gap4".
+        encoding: one of ``ENCODINGS``.
         name: FQN of the weight, for error messages.
 
     Raises:
@@ -196,6 +267,10 @@ def encode(weight: Array, mask: NDArray[np.bool_], values: str, *, encoding: str
     if encoding == "dense" or mask.size == 0:
         masked = np.where(mask, weight, np.zeros((), weight.dtype))
         return EncodedWeight(name, "dense", weight.shape, weight.dtype, None, _convert(masked, stored, name))
+    if encoding == "mask":
+        kept = _convert(weight.reshape(-1)[mask.reshape(-1)], stored, name)
+        bits = np.packbits(mask.reshape(-1), bitorder="little")
+        return EncodedWeight(name, encoding, weight.shape, weight.dtype, bits, np.append(kept, np.zeros((), stored)))
     positions = np.flatnonzero(mask)
     kept = _convert(weight.reshape(-1)[positions], stored, name)
     gaps, entries = _break_gaps(np.diff(positions, prepend=0), kept, GAP_LIMITS[encoding])
@@ -207,16 +282,49 @@ def encode(weight: Array, mask: NDArray[np.bool_], values: str, *, encoding: str
 
 
 def decode(encoded: EncodedWeight) -> Array:
-    """The dense weight, ``encoded.shape`` in ``encoded.dtype``, with +0.0 at pruned places."""
+    """The dense weight, ``encoded.shape`` in ``encoded.dtype``, with +0.0 at pruned places.
+
+    Raises:
+        InputError: the stored tensors do not fit each other or the shape: names the weight.
+    """
     values = encoded.values.astype(encoded.dtype, copy=False)
+    places = int(np.prod(encoded.shape, dtype=np.int64))
     if encoded.gaps is None:
+        if values.size != places:
+            raise _misfit(encoded, f"{values.size} values for {places} places")
         return values.reshape(encoded.shape)
+    if encoded.encoding == "mask":
+        return _decode_mask(encoded, values, places)
     gaps = encoded.gaps
     if encoded.encoding == "gap4":
         gaps = np.stack([gaps >> 4, gaps & 15], axis=1).reshape(-1)
-    weight = np.zeros(int(np.prod(encoded.shape, dtype=np.int64)), encoded.dtype)
-    weight[np.cumsum(gaps, dtype=np.int64)] = values
+    if gaps.size != values.size:
+        raise _misfit(encoded, f"{gaps.size} gaps for {values.size} values")
+    positions = np.cumsum(gaps, dtype=np.int64)
+    if positions.size and positions[-1] >= places:
+        raise _misfit(encoded, f"the last value is at place {positions[-1]} of {places}")
+    weight = np.zeros(places, encoded.dtype)
+    weight[positions] = values
     return weight.reshape(encoded.shape)
+
+
+def _decode_mask(encoded: EncodedWeight, values: Array, places: int) -> Array:
+    assert encoded.gaps is not None  # a mask
+    if encoded.gaps.size != (places + 7) // 8:
+        raise _misfit(encoded, f"{encoded.gaps.size} bytes of mask for {places} places")
+    kept = np.unpackbits(encoded.gaps, count=places, bitorder="little").view(np.bool_)
+    if np.count_nonzero(kept) + 1 != values.size:
+        raise _misfit(encoded, f"{np.count_nonzero(kept)} kept places for {values.size - 1} values and the zero behind them")
+    weight = np.zeros(places, encoded.dtype)
+    weight[kept] = values[:-1]
+    return weight.reshape(encoded.shape)
+
+
+def _misfit(encoded: EncodedWeight, reason: str) -> InputError:
+    return InputError(
+        f"{encoded.name} {encoded.shape} cannot be decoded as {encoded.encoding}: {reason}. The file is damaged or was "
+        f"changed; export it again"
+    )
 
 
 def _convert(kept: Array, stored: np.dtype[np.generic], name: str) -> Array:
