@@ -13,6 +13,8 @@ from mfcompile._version import __version__
 
 if TYPE_CHECKING:
     from mfcompile.artifact import ExportedArtifact, ParityReport
+    from mfcompile.benchmark import bench
+    from mfcompile.benchmark_result import Benchmark
     from mfcompile.comparison import compare
     from mfcompile.comparison_result import Comparison
     from mfcompile.compile import CompiledModel, compile_pruned, export_onnx, verify
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from mfcompile.training.verification import MaskVerification, verify_masks
 
 __all__ = [
+    "Benchmark",
     "CalibrationError",
     "CalibrationStatistics",
     "CaptureError",
@@ -73,6 +76,7 @@ __all__ = [
     "__version__",
     "add_lora",
     "apply_masks",
+    "bench",
     "calibrate",
     "capture",
     "compare",
@@ -94,6 +98,8 @@ __all__ = [
 
 _HOMES = {
     "mfcompile.artifact": ("ExportedArtifact", "ParityReport"),
+    "mfcompile.benchmark": ("bench",),
+    "mfcompile.benchmark_result": ("Benchmark",),
     "mfcompile.comparison": ("compare",),
     "mfcompile.comparison_result": ("Comparison",),
     "mfcompile.exporters.split_session": ("load_parts",),

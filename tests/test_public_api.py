@@ -7,6 +7,7 @@ import inspect
 import mfcompile
 
 PUBLIC = {
+    "Benchmark", "bench",
     "CalibrationError", "CalibrationStatistics", "CaptureError", "CapturedGraph", "Comparison", "CompiledModel",
     "Criterion", "ExportError", "ExportedArtifact", "InputError", "MaskCallback", "MaskError", "MaskSet", "MaskTransfer",
     "MaskVerification", "MfcompileError", "Need", "ParityError", "ParityReport", "PassError", "PostconditionError",

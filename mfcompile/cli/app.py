@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from mfcompile.cli import compare, export, inspect, prune, verify
+from mfcompile.cli import bench, compare, export, inspect, prune, verify
 from mfcompile.cli.console import Terminal
 from mfcompile.cli.parser import build_parser
 from mfcompile.errors import MfcompileError, ParityError
@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": inspect.add_parser,
     "export": export.add_parser,
     "verify": verify.add_parser,
+    "bench": bench.add_parser,
 }
 
 DONE, CHECK_FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 2

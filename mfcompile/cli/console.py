@@ -38,6 +38,8 @@ STAGES = {
     "onnx": "writing the ONNX file",
     "verify": "comparing the file with the model",
     "latency": "measuring latency",
+    "variants": "writing the forms of the model",
+    "cost": "measuring memory and loading",
     "write": "writing the artefacts",
 }
 """Stage -> what is being done, for people; a stage that is not listed is shown by its own name."""

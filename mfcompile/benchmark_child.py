@@ -1,0 +1,90 @@
+"""One session in a process of its own: what it takes to create, to run for the first time, and to hold.
+
+``python -m mfcompile.benchmark_child FILE INPUTS.npz THREADS [LIBRARY]`` prints its figures as one line of JSON. It imports
+nothing but numpy and onnxruntime, so that the memory measured is that of the session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc(5): the peak starts again from what is resident now
+
+
+def memory(field: str) -> int | None:
+    """Bytes that the system says of this process: VmRSS, what is resident, or VmHWM, its peak; None where it does not."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line.split()[1] for line in lines if line.startswith(f"{field}:")), None)
+    return None if found is None else 1024 * int(found)
+
+
+def _above(start: int | None, now: int | None) -> int | None:
+    return None if start is None or now is None else max(0, now - start)
+
+
+def measure(path: str, inputs: str, threads: int, library: str | None) -> dict[str, Any]:
+    """Create a session and run it twice.
+
+    Args:
+        path: the .onnx file.
+        inputs: an .npz file, one array per input of the graph.
+        threads: threads inside one operator.
+        library: a library of custom operators to register, or None.
+
+    Returns:
+        Seconds of creation, first and second run; bytes above the start: resident after creation and after the runs, peak.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    with np.load(inputs) as file:
+        feeds = {name: file[name] for name in file.files}
+    with contextlib.suppress(OSError):  # where it is refused, the peak counts from the start, below that of any session
+        _CLEAR.write_text(_RESET_PEAK)
+    start = memory("VmRSS")
+    moments = [time.perf_counter()]
+    if library is not None:
+        options.register_custom_ops_library(library)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    moments.append(time.perf_counter())
+    created = memory("VmRSS")
+    moments.append(time.perf_counter())
+    for _ in range(2):
+        session.run(None, feeds)
+        moments.append(time.perf_counter())
+    return {
+        "creation_seconds": moments[1] - moments[0],
+        "first_run_seconds": moments[3] - moments[2],
+        "second_run_seconds": moments[4] - moments[3],
+        "created_bytes": _above(start, created),
+        "resident_bytes": _above(start, memory("VmRSS")),
+        "peak_bytes": _above(start, memory("VmHWM")),
+    }
+
+
+def main(words: Sequence[str]) -> None:
+    """Measure what the command line names; on failure one line of JSON with the reason."""
+    path, inputs, threads, *library = words
+    try:
+        found = measure(path, inputs, int(threads), library[0] if library else None)
+    except Exception as error:
+        found = {"error": str(error).strip().partition("\n")[0] or type(error).__name__}
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
