@@ -5,27 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from mfcompile._version import __version__
-from mfcompile.artifact import ExportedArtifact, TensorEncoding
+from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters.conversion import RefusedProgramError, convert_program
-from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight
 from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, write_files
 from mfcompile.exporters.onnx_names import Interface, describe_interface, name_interface
-from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, encode, plan_encoding
+from mfcompile.exporters.packing import VALUES, EncodingPlan
 from mfcompile.exporters.program import tensor_aliases, tensor_input_nodes
-from mfcompile.exporters.split_build import ModelPart, complete_request, split_model
+from mfcompile.exporters.sparse_rewriting import WEIGHTS_KEY, StoredWeight, describe_weights
+from mfcompile.exporters.split_build import ModelPart, complete_request, dimension_sizes, split_model
 from mfcompile.exporters.split_files import check_directory, write_split
 from mfcompile.exporters.staging import staging_folder
+from mfcompile.exporters.weight_placement import MaskedWeight, PlacementOptions, place_weights
 from mfcompile.graph import CapturedGraph, ExportedModel
 from mfcompile.masks import MaskSet
 from mfcompile.split import SplitRequest
@@ -34,49 +33,27 @@ FORMATS = ("packed", "dense")
 
 
 @dataclass(frozen=True)
-class MaskedWeight:
-    """One masked parameter and the initializer that holds it.
-
-    Attributes:
-        fqn: the parameter, as the masks name it.
-        initializer: its value in the graph.
-        tensor: the unmasked weight, sharing memory with the user's module.
-        masks: where its mask is.
-    """
-
-    fqn: str
-    initializer: ir.Value
-    tensor: ir.TensorProtocol
-    masks: MaskSet
-
-    def mask(self) -> NDArray[np.bool_]:
-        """The mask as a bool array, in the layout of the parameter."""
-        mask: NDArray[np.bool_] = self.masks[self.fqn].numpy()
-        return mask
-
-
-@dataclass(frozen=True)
 class Storage:
     """How a model is written.
 
     Attributes:
-        format: "packed" or "dense".
-        values: precision of the masked weights.
+        options: format and precision of the masked weights.
         external_data: tensors in a file of their own; None: only where they must be.
         masks: the masks in force.
         metadata: what the program says of itself.
     """
 
-    format: str
-    values: str
+    options: PlacementOptions
     external_data: bool | None
     masks: MaskSet | None
     metadata: Mapping[str, str]
 
-    def describe(self, model: ir.Model) -> None:
+    def describe(self, model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
         """Write it into the model."""
-        _describe(model, self.format, self.values, self.masks)
+        _describe(model, self.options.format, self.options.values, self.masks)
         model.metadata_props.update(self.metadata)
+        if stored:
+            model.metadata_props[WEIGHTS_KEY] = describe_weights(stored)
 
 
 def export_onnx(
@@ -88,12 +65,14 @@ def export_onnx(
     external_data: bool | None = None,
     accept: Callable[[Path], None] | None = None,
     split: SplitRequest | None = None,
+    inline: bool = False,
 ) -> ExportedArtifact:
     """Write the masked model as ONNX, complete or not at all.
 
     Weights without a mask are written byte for byte. Masked weights hold +0.0 at pruned places ("dense"), or are
-    stored without them and decoded by standard operators that onnxruntime folds when it creates the session
-    ("packed"); both compute bit-identical outputs. Beside the model one weight at a time is in memory, and
+    stored without them ("packed"). Linear layers of packed weights are SparseLinear nodes, which compute without decoding
+    where the library of ``mfcompile.runtime`` is registered; elsewhere, and for all other packed weights, standard operators
+    decode, which onnxruntime folds when it creates the session. Beside the model one weight at a time is in memory, and
     then onnx.checker reads the .onnx file (twice its size; external tensors are not read). A
     "packed" file must not be passed through an optimizer: that would write the decoded weights back.
 
@@ -106,6 +85,7 @@ def export_onnx(
         external_data: write tensors to ``<path>.data``; None: only when they exceed 1.5 GB.
         accept: called with the path of the written file before it gets its name; what it raises, nothing is kept of.
         split: write one file per modality and one for their fusion, with a manifest; None writes one file.
+        inline: plain nodes only, for runtimes that refuse model-local functions (OpenVINO).
 
     Raises:
         RefusedProgramError: the program cannot be converted or gives a file that does not pass onnx.checker; another program
@@ -122,11 +102,12 @@ def export_onnx(
     model = convert_program(exported)
     interface = _name(model, exported)
     weights, unread = _find_weights(model, exported, captured)
-    storage = Storage(format, values, external_data, captured.masks, exported.metadata)
+    options = PlacementOptions(format, values, inline, dimension_sizes(model, captured.example_inputs.tensors()))
+    storage = Storage(options, external_data, captured.masks, exported.metadata)
     notes = (*exported.notes, *interface.notes, *_describe_unread(unread))
     if split is None:
         artifact = _write_model(model, weights, path, storage, accept)
-        return replace(artifact, notes=notes, route=exported.route)
+        return replace(artifact, notes=(*notes, *artifact.notes), route=exported.route)
     names = _all_names(split.regions, exported, captured)
     request = complete_request(split, model, names, exported.example_inputs.tensors())
     artifact = _write_parts(model, weights, path, storage, request, accept)
@@ -171,25 +152,25 @@ def _write_model(
 ) -> ExportedArtifact:
     """Write one .onnx file with these masked weights."""
     dense_size = _dense_size(model, path, storage)
-    plans = _replace_weights(model, weights, storage.format, storage.values)
-    storage.describe(model)
+    placed, stored = place_weights(model, weights, storage.options)
+    storage.describe(model, stored)
     has_data_file = _is_external(model, storage.external_data)
     layout = plan_files(model, f"{path.name}.data" if has_data_file else None)
     files = _write(layout, path, has_data_file=has_data_file, accept=accept)
     interface = describe_interface(model)
     return ExportedArtifact(
         path=path,
-        format=storage.format,
-        values=storage.values,
+        format=storage.options.format,
+        values=storage.options.values,
         size_bytes=layout.size_bytes,
         dense_size_bytes=dense_size,
-        encodings=tuple(_encoding(fqn, plan) for fqn, plan in plans.items()),
+        encodings=tuple(item.encoding(fqn) for fqn, item in placed.items()),
         input_names=interface.input_names,
         output_names=interface.output_names,
         dynamic_axes=interface.dynamic_axes,
         files=files,
         opset=model.opset_imports[""],
-        load_peak_bytes=load_peak_bytes(layout, plans),
+        load_peak_bytes=load_peak_bytes(layout, [item.plan for item in placed.values()]),
     )
 
 
@@ -199,7 +180,7 @@ def _dense_size(model: ir.Model, path: Path, storage: Storage) -> int:
     return plan_files(model, f"{path.name}.data" if _is_external(model, storage.external_data) else None).size_bytes
 
 
-def load_peak_bytes(layout: FileLayout, plans: Mapping[str, EncodingPlan]) -> int:
+def load_peak_bytes(layout: FileLayout, plans: Iterable[EncodingPlan]) -> int:
     """Memory that onnxruntime needs to create a session, estimated.
 
     The tensors inside the .onnx file twice (as protobuf and as tensors), external ones once, and everything that
@@ -207,7 +188,7 @@ def load_peak_bytes(layout: FileLayout, plans: Mapping[str, EncodingPlan]) -> in
     per weight 8 bytes x density + 8 bytes for gap8 with fp32 values (EncodingPlan.folded_bytes). Measured peaks of
     onnxruntime 1.31 with 57 M weights were 0.77 to 1.25 times this estimate (dense and packed, both kinds of files).
     """
-    return 2 * layout.model_size_bytes + layout.data_size_bytes + sum(plan.folded_bytes for plan in plans.values())
+    return 2 * layout.model_size_bytes + layout.data_size_bytes + sum(plan.folded_bytes for plan in plans)
 
 
 def _check(captured: CapturedGraph, format: str, values: str) -> ExportedModel:
@@ -277,32 +258,6 @@ def _describe_unread(names: list[str]) -> list[str]:
     return [f"masked parameters that the graph does not read are not in the file ({len(names)}): {shown}"]
 
 
-def _replace_weights(model: ir.Model, weights: list[MaskedWeight], format: str, values: str) -> dict[str, EncodingPlan]:
-    """Masked tensors in place of the initializers; they are computed when the file is written."""
-    graph = model.graph
-    shared = SharedConstants(graph)
-    allowed = ("dense",) if format == "dense" else ("dense", "gap8", "gap4")
-    plans: dict[str, EncodingPlan] = {}
-    nodes: list[ir.Node] = []
-    for weight in weights:
-        plan = plan_encoding(weight.mask(), weight.tensor.dtype.numpy(), values, allowed=allowed)
-        packed = pack_weight(weight.fqn, plan, partial(_encode, weight, plan.encoding, values), shared)
-        weight.initializer.replace_all_uses_with(packed.value, replace_graph_outputs=True)
-        del graph.initializers[weight.fqn]
-        for stored in packed.initializers:
-            graph.initializers.add(stored)
-        nodes += packed.nodes
-        plans[weight.fqn] = plan
-    nodes = [*shared.nodes, *nodes]
-    if nodes:
-        graph.insert_before(graph[0], nodes)
-    return plans
-
-
-def _encode(weight: MaskedWeight, encoding: str, values: str) -> EncodedWeight:
-    return encode(weight.tensor.numpy(), weight.mask(), values, encoding=encoding, name=weight.fqn)
-
-
 def _describe(model: ir.Model, format: str, values: str, masks: MaskSet | None) -> None:
     model.producer_name, model.producer_version = "mfcompile", __version__
     model.metadata_props.clear()
@@ -345,7 +300,3 @@ def _check_file(path: Path) -> None:
             f"the written file does not pass onnx.checker: {first_line(error)}. Nothing was kept; this is a bug",
             f"the written file does not pass onnx.checker: {first_line(error)}",
         ) from error
-
-
-def _encoding(fqn: str, plan: EncodingPlan) -> TensorEncoding:
-    return TensorEncoding(fqn, plan.encoding, plan.stored_bytes, 4 * plan.weight_count, plan.kept_count, plan.weight_count)

@@ -74,7 +74,7 @@ class _Masked:
 
 
 def rewrite_onnx(
-    captured: CapturedGraph, path: Path | str, *, format: str = "packed", values: str = "fp32"
+    captured: CapturedGraph, path: Path | str, *, format: str = "packed", values: str = "fp32", inline: bool = False
 ) -> ExportedArtifact:
     """Write the file that was captured with masks in its initializers, complete or not at all.
 
@@ -83,6 +83,7 @@ def rewrite_onnx(
         path: the .onnx file to write; external data lies beside it under the names of the original.
         format: "packed" or "dense".
         values: "fp32" keeps the precision of the weights; "fp16" stores masked ones as float16.
+        inline: plain nodes only, for runtimes that refuse model-local functions.
 
     Raises:
         InputError: an argument is not usable, the place is that of the original, or the file is too old to be packed.

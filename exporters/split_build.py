@@ -85,13 +85,23 @@ def complete_request(
         example: input name -> tensor.
     """
     regions = {name: region for fqn, region in request.regions.items() for name in names.get(fqn, (fqn,))}
+    return SplitRequest(request.modalities, regions, {**dimension_sizes(model, example), **request.sizes})
+
+
+def dimension_sizes(model: ir.Model, example: Mapping[str, Tensor]) -> dict[str, int]:
+    """Named dimension of the model's inputs -> its size in the example.
+
+    Args:
+        model: with named inputs and dimensions.
+        example: input name -> tensor.
+    """
     sizes: dict[str, int] = {}
     for value in model.graph.inputs:
         shape = example[str(value.name)].shape if str(value.name) in example else ()
         for size, length in zip(value.shape or (), shape, strict=False):
             if isinstance(size, ir.SymbolicDim) and size.value is not None:
                 sizes[size.value] = int(length)
-    return SplitRequest(request.modalities, regions, {**sizes, **request.sizes})
+    return sizes
 
 
 def shared_weights(parts: list[ModelPart]) -> dict[str, list[str]]:

@@ -18,6 +18,8 @@ class TensorEncoding:
         dense_bytes: bytes it would take dense in fp32.
         kept_count: non-zero places.
         weight_count: all places.
+        is_sparse: SparseLinear nodes read it: with the library of ``mfcompile.runtime`` it is never decoded.
+        why_dense: why a packed file computes a dense product with it, in a few words.
     """
 
     fqn: str
@@ -26,6 +28,8 @@ class TensorEncoding:
     dense_bytes: int
     kept_count: int
     weight_count: int
+    is_sparse: bool = False
+    why_dense: str = ""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def export_onnx(
     values: str = "fp32",
     split: str | None = None,
     regions: RegionMap | None = None,
+    inline: bool = False,
 ) -> ExportedArtifact:
     """Write a (masked) captured graph as an ONNX file that stock onnxruntime loads.
 
@@ -58,11 +59,15 @@ def export_onnx(
     Args:
         pruned: what ``apply_masks`` gave (or a dense CapturedGraph).
         path: the .onnx file to write; large weights go to a ``.data`` file beside it. With ``split``, the directory.
-        format: "packed" stores only what is left of pruned weights, "dense" stores zeros as well.
+        format: "packed" stores only what is left of pruned weights, "dense" stores zeros as well. Linear layers of a packed
+            file run on the kernels of ``mfcompile.runtime`` where its library is registered (``ExportedArtifact.encodings``
+            says which); any onnxruntime computes them without.
         values: "fp32", or "fp16" for the stored values of pruned weights.
         split: "regions" writes one file per modality and one for their fusion, with a manifest (see ``load_parts``);
             None writes one file.
         regions: what ``infer_regions`` gave, for ``split``; None infers them with defaults.
+        inline: a packed file of plain nodes only, for runtimes that refuse model-local functions (OpenVINO); the kernels of
+            ``mfcompile.runtime`` have nothing to do in it.
 
     Raises:
         InputError: format, values or split is unknown.
@@ -74,8 +79,8 @@ def export_onnx(
     if is_onnx(pruned.module):
         if request is not None:
             raise InputError("an .onnx file is pruned as it is, in one file; split is for PyTorch models. Export without it")
-        return export_file(pruned, path, format=format, values=values)
-    return export_accepted(pruned, path, format=format, values=values, split=request)[0]
+        return export_file(pruned, path, format=format, values=values, inline=inline)
+    return export_accepted(pruned, path, format=format, values=values, split=request, inline=inline)[0]
 
 
 def verify(
@@ -148,10 +153,17 @@ class CompiledModel:
         return self.pruning.at_sparsity(sparsity, progress)
 
     def export_onnx(
-        self, path: Path | str, format: str = "packed", values: str = "fp32", *, split: str | None = None
+        self,
+        path: Path | str,
+        format: str = "packed",
+        values: str = "fp32",
+        *,
+        split: str | None = None,
+        inline: bool = False,
     ) -> ExportedArtifact:
         """Write the pruned model as ONNX; see ``mfcompile.export_onnx``. Weights are read from ``module`` as it is now."""
-        return export_onnx(self._as_trained(), path, format=format, values=values, split=split, regions=self.regions)
+        pruned = self._as_trained()
+        return export_onnx(pruned, path, format=format, values=values, split=split, regions=self.regions, inline=inline)
 
     def verify(self, artifact: ExportedArtifact | Path | str, example_inputs: Any | None = None) -> ParityReport:
         """Compare an exported file with ``module``; see ``mfcompile.verify``."""

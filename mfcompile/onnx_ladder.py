@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +43,7 @@ def export_accepted(
     format: str = "packed",
     values: str = "fp32",
     split: SplitRequest | None = None,
+    inline: bool = False,
     first: str = "",
 ) -> tuple[ExportedArtifact, CapturedGraph]:
     """Write an ONNX file from the first program of the model that onnxruntime agrees with.
@@ -55,6 +57,7 @@ def export_accepted(
         format: see ``mfcompile.export_onnx``.
         values: see ``mfcompile.export_onnx``.
         split: how to divide the model into files; None writes one.
+        inline: see ``mfcompile.export_onnx``.
         first: route to start with, where another file of the same model came about by it.
 
     Returns:
@@ -64,14 +67,15 @@ def export_accepted(
         InputError: an argument is not usable.
         ExportError: no program gives a file that holds; says what was tried and why each was refused.
     """
+    options: dict[str, Any] = {"format": format, "values": values, "split": split, "inline": inline}
     if _has_dtype(pruned.module, torch.bfloat16):
-        return _export(in_float32(pruned), path, format, values, split, first, is_cast=True)
+        return _export(in_float32(pruned), path, options, first, is_cast=True)
     try:
-        return _export(pruned, path, format, values, split, first)
+        return _export(pruned, path, options, first)
     except ExportError:
         if not _has_dtype(pruned.module, torch.float16):
             raise
-        return _export(in_float32(pruned), path, format, values, split, first, is_cast=True)
+        return _export(in_float32(pruned), path, options, first, is_cast=True)
 
 
 def in_float32(captured: CapturedGraph) -> CapturedGraph:
@@ -118,20 +122,13 @@ def _has_dtype(module: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def _export(
-    pruned: CapturedGraph,
-    path: Path | str,
-    format: str,
-    values: str,
-    split: SplitRequest | None,
-    first: str,
-    *,
-    is_cast: bool = False,
+    pruned: CapturedGraph, path: Path | str, options: Mapping[str, Any], first: str, *, is_cast: bool = False
 ) -> tuple[ExportedArtifact, CapturedGraph]:
     from mfcompile.exporters.conversion import RefusedProgramError
     from mfcompile.exporters.onnx_model import export_onnx
 
     module = pruned.module if pruned.masks is None else mask_module(pruned.module, pruned.masks)
-    stored = "fp16" if _has_dtype(module, torch.float16) else values
+    stored = "fp16" if _has_dtype(module, torch.float16) else options["values"]
 
     def accept(file: Path) -> None:
         problem = _disagreement(file, module, pruned.example_inputs, stored)
@@ -146,7 +143,7 @@ def _export(
         started = time.perf_counter()
         ready = replace(pruned, exported=_say_cast(exported) if is_cast else exported, attempts=tuple(tried))
         try:
-            return export_onnx(ready, path, format=format, values=values, accept=accept, split=split), ready
+            return export_onnx(ready, path, accept=accept, **options), ready
         except RefusedProgramError as error:
             tried.append(CaptureAttempt(f"ONNX of {exported.route}", False, error.reason, time.perf_counter() - started))
     raise ExportError(_refusal(pruned, tried))

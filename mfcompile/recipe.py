@@ -83,6 +83,7 @@ class Recipe:
         onnx: whether an ONNX file is written.
         format: how pruned weights are stored in it, "packed" or "dense".
         values: precision of their values, "fp32" or "fp16".
+        inline: whether packed weights are decoded by plain nodes only, so that any runtime reads the file.
         split: "regions" writes one ONNX file per modality and one for their fusion; None writes one file.
         evaluate: whether the model's own ``evaluate`` is run.
         digest: sha256 of the masks; "" before they are known.
@@ -112,6 +113,7 @@ class Recipe:
     onnx: bool = True
     format: str = "packed"
     values: str = "fp32"
+    inline: bool = False
     split: str | None = None
     evaluate: bool = True
     digest: str = ""
@@ -368,6 +370,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "onnx": _is_flag,
     "format": _one_of(FORMATS),
     "values": _one_of(VALUES),
+    "inline": _is_flag,
     "split": lambda value: None if value is None else _one_of(SPLITS)(value),
     "evaluate": _is_flag,
     "digest": _is_string,

@@ -65,11 +65,11 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     with terminal.progress() as progress:
         source = load(args.source, progress)
         pruned = capture_masked(source, masks, progress)
-        format, values = args.format or "packed", args.values or "fp32"
+        storage = {"format": args.format or "packed", "values": args.values or "fp32", "inline": bool(args.inline)}
         if args.split:
-            artifact, parity = _write_parts(pruned, target, format, values, merged(source, region_options(args)), progress)
+            artifact, parity = _write_parts(pruned, target, storage, merged(source, region_options(args)), progress)
         else:
-            artifact, parity = _write(pruned, target, format, values, progress)
+            artifact, parity = _write(pruned, target, storage, progress)
     from mfcompile.cli import results, tables
     from mfcompile.report import parity_rows, with_export
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _write_parts(
-    pruned: CapturedGraph, target: Path, format: str, values: str, options: Mapping[str, Any], progress: StageProgress
+    pruned: CapturedGraph, target: Path, storage: Mapping[str, Any], options: Mapping[str, Any], progress: StageProgress
 ) -> tuple[ExportedArtifact, ParityReport]:
     """Write the parts and verify them in a directory beside the target; they move there when they agree with PyTorch.
 
@@ -107,7 +107,7 @@ def _write_parts(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         with progress.stage("onnx"):
             parts = Path(folder) / "parts"
-            artifact = export_onnx(pruned, parts, format=format, values=values, split="regions", regions=regions)
+            artifact = export_onnx(pruned, parts, split="regions", regions=regions, **storage)
         with progress.stage("verify"):
             parity = verify(artifact, pruned)
             raise_on_failure(parity)
@@ -116,7 +116,7 @@ def _write_parts(
 
 
 def _write(
-    pruned: CapturedGraph, target: Path, format: str, values: str, progress: StageProgress
+    pruned: CapturedGraph, target: Path, storage: Mapping[str, Any], progress: StageProgress
 ) -> tuple[ExportedArtifact, ParityReport]:
     """Write and verify in a directory beside the target, and move the files when they agree with PyTorch.
 
@@ -132,7 +132,7 @@ def _write(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         with progress.stage("onnx"):
-            artifact = export_onnx(pruned, Path(folder) / target.name, format=format, values=values)
+            artifact = export_onnx(pruned, Path(folder) / target.name, **storage)
         with progress.stage("verify"):
             parity = verify(artifact, pruned)
             raise_on_failure(parity)

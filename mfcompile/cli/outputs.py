@@ -154,6 +154,7 @@ def _export(
             staging if recipe.split else staging / "model.onnx",
             format=recipe.format,
             values=recipe.values,
+            inline=recipe.inline,
             split=recipe.split,
             regions=compiled.regions,
         )

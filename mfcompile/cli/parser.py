@@ -200,8 +200,14 @@ def add_format_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--format",
         choices=FORMATS,
-        help="packed stores only the kept weights and decodes them with standard operators; dense stores every zero "
-        "(default: packed)",
+        help="packed stores only the kept weights; dense stores every zero (default: packed)",
+    )
+    group.add_argument(
+        "--inline",
+        action="store_true",
+        default=None,
+        help="decode packed weights by plain nodes only, for runtimes that refuse model-local functions (OpenVINO); the "
+        "kernels of mfcompile.runtime cannot skip zeros in such a file",
     )
     group.add_argument(
         "--values",

@@ -43,6 +43,7 @@ def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
         onnx=False,
         format="dense",
         values="fp16",
+        inline=True,
         split="regions",
         evaluate=False,
         digest="d" * 64,
