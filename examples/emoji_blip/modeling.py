@@ -118,7 +118,7 @@ class EmojiBlip(nn.Module):
 
     def fuse(self, input_ids: Tensor, attention_mask: Tensor, image_states: Tensor) -> Tensor:
         """Image-grounded: (B, L) ids and padding mask and (B, T, D) image states to (B, L, D); [ENC] becomes token 0."""
-        prompted = _replace_first(input_ids, self.config.encode_id)
+        prompted = with_prompt(input_ids, self.config.encode_id)
         states: Tensor = self.text_encoder(prompted, key_mask(attention_mask), image_states)
         return states
 
@@ -127,7 +127,7 @@ class EmojiBlip(nn.Module):
 
         Position i scores token i + 1 and reads none behind itself.
         """
-        prompted = _replace_first(input_ids, self.config.decode_id)
+        prompted = with_prompt(input_ids, self.config.decode_id)
         logits: Tensor = self.lm_head(self.text_decoder(prompted, causal_mask(attention_mask), image_states))
         return logits
 
@@ -171,6 +171,6 @@ def causal_mask(attention_mask: Tensor) -> Tensor:
     return key_mask(attention_mask) & is_past
 
 
-def _replace_first(input_ids: Tensor, token_id: int) -> Tensor:
+def with_prompt(input_ids: Tensor, token_id: int) -> Tensor:
     """(B, L) ids with another token 0."""
     return torch.cat([torch.full_like(input_ids[:, :1], token_id), input_ids[:, 1:]], dim=1)
