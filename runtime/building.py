@@ -30,10 +30,13 @@ SOURCE_DIR = Path(__file__).parent / "csrc"
 KERNEL_SOURCES = (
     "packed.cc", "file_pages.cc", "weight_memory.cc", "layouts.cc", "sparse_linear.cc",
     "kernels_portable.cc", "kernels_avx2.cc", "kernels_avx512.cc", "kernels_avx512_counting.cc",
+    "int8_packed.cc", "int8_layouts.cc", "int8_linear.cc",
+    "int8_portable.cc", "int8_avx2.cc", "int8_avxvnni.cc", "int8_avx512.cc",
 )  # fmt: skip
-LIBRARY_SOURCES = (*KERNEL_SOURCES, "custom_op.cc")
+LIBRARY_SOURCES = (*KERNEL_SOURCES, "int8_op.cc", "custom_op.cc")
 
-# Products and sums may be fused: kernels are held to a tolerance, not to bits.
+# Products and sums may be fused: kernels are held to a tolerance, not to bits. Those for int8 are held to the bits of the
+# operators of ONNX (EXACT_FLAGS).
 FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra")
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt")
 # The intrinsics of GCC read a variable on purpose before it is set.
@@ -44,7 +47,11 @@ X86_FLAGS = {
     "kernels_avx2.cc": AVX2_FLAGS,
     "kernels_avx512.cc": AVX512_FLAGS,
     "kernels_avx512_counting.cc": ("-mavx512vpopcntdq", *AVX512_FLAGS),
+    "int8_avx2.cc": AVX2_FLAGS,
+    "int8_avxvnni.cc": ("-mavxvnni", *AVX2_FLAGS),
+    "int8_avx512.cc": ("-mavx512vnni", *AVX512_FLAGS),
 }
+EXACT_FLAGS = ("-ffp-contract=off",)
 TIMEOUT_S = 600
 
 
@@ -94,6 +101,7 @@ def compile_objects(compiler: str, sources: Sequence[Path], flags: Sequence[str]
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
         own = X86_FLAGS.get(source.name, ()) if _is_x86() else ()
+        own = (*own, *EXACT_FLAGS) if source.name.startswith("int8_") else own
         run_compiler([compiler, *FLAGS, *flags, *own, "-I", str(SOURCE_DIR), "-c", str(source), "-o", str(target)])
         return target
 
@@ -144,7 +152,7 @@ def _is_x86() -> bool:
 
 def _source_digest() -> str:
     """Changes with every source, flag and kind of machine."""
-    digest = hashlib.sha256(repr((FLAGS, X86_FLAGS, LIBRARY_SOURCES, sys.platform, platform.machine())).encode())
+    digest = hashlib.sha256(repr((FLAGS, X86_FLAGS, EXACT_FLAGS, LIBRARY_SOURCES, sys.platform, platform.machine())).encode())
     for path in sorted(SOURCE_DIR.iterdir()):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())

@@ -18,7 +18,7 @@ struct SessionOptions;
 struct KernelInfo;
 struct KernelContext;
 
-enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kFloat16 = 10 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kFloat16 = 10 };
 enum ErrorCode : int { kOk = 0, kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "int8_op.h"
 #include "ort_support.h"
 
 namespace mfcompile {
@@ -149,6 +150,7 @@ Domain* make_domain() {
   Domain* domain = nullptr;
   check(g_api.create_domain.call("mfcompile", &domain));
   for (const Operator& op : operators) check(g_api.add_op.call(domain, &op));
+  add_int8_operators(domain);
   return domain;
 }
 
