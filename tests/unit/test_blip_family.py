@@ -12,9 +12,8 @@ from torch import Tensor
 
 import mfcompile
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from emoji_blip.modeling import EmojiBlip, ModelConfig
 from emoji_xvlm.inputs import tokenize
