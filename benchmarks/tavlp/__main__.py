@@ -1,0 +1,99 @@
+"""Command line of the task-agnostic benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.tavlp.cells import Cell, Choice, cells, run_cell
+from benchmarks.tavlp.configuration import SCALES, Scale, config_hash
+from benchmarks.tavlp.families import FAMILIES
+from benchmarks.tavlp.pruners import PRUNERS
+from benchmarks.tavlp.pruning import Folders
+from benchmarks.tavlp.records import read_record
+from benchmarks.tavlp.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "tavlp"
+MASKS = ROOT / "out" / "tavlp"
+
+
+def folders_of(scale: Scale) -> Folders:
+    """Where the results of a scale lie."""
+    return Folders(RESULTS / scale.name, MASKS / scale.name)
+
+
+def run(choice: Choice, scale: Scale, device: torch.device, time_limit_s: float = float("inf")) -> list[Cell]:
+    """Make the wanted cells that are missing or stale; print a line for each.
+
+    Args:
+        choice: which cells.
+        scale: their size.
+        device: where models are fine-tuned.
+        time_limit_s: no cell is begun after that many seconds.
+
+    Returns:
+        Cells that are still missing.
+    """
+    folders = folders_of(scale)
+    left = [cell for cell in cells(choice, FAMILIES) if not _is_done(cell, scale, folders)]
+    print(f"{len(left)} cells to do", flush=True)
+    started = time.monotonic()
+    while left and time.monotonic() - started < time_limit_s:
+        cell = left.pop(0)
+        if _is_done(cell, scale, folders):  # by another process
+            continue
+        begun = time.monotonic()
+        metrics = run_cell(cell, scale, folders, device)
+        shown = " ".join(f"{name} {metrics[name]:.1f}" for name in TASKS[cell.task].metrics)
+        print(f"{cell}: {shown} ({time.monotonic() - begun:.0f} s, {len(left)} left)", flush=True)
+    return left
+
+
+def _is_done(cell: Cell, scale: Scale, folders: Folders) -> bool:
+    return read_record(cell.path(folders.results), config_hash(cell.config(scale))) is not None
+
+
+def main() -> None:
+    """Parse and run."""
+    arguments = _parser().parse_args()
+    scale = SCALES[arguments.scale]
+    if arguments.command == "tables":
+        from benchmarks.tavlp.page import write_page
+
+        write_page(folders_of(scale), scale, ROOT / "docs")
+        return
+    choice = Choice(
+        tuple(arguments.family), tuple(arguments.task), tuple(arguments.pruner), tuple(arguments.sparsity), tuple(arguments.seed)
+    )
+    torch.set_num_threads(arguments.threads)
+    left = run(choice, scale, torch.device(arguments.device), arguments.time_limit * 60)
+    if left:
+        print(f"{len(left)} cells are left, the next is {left[0]}")
+        sys.exit(3)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tavlp", description="The task-agnostic pruning benchmark.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", help="fill missing and stale cells; exit code 3 where the time limit leaves some")
+    runs.add_argument("--family", action="append", default=[], choices=sorted(FAMILIES))
+    runs.add_argument("--task", action="append", default=[], choices=sorted(TASKS))
+    runs.add_argument("--pruner", action="append", default=[], choices=sorted(PRUNERS))
+    runs.add_argument("--sparsity", action="append", default=[], type=float)
+    runs.add_argument("--seed", action="append", default=[], type=int)
+    runs.add_argument("--time-limit", type=float, default=float("inf"), metavar="MINUTES", help="begin no cell after that")
+    runs.add_argument("--device", default="cpu", help="where models are fine-tuned; masks are made on the CPU")
+    runs.add_argument("--threads", type=int, default=torch.get_num_threads())
+    tables = commands.add_parser("tables", help="write docs/benchmark_tables.md and its figures from the results")
+    for command in (runs, tables):
+        command.add_argument("--scale", choices=sorted(SCALES), default="small")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Cells: one model of one family, pruned once, fine-tuned on one task and tested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import mfcompile
+import torch
+
+from benchmarks.tavlp.configuration import Scale, cell_config, config_hash
+from benchmarks.tavlp.families import family as family_of
+from benchmarks.tavlp.finetuning import clock, fine_tune
+from benchmarks.tavlp.pruners import PRUNERS, ROWS, SEEDS, SPARSITIES
+from benchmarks.tavlp.pruning import Folders, masks_of, region_sparsity
+from benchmarks.tavlp.records import read_record, write_record
+from benchmarks.tavlp.tasks import TASKS
+
+FIRST_ROWS = ("dense", "random", "omp", "lamp", "multiflow", "without-multimodality", "inversion")
+"""Rows that make a table worth reading, run before the others."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place in the tables; the sparsity of the dense row is 0."""
+
+    family: str
+    task: str
+    pruner: str
+    sparsity: float
+    seed: int
+
+    def path(self, results: Path) -> Path:
+        """The file of its result."""
+        return results / self.family / self.task / f"{self.pruner}-{self.sparsity:g}-{self.seed}.json"
+
+    def config(self, scale: Scale) -> dict[str, Any]:
+        """All that its figures depend on."""
+        return cell_config(family_of(self.family), self.task, PRUNERS[self.pruner], self.sparsity, self.seed, scale)
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.task} {self.pruner} {self.sparsity:g} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which cells are wanted; an empty sequence means all."""
+
+    families: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    pruners: tuple[str, ...] = ()
+    sparsities: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+def cells(choice: Choice, families: Iterable[str]) -> Iterator[Cell]:
+    """The wanted cells, those first that say most: one seed of one task of all families, first rows first."""
+    wanted = choice.pruners or tuple(row.name for row in ROWS)
+    first = [name for name in FIRST_ROWS if name in wanted]
+    rest = [name for name in wanted if name not in FIRST_ROWS]
+    for seed, task in product(choice.seeds or SEEDS, choice.tasks or tuple(TASKS)):
+        for group, family in product((first, rest), choice.families or tuple(families)):
+            if "dense" in group:
+                yield Cell(family, task, "dense", 0.0, seed)
+            for sparsity, pruner in product(choice.sparsities or SPARSITIES, group):
+                if pruner != "dense":
+                    yield Cell(family, task, pruner, sparsity, seed)
+
+
+def run_cell(cell: Cell, scale: Scale, folders: Folders, device: torch.device) -> dict[str, Any]:
+    """The metrics of a cell after fine-tuning, from its file or made now.
+
+    Args:
+        cell: which.
+        scale: its size.
+        folders: where results and masks lie.
+        device: where the model is fine-tuned and tested; masks are made on the CPU.
+    """
+    config, path = cell.config(scale), cell.path(folders.results)
+    record = read_record(path, config_hash(config))
+    if record is None:
+        write_record(path, config, _measured(cell, scale, folders, device))
+        record = read_record(path, config_hash(config))
+        assert record is not None
+    metrics: dict[str, Any] = record["metrics"]
+    return metrics
+
+
+def _measured(cell: Cell, scale: Scale, folders: Folders, device: torch.device) -> dict[str, Any]:
+    family, task, recipe = family_of(cell.family), TASKS[cell.task], scale.recipes[cell.task]
+    row = PRUNERS[cell.pruner]
+    masks = None
+    if row.criterion is not None:
+        masks = masks_of(family, row, cell.sparsity, cell.seed, scale, folders)
+    torch.manual_seed(cell.seed)
+    model = task.model(family)
+    result: dict[str, Any] = {"sparsity": 0.0, "region_sparsity": {}, "dense_matrices": 0}
+    if masks is not None:
+        moved = mfcompile.transfer_masks(masks, model, family.mask_names(cell.task))
+        lost = [name for name in moved.unmatched if not name.startswith(tuple(family.left_behind(cell.task)))]
+        if lost:
+            raise RuntimeError(f"{cell}: masks found no place in the task's model: {moved}")
+        model = mfcompile.mask_module(model, moved.masks)  # type: ignore[assignment]
+        result = {
+            "sparsity": 1 - moved.masks.kept_count / moved.masks.weight_count,
+            "region_sparsity": region_sparsity(moved.masks),
+            "dense_matrices": len(moved.dense),
+        }
+    model = model.to(device).eval()
+    before = None
+    if task.has_zero_shot:
+        with torch.inference_mode():
+            before = task.evaluate(model, family, recipe, device)
+    tuning = fine_tune(model, task, family, recipe, cell.seed, device)
+    if masks is not None:
+        mfcompile.verify_masks(model)
+    started = clock(device)
+    with torch.inference_mode():
+        metrics = task.evaluate(model, family, recipe, device)
+    return {
+        "metrics": metrics,
+        "metrics_before": before,
+        **result,
+        "tuning_s": round(tuning.seconds, 1),
+        "test_s": round(clock(device) - started, 1),
+        "losses": [round(value, 4) for value in tuning.losses],
+        "device": device.type,
+    }
+

@@ -1,0 +1,154 @@
+"""Masks of a family, a pruner, a sparsity and a seed: made once, kept in a file, shared by all tasks."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mfcompile
+from torch import nn
+
+from benchmarks import machine
+from benchmarks.tavlp.configuration import Scale, config_hash, mask_config, mask_seed
+from benchmarks.tavlp.families.contract import Batch, Family
+from benchmarks.tavlp.pruners import PrunerRow
+from benchmarks.tavlp.records import read_record, write_record
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where results and masks lie.
+
+    Attributes:
+        results: JSON records, small, kept in the repository.
+        masks: masks and new values, large, made again where they are missing.
+    """
+
+    results: Path
+    masks: Path
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A family's model, captured, and its calibration data of a seed."""
+
+    captured: mfcompile.CapturedGraph
+    regions: mfcompile.RegionMap
+    batches: list[Batch]
+
+
+@functools.lru_cache(maxsize=1)
+def _captured(family: Family) -> tuple[mfcompile.CapturedGraph, mfcompile.RegionMap]:
+    captured = mfcompile.capture(family.build(), family.example_inputs())
+    return captured, mfcompile.infer_regions(captured)
+
+
+@functools.lru_cache(maxsize=1)
+def _batches(family: Family, seed: int, calibration: tuple[int, int]) -> list[Batch]:
+    return family.calibration_batches(seed, *calibration)
+
+
+@functools.lru_cache(maxsize=1)
+def _statistics(family: Family, seed: int, calibration: tuple[int, int]) -> tuple[mfcompile.CalibrationStatistics, float]:
+    """Statistics, which serve all criteria and sparsities of a seed, and the seconds they took."""
+    captured, regions = _captured(family)
+    batches = _batches(family, seed, calibration)
+    started = time.process_time()
+    return mfcompile.calibrate(captured, batches, regions=regions), time.process_time() - started
+
+
+def masks_of(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: Scale, folders: Folders) -> mfcompile.MaskSet:
+    """The masks, from their file or made anew; what they cost and what is left where is in the record beside the results.
+
+    Args:
+        family: whose pretrained model is pruned.
+        row: a pruner with a criterion.
+        sparsity: fraction removed.
+        seed: of the calibration data, and of random scores.
+        scale: calibration and numbers of steps.
+        folders: of records and masks.
+    """
+    config = mask_config(family, row, sparsity, mask_seed(row, seed), scale)
+    stem = f"{row.name}-{sparsity:g}-{'any' if mask_seed(row, seed) is None else seed}"
+    record_path = folders.results / family.name / "masks" / f"{stem}.json"
+    mask_path = folders.masks / family.name / f"{stem}.safetensors"
+    record = read_record(record_path, config_hash(config))
+    if record is not None and mask_path.exists():
+        masks = mfcompile.MaskSet.load(mask_path)
+        if masks.mask_digest() == record["mask_digest"]:
+            return masks
+    masks, cost = _made(family, row, sparsity, seed, scale)
+    mask_path.parent.mkdir(parents=True, exist_ok=True)
+    masks.save(mask_path)
+    write_record(record_path, config, {"mask_digest": masks.mask_digest(), "cost": cost, **_sparsities(masks)})
+    return masks
+
+
+def _made(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: Scale) -> tuple[mfcompile.MaskSet, dict[str, Any]]:
+    captured, regions = _captured(family)
+    batches = _batches(family, seed, scale.calibration) if row.needs_statistics or row.needs_batches else []
+    statistics, calibrate_s = _statistics(family, seed, scale.calibration) if row.needs_statistics else (None, 0.0)
+    counts = {"losses": 0, "batches": 0}
+    started = time.process_time()
+    with machine.peak_memory() as memory:
+        masks = mfcompile.select_masks(
+            captured,
+            regions,
+            statistics,
+            sparsity=sparsity,
+            criterion=row.criterion or "",
+            criterion_options=row.criterion_options(scale.pruning),
+            allocation=row.allocation,
+            update=row.update,
+            seed=seed,
+            batches=_counted(batches, counts) if row.needs_batches else None,
+            loss_fn=_loss(family, counts) if row.needs_batches and row.update is None else None,
+        )
+    return masks, {
+        "select_s": round(time.process_time() - started, 2),
+        "calibrate_s": round(calibrate_s, 2),
+        "forward_batches": (len(batches) if row.needs_statistics else 0) + counts["batches"],
+        "backward_batches": counts["losses"],
+        "memory_rise_mib": round(memory["rise_mib"], 1),
+    }
+
+
+def _counted(batches: list[Batch], counts: dict[str, int]) -> Callable[[], Iterator[Batch]]:
+    def read() -> Iterator[Batch]:
+        for batch in batches:
+            counts["batches"] += 1
+            yield batch
+
+    return read
+
+
+def _loss(family: Family, counts: dict[str, int]) -> Callable[[nn.Module, Batch], Any]:
+    def loss(model: nn.Module, batch: Batch) -> Any:
+        counts["losses"] += 1
+        return family.loss(model, batch)
+
+    return loss
+
+
+def _sparsities(masks: mfcompile.MaskSet) -> dict[str, Any]:
+    """Fraction removed: of all, by region, and by layer in the order of the model."""
+    return {
+        "sparsity": 1 - masks.kept_count / masks.weight_count,
+        "region_sparsity": region_sparsity(masks),
+        "layer_sparsity": {name: round(1 - mask.kept_count / mask.weight_count, 5) for name, mask in masks.packed.items()},
+        "layer_region": dict(masks.regions),
+        "weights": masks.weight_count,
+    }
+
+
+def region_sparsity(masks: mfcompile.MaskSet) -> dict[str, float]:
+    """Fraction removed in every region."""
+    found: dict[str, float] = {}
+    for region in dict.fromkeys(masks.regions.values()):
+        members = [mask for name, mask in masks.packed.items() if masks.regions[name] == region]
+        found[region] = 1 - sum(mask.kept_count for mask in members) / sum(mask.weight_count for mask in members)
+    return found

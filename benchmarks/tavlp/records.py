@@ -1,0 +1,43 @@
+"""Records: JSON files, each of one result, complete or absent, that know what they depend on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mfcompile.files import write_atomically
+
+from benchmarks.tavlp.configuration import config_hash
+
+
+def read_record(path: Path, expected_hash: str) -> dict[str, Any] | None:
+    """The record of a file; None where there is none, or it is of another configuration."""
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record if record.get("config_hash") == expected_hash else None
+
+
+def write_record(path: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Write a result with its configuration, versions and command, complete or not at all."""
+    document = {
+        "config_hash": config_hash(config),
+        "config": dict(config),
+        **result,
+        "versions": {
+            "mfcompile": version("mfcompile"),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "command": shlex.join(["python", "-m", "benchmarks.tavlp", *sys.argv[1:]]),
+    }
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
