@@ -68,7 +68,11 @@ def main() -> None:
         write_page(folders_of(scale), scale, ROOT / "docs")
         return
     choice = Choice(
-        tuple(arguments.family), tuple(arguments.task), tuple(arguments.pruner), tuple(arguments.sparsity), tuple(arguments.seed)
+        tuple(arguments.family),
+        tuple(arguments.task),
+        tuple(arguments.pruner),
+        tuple(arguments.sparsity),
+        tuple(arguments.seed),
     )
     torch.set_num_threads(arguments.threads)
     left = run(choice, scale, torch.device(arguments.device), arguments.time_limit * 60)

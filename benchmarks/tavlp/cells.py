@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import mfcompile
 import torch
 
+import mfcompile
 from benchmarks.tavlp.configuration import Scale, cell_config, config_hash
 from benchmarks.tavlp.families import family as family_of
 from benchmarks.tavlp.finetuning import clock, fine_tune
@@ -129,4 +129,3 @@ def _measured(cell: Cell, scale: Scale, folders: Folders, device: torch.device) 
         "losses": [round(value, 4) for value in tuning.losses],
         "device": device.type,
     }
-

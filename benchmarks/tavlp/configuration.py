@@ -69,7 +69,9 @@ def mask_config(family: Family, row: PrunerRow, sparsity: float, seed: int | Non
     """
     count, size = scale.calibration
     if count * size > LARGEST_CALIBRATION_SHARE * family.pretraining_pairs:
-        raise ValueError(f"calibration on {count * size} pairs is more than 5 % of the {family.pretraining_pairs} of pretraining")
+        raise ValueError(
+            f"calibration on {count * size} pairs is more than 5 % of the {family.pretraining_pairs} of pretraining"
+        )
     return {
         "family": family.name,
         "checkpoint": checkpoint_hash(family.checkpoint),
@@ -83,9 +85,7 @@ def mask_config(family: Family, row: PrunerRow, sparsity: float, seed: int | Non
     }
 
 
-def cell_config(
-    family: Family, task: str, row: PrunerRow, sparsity: float, seed: int, scale: Scale
-) -> dict[str, Any]:
+def cell_config(family: Family, task: str, row: PrunerRow, sparsity: float, seed: int, scale: Scale) -> dict[str, Any]:
     """All that the figures of a cell depend on."""
     return {
         "masks": mask_config(family, row, sparsity, mask_seed(row, seed), scale) if row.criterion else None,

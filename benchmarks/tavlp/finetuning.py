@@ -69,7 +69,8 @@ def rate_factor(step: int, steps: int) -> float:
 
 def moved(batch: Any, device: torch.device) -> Any:
     """A batch, a dataclass of tensors, on a device."""
-    assert is_dataclass(batch) and not isinstance(batch, type)
+    assert is_dataclass(batch)
+    assert not isinstance(batch, type)
     return replace(batch, **{item.name: getattr(batch, item.name).to(device) for item in fields(batch)})
 
 

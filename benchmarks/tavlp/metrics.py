@@ -52,7 +52,5 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     from pycocoevalcap.cider.cider import Cider
 
     keys = range(len(candidates))
-    score, _ = Cider().compute_score(
-        {key: list(references[key]) for key in keys}, {key: [candidates[key]] for key in keys}
-    )
+    score, _ = Cider().compute_score({key: list(references[key]) for key in keys}, {key: [candidates[key]] for key in keys})
     return 100 * float(score)

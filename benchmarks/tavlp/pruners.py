@@ -45,7 +45,11 @@ ROWS = (
     PrunerRow("random", "RANDOM", "random"),
     PrunerRow("snip", "SNIP", "snip", needs_batches=True),
     PrunerRow(
-        "itersnip", "ITERSNIP", "itersnip", needs_batches=True, options={"steps": "itersnip_steps", "batches_per_step": "itersnip_batches"}
+        "itersnip",
+        "ITERSNIP",
+        "itersnip",
+        needs_batches=True,
+        options={"steps": "itersnip_steps", "batches_per_step": "itersnip_batches"},
     ),
     PrunerRow("omp", "OMP", "magnitude", is_seeded=False),
     PrunerRow("lamp", "LAMP", "lamp", is_seeded=False),
@@ -57,7 +61,12 @@ ROWS = (
     PrunerRow("without-distribution", "w/o distribution", "multiflow", "score-global", needs_statistics=True),
     PrunerRow("without-multimodality", "w/o multimodality", "multiflow", "magnitude-global", needs_statistics=True),
     PrunerRow(
-        "multiflow+sparsegpt", "MULTIFLOW + SparseGPT", "multiflow", update="sparsegpt", needs_statistics=True, needs_batches=True
+        "multiflow+sparsegpt",
+        "MULTIFLOW + SparseGPT",
+        "multiflow",
+        update="sparsegpt",
+        needs_statistics=True,
+        needs_batches=True,
     ),
 )
 PRUNERS = {row.name: row for row in ROWS}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mfcompile
 from torch import nn
 
+import mfcompile
 from benchmarks import machine
 from benchmarks.tavlp.configuration import Scale, config_hash, mask_config, mask_seed
 from benchmarks.tavlp.families.contract import Batch, Family

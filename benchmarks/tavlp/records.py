@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from mfcompile.files import write_atomically
 
 from benchmarks.tavlp.configuration import config_hash
+from mfcompile.files import write_atomically
 
 
 def read_record(path: Path, expected_hash: str) -> dict[str, Any] | None:

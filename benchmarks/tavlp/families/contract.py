@@ -109,6 +109,8 @@ class Family(Protocol):
     @property
     def pretraining_pairs(self) -> int: ...
 
+    def __hash__(self) -> int: ...
+
     def tokenizer(self) -> Tokenizer:
         """Of pretraining. Tasks may add words behind its last one."""
 

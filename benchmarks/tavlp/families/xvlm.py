@@ -93,7 +93,9 @@ class XvlmAnswerer(AnsweringModel):
         self.question_encoder = pretrained.text_encoder
         self.question_encoder.token_embed = grown_embedding(pretrained.text_encoder.token_embed, new_words)
         self.fusion = pretrained.fusion_encoder
-        self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, answers))
+        self.head = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, answers)
+        )
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         states: Tensor = self.image_encoder(pixel_values)

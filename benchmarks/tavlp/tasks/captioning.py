@@ -50,9 +50,7 @@ class Captioning:
             yield Captioned(torch.from_numpy(data.pixel_values[rows]), torch.from_numpy(ids), torch.from_numpy(mask))
 
     def loss(self, model: CaptioningModel, batch: Captioned, generator: torch.Generator) -> Tensor:
-        logits = model.next_words(
-            model.encode_image(batch.pixel_values), batch.input_ids[:, :-1], batch.attention_mask[:, :-1]
-        )
+        logits = model.next_words(model.encode_image(batch.pixel_values), batch.input_ids[:, :-1], batch.attention_mask[:, :-1])
         targets = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, IGNORED)
         return F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, label_smoothing=LABEL_SMOOTHING

@@ -70,7 +70,9 @@ class Retrieval:
         ids, mask = (torch.from_numpy(part).to(device) for part in family.tokenizer().encode_batch(data.captions))
         pixels = torch.from_numpy(data.pixel_values)
         images = torch.cat([model.encode_image(part.to(device)) for part in pixels.split(TEST_BATCH)])
-        texts = torch.cat([model.encode_text(*part) for part in zip(ids.split(TEST_BATCH), mask.split(TEST_BATCH), strict=True)])
+        texts = torch.cat(
+            [model.encode_text(*part) for part in zip(ids.split(TEST_BATCH), mask.split(TEST_BATCH), strict=True)]
+        )
         near = (model.scale() * model.embed_image(images).float() @ model.embed_text(texts).float().T).cpu()
         count = min(CANDIDATES, len(data))
         wanted = torch.zeros_like(near, dtype=torch.bool)
@@ -111,9 +113,7 @@ def _matching(
     other_images = torch.multinomial(wrong.T.softmax(1), 1, generator=generator)[:, 0]
     image_rows = torch.cat([own, own, other_images]).to(logits.device)
     text_rows = torch.cat([own, other_texts, own]).to(logits.device)
-    pairs = model.match(
-        images[image_rows], texts[text_rows], batch.input_ids[text_rows], batch.attention_mask[text_rows]
-    )
+    pairs = model.match(images[image_rows], texts[text_rows], batch.input_ids[text_rows], batch.attention_mask[text_rows])
     return F.cross_entropy(pairs.float(), (image_rows == text_rows).long())
 
 

@@ -103,7 +103,9 @@ class Answering:
         rows_of = [np.flatnonzero(data.images == image) for image in range(len(data.pixel_values))]
         rng = np.random.default_rng(seed)
         for images in epochs(len(rows_of), recipe.batch_size, seed):
-            asked = [rng.choice(rows_of[image], min(QUESTIONS_AN_IMAGE, len(rows_of[image])), replace=False) for image in images]
+            asked = [
+                rng.choice(rows_of[image], min(QUESTIONS_AN_IMAGE, len(rows_of[image])), replace=False) for image in images
+            ]
             image_rows = np.repeat(np.arange(len(images)), [len(rows) for rows in asked])
             rows = np.concatenate(asked)
             ids, mask = tokenizer.encode_batch([data.texts[row] for row in rows])
