@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +15,13 @@ from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters.conversion import RefusedProgramError, convert_program
 from mfcompile.exporters.messages import first_line
-from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, write_files
+from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, publish_files
 from mfcompile.exporters.onnx_names import Interface, describe_interface, name_interface
 from mfcompile.exporters.packing import VALUES, EncodingPlan
 from mfcompile.exporters.program import tensor_aliases, tensor_input_nodes
-from mfcompile.exporters.sparse_rewriting import WEIGHTS_KEY, StoredWeight, describe_weights
 from mfcompile.exporters.split_build import ModelPart, complete_request, dimension_sizes, split_model
 from mfcompile.exporters.split_files import check_directory, write_split
-from mfcompile.exporters.staging import staging_folder
+from mfcompile.exporters.stored_weights import WEIGHTS_KEY, StoredWeight, describe_weights
 from mfcompile.exporters.weight_placement import MaskedWeight, PlacementOptions, place_weights
 from mfcompile.graph import CapturedGraph, ExportedModel
 from mfcompile.masks import MaskSet
@@ -276,20 +274,13 @@ def _is_external(model: ir.Model, external_data: bool | None) -> bool:
 
 def _write(layout: FileLayout, path: Path, *, has_data_file: bool, accept: Callable[[Path], None] | None) -> tuple[Path, ...]:
     """Write and check under a temporary folder beside the path, then rename."""
-    data_path = path.with_name(f"{path.name}.data")
-    with staging_folder(path) as staging:
-        staged = staging / path.name
-        staged_data = staging / data_path.name
-        write_files(layout, staged, staged_data if has_data_file else None)
+
+    def check(staged: Path) -> None:
         _check_file(staged)
         if accept is not None:
             accept(staged)
-        if has_data_file:
-            os.replace(staged_data, data_path)
-        os.replace(staged, path)
-        if not has_data_file:
-            data_path.unlink(missing_ok=True)  # belonged to the file that was just replaced
-    return (path, data_path) if has_data_file else (path,)
+
+    return publish_files(layout, path, has_data_file=has_data_file, check=check)
 
 
 def _check_file(path: Path) -> None:

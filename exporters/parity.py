@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
@@ -15,7 +16,7 @@ from mfcompile.artifact import ExportedArtifact, OutputParity, ParityReport
 from mfcompile.control_flow import eager_code
 from mfcompile.errors import InputError, ParityError
 from mfcompile.exporters.messages import first_line
-from mfcompile.exporters.session import make_feeds, open_session, run_session
+from mfcompile.exporters.session import make_feeds, open_session, reads_sparsely, run_session
 from mfcompile.inputs import ExampleInputs, output_tensors, slice_batch
 
 __all__ = [
@@ -78,6 +79,47 @@ class _Comparison:
         return OutputParity(self.name, self.max_abs_diff, self.max_abs, self.within)
 
 
+@dataclass
+class _Runtime:
+    """A session and how well it does so far.
+
+    Attributes:
+        addition: what onnxruntime runs with, in words; "" for stock onnxruntime.
+        session: of the file.
+        comparisons: output name -> its comparison.
+    """
+
+    addition: str
+    session: Any
+    comparisons: dict[str, _Comparison] = field(default_factory=dict)
+
+    def compare(self, number: int, case: ExampleInputs, expected: dict[str, Tensor], tolerance: tuple[float, float]) -> None:
+        """Run one case and compare every output."""
+        for name in expected:
+            self.comparisons.setdefault(name, _Comparison(name))
+        feeds, _ = make_feeds(self.session, case)
+        try:
+            actual = run_session(self.session, feeds)
+        except Exception as error:
+            for name in expected:
+                self.comparisons[name].fail(
+                    f"onnxruntime{self.addition} fails on case {number} ({describe(case)}): {first_line(error)}"
+                )
+            return
+        _compare_case(expected, actual, self.comparisons, *tolerance)
+
+    def notes(self) -> tuple[str, ...]:
+        """Why outputs are outside, where there is more to say than a number."""
+        return tuple(f"output {item.name}: {item.reason}" for item in self.comparisons.values() if item.reason)
+
+    def report(self, shared: ParityReport) -> ParityReport:
+        """Its report; what all runtimes have in common is taken from another."""
+        outputs = tuple(item.result() for item in self.comparisons.values())
+        return replace(
+            shared, outputs=outputs, runtime=f"onnxruntime {onnxruntime.__version__}{self.addition}", notes=self.notes()
+        )
+
+
 def verify(
     artifact: ExportedArtifact | Path | str,
     module: nn.Module,
@@ -85,8 +127,10 @@ def verify(
     *,
     rtol: float,
     atol: float,
+    library: str | None = None,
+    missing: str | None = None,
 ) -> ParityReport:
-    """Compare every output of the file with the module's, on every case.
+    """Compare every output of the file with the module's, on every case, in stock onnxruntime and with the sparse kernels.
 
     An output agrees where |onnxruntime - PyTorch| <= atol + rtol |PyTorch| for every element, NaN and infinities are
     at the same places, and shape and dtype are equal. For an output whose values are all small, atol is scaled by the
@@ -100,6 +144,9 @@ def verify(
         cases: inputs to compare on; usually of two batch sizes. See make_cases.
         rtol: relative tolerance, see default_tolerance.
         atol: absolute tolerance.
+        library: path of the library of ``mfcompile.runtime``, which a file with sparse layers is run with as well; None
+            leaves that out.
+        missing: why there is no library, for a note.
 
     Returns:
         A report, whether or not the outputs agree; an output that is missing or cannot be computed is a failure with
@@ -111,36 +158,34 @@ def verify(
     if not cases:
         raise InputError("no inputs to compare the artefact on; pass at least one case")
     path = artifact.path if isinstance(artifact, ExportedArtifact) else Path(artifact)
-    session = open_session(path)
-    comparisons: dict[str, _Comparison] = {}
+    stock = _Runtime("", open_session(path))
+    is_sparse = reads_sparsely(stock.session)
+    runtimes = [stock]
+    if is_sparse and library is not None:
+        runtimes.append(_Runtime(" with mfcompile.runtime", open_session(path, library=library)))
     notes: dict[str, None] = {}
-    for number, case in enumerate(cases):
-        feeds, absent = make_feeds(session, case)
+    for number, case in enumerate(cases, start=1):
+        _, absent = make_feeds(stock.session, case)
         notes.update(dict.fromkeys(f"input {name} is not in the ONNX graph" for name in absent))
         with _inference(module):
             expected = output_tensors(case.call(module))
         expected = {name: tensor.detach().cpu() for name, tensor in expected.items()}
-        for name in expected:
-            comparisons.setdefault(name, _Comparison(name))
-        try:
-            actual = run_session(session, feeds)
-        except Exception as error:
-            for name in expected:
-                comparisons[name].fail(f"onnxruntime fails on case {number + 1} ({describe(case)}): {first_line(error)}")
-            continue
-        _compare_case(expected, actual, comparisons, rtol, atol)
-    notes.update(dict.fromkeys(f"output {item.name}: {item.reason}" for item in comparisons.values() if item.reason))
+        for runtime in runtimes:
+            runtime.compare(number, case, expected, (rtol, atol))
+    if is_sparse and library is None and missing:
+        notes[f"not compared with mfcompile.runtime, which is not available: {missing}"] = None
     sizes = (case.batch_size() for case in cases)
-    return ParityReport(
-        outputs=tuple(item.result() for item in comparisons.values()),
+    shared = ParityReport(
+        outputs=(),
         rtol=rtol,
         atol=atol,
         batch_sizes=tuple(dict.fromkeys(size for size in sizes if size is not None)),
         cases=tuple(describe(case) for case in cases),
-        runtime=f"onnxruntime {onnxruntime.__version__}",
-        notes=tuple(notes),
+        runtime="",
         reference=getattr(module, "parity_reference", "PyTorch"),
     )
+    reports = [runtime.report(shared) for runtime in runtimes]
+    return replace(reports[0], notes=(*notes, *reports[0].notes), sparse=reports[1] if len(reports) > 1 else None)
 
 
 def raise_on_failure(report: ParityReport) -> None:
@@ -151,11 +196,12 @@ def raise_on_failure(report: ParityReport) -> None:
     """
     if report.passed:
         return
-    wrong = [output for output in report.outputs if not output.within]
+    failed = next((item for item in report.reports if any(not output.within for output in item.outputs)), report)
+    wrong = [output for output in failed.outputs if not output.within]
     lines = [f"  {output.name}: off by {output.max_abs_diff:.3g} (largest value {output.max_abs:.3g})" for output in wrong]
-    lines += [f"  {note}" for note in report.notes]
+    lines += [f"  {note}" for note in failed.notes]
     raise ParityError(
-        f"{report.runtime} and the masked module disagree in {len(wrong)} of {len(report.outputs)} outputs beyond "
+        f"{failed.runtime} and the masked module disagree in {len(wrong)} of {len(failed.outputs)} outputs beyond "
         f"rtol={report.rtol:g}, atol={report.atol:g}:\n" + "\n".join(lines) + "\n"
         "Do not use the file. If the differences are rounding, pass a wider tolerance; otherwise export again"
     )

@@ -10,19 +10,15 @@ A layer is told by structure: a product of any X with the weight as its right fa
 addition of a bias vector that follows. A weight that is read in any other way too (an embedding that is the output head as
 well), or inside the body of control flow, keeps the nodes that decode it.
 
-**Where parameters are in a file.** The entry ``mfcompile.weights`` of the metadata names every packed parameter (see
-``StoredWeight``), so that a reader needs no knowledge of the graph. One that decode nodes give is a value named by its FQN;
-one that SparseLinear nodes read is no value at all, only the initializers ``<fqn>.gaps`` and ``<fqn>.values`` (in a file that
-has these names already, ``mfcompile.<fqn>.gaps``). Kernels want W as (N, K): a parameter that the graph multiplies as X W is
-stored transposed, which the entry says. Parameters are never joined into one: q, k and v over one X stay three nodes,
-because one node and a Split is no faster, with the runtime or without it (``python -m benchmarks.sparse_export``).
+Where a file has its parameters is told in ``stored_weights``. They are never joined into one: q, k and v over one X stay
+three nodes, because one node and a Split is no faster, with the runtime or without it
+(``python -m benchmarks.sparse_export``).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -30,28 +26,6 @@ from mfcompile.exporters.sparse_linear import DOMAIN, INT32_PLACES, VERSION, ope
 
 LEAST_OPSET, LEAST_IR = 13, 8
 """The oldest files that can hold the functions."""
-
-WEIGHTS_KEY = "mfcompile.weights"
-"""Metadata: JSON of FQN -> the fields of its StoredWeight."""
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """How a file stores one packed parameter.
-
-    Attributes:
-        encoding: "gap8", "gap4", ...
-        shape: shape of the parameter.
-        tensors: names of the initializers that hold it, in the order gaps, values.
-        is_transposed: they hold the transpose of the parameter.
-        is_sparse: SparseLinear nodes read it; otherwise nodes decode it.
-    """
-
-    encoding: str
-    shape: tuple[int, ...]
-    tensors: tuple[str, ...]
-    is_transposed: bool = False
-    is_sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,24 +169,6 @@ def use_sparse_linear(
     for swap in layer.transposes:
         model.graph.remove(swap, safe=True)
     return tuple(made)
-
-
-def describe_weights(weights: Mapping[str, StoredWeight]) -> str:
-    """What ``mfcompile.weights`` says of a file's packed parameters."""
-    return json.dumps({fqn: asdict(weight) for fqn, weight in weights.items()}, separators=(",", ":"))
-
-
-def read_weights(metadata: Mapping[str, str]) -> dict[str, StoredWeight]:
-    """FQN -> how it is stored, of every packed parameter; {} of a file that says nothing.
-
-    Args:
-        metadata: of the model.
-    """
-    found = json.loads(metadata.get(WEIGHTS_KEY, "{}"))
-    return {
-        fqn: StoredWeight(**{**item, "shape": tuple(item["shape"]), "tensors": tuple(item["tensors"])})
-        for fqn, item in found.items()
-    }
 
 
 def _dense_shape(layer: LinearWeight) -> tuple[int, int]:

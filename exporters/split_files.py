@@ -23,6 +23,7 @@ from mfcompile.exporters.split_manifest import (
     TensorSpec,
     sha256_of,
 )
+from mfcompile.exporters.stored_weights import WEIGHTS_KEY
 from mfcompile.files import staged_directory
 
 WritePart = Callable[[ModelPart, Path], ExportedArtifact]
@@ -74,7 +75,11 @@ def write_split(
             tuple(_describe(part, item, modalities) for part, item in zip(divided.parts, staged, strict=True)),
             divided.input_names,
             divided.output_names,
-            {key.removeprefix("mfcompile."): value for key, value in divided.parts[-1].model.metadata_props.items()},
+            {
+                key.removeprefix("mfcompile."): value
+                for key, value in divided.parts[-1].model.metadata_props.items()
+                if key != WEIGHTS_KEY  # of one part only; every file says its own
+            },
             divided.notes,
         )
         path = manifest.save(staging)

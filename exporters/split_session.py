@@ -115,13 +115,15 @@ class SplitSession:
                 )
 
 
-def load_parts(path: Path | str, *, check: bool = True, threads: int | None = None) -> SplitSession:
+def load_parts(path: Path | str, *, check: bool = True, threads: int | None = None, library: str | None = None) -> SplitSession:
     """Load a model that was exported with ``split="regions"``, to be run in onnxruntime on the CPU.
 
     Args:
         path: the directory, or its model.split.json.
         check: hold every file to the hash in the manifest first.
         threads: threads inside one operator; None leaves the choice to onnxruntime.
+        library: path of a library of custom operators to register (``mfcompile.runtime.library_path()``), None for stock
+            onnxruntime.
 
     Returns:
         A session with the methods of ``onnxruntime.InferenceSession`` that the parts need.
@@ -130,11 +132,24 @@ def load_parts(path: Path | str, *, check: bool = True, threads: int | None = No
         InputError: there is no manifest, a file is missing or is not the one that the manifest describes, or
             onnxruntime cannot load it.
     """
+    return open_parts(path, lambda file: open_session(file, threads, library), check=check)
+
+
+def open_parts(
+    path: Path | str, open_file: Callable[[Path], onnxruntime.InferenceSession], *, check: bool = True
+) -> SplitSession:
+    """Load a split model from sessions of its files; see ``load_parts``.
+
+    Args:
+        path: the directory, or its model.split.json.
+        open_file: gives the session of one .onnx file.
+        check: hold every file to the hash in the manifest first.
+    """
     found = manifest_path(path)
     manifest = SplitManifest.load(found)
     if check:
         check_files(manifest, found.parent)
-    sessions = {part.name: open_session(found.parent / part.files[0].file, threads) for part in manifest.parts}
+    sessions = {part.name: open_file(found.parent / part.files[0].file) for part in manifest.parts}
     for part in manifest.parts:
         _check_interface(part, sessions[part.name], found)
     return SplitSession(manifest, sessions)

@@ -17,11 +17,11 @@ from mfcompile.exporters.sparse_crossover import least_sparsity
 from mfcompile.exporters.sparse_linear import OP_TYPES
 from mfcompile.exporters.sparse_rewriting import (
     LinearWeight,
-    StoredWeight,
     find_linear,
     holds_functions,
     use_sparse_linear,
 )
+from mfcompile.exporters.stored_weights import StoredWeight
 from mfcompile.masks import MaskSet
 
 INLINE = "plain nodes were asked for"

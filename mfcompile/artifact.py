@@ -107,6 +107,8 @@ class ParityReport:
         runtime: name and version of the runtime.
         notes: what could not be compared, and why.
         reference: what the file was compared with, in words.
+        sparse: the same with the library of ``mfcompile.runtime`` registered; None where no layer would run on it, or it is
+            not available (a note says so).
     """
 
     outputs: tuple[OutputParity, ...]
@@ -117,13 +119,19 @@ class ParityReport:
     runtime: str
     notes: tuple[str, ...] = field(default=())
     reference: str = "PyTorch"
+    sparse: ParityReport | None = None
 
     @property
     def passed(self) -> bool:
-        """Every output is within the tolerance."""
-        return bool(self.outputs) and all(output.within for output in self.outputs)
+        """Every output is within the tolerance, with the library as well where that was compared."""
+        return bool(self.outputs) and all(output.within for report in self.reports for output in report.outputs)
 
     @property
     def max_abs_diff(self) -> float:
-        """Largest difference over all outputs."""
-        return max((output.max_abs_diff for output in self.outputs), default=float("nan"))
+        """Largest difference over all outputs, with the library or without."""
+        return max((output.max_abs_diff for report in self.reports for output in report.outputs), default=float("nan"))
+
+    @property
+    def reports(self) -> tuple[ParityReport, ...]:
+        """This report, and the one with the library where there is one."""
+        return (self,) if self.sparse is None else (self, self.sparse)

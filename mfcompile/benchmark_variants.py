@@ -12,9 +12,9 @@ import torch
 
 from mfcompile import runtime
 from mfcompile.benchmark_timing import SessionFile, first_line
-from mfcompile.compile import export_onnx
 from mfcompile.errors import InputError, MfcompileError
 from mfcompile.exporters.sparse_linear import DOMAIN
+from mfcompile.exporting import export_onnx
 from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet, PackedMask
 from mfcompile.onnx_wire import read_file
@@ -135,7 +135,7 @@ class FileForms:
         if self._dense is None:
             from mfcompile.loading import unpack
 
-            self._dense = unpack(self._path, self._folder / "unpacked.onnx")
+            self._dense = unpack(self._path, self._folder / "unpacked.onnx")[0]
         return self._dense
 
     def _pruned(self) -> CapturedGraph:

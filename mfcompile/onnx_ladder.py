@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mfcompile import runtime
 from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import CaptureError, ExportError, InputError, ParityError
 from mfcompile.frontends.capture import capture
@@ -117,6 +118,12 @@ def float32_inputs(inputs: ExampleInputs) -> ExampleInputs:
     return inputs.map_tensors(lambda _, tensor: tensor.float() if tensor.dtype in HALF else tensor)
 
 
+def find_library() -> tuple[str | None, str | None]:
+    """Path of the library of ``mfcompile.runtime``, or None and why there is none; it is built on first use."""
+    missing = runtime.why_unavailable()
+    return (runtime.library_path() if missing is None else None), missing
+
+
 def _has_dtype(module: nn.Module, dtype: torch.dtype) -> bool:
     return any(parameter.dtype == dtype for parameter in module.parameters())
 
@@ -165,7 +172,7 @@ def _disagreement(file: Path, module: nn.Module, example: ExampleInputs, values:
     rtol, atol = parity.default_tolerance(values)
     try:
         cases = parity.runnable_cases(file, module, example, seed=_SEED, least=LEAST_CASES)
-        report = parity.verify(file, module, cases, rtol=rtol, atol=atol)
+        report = parity.verify(file, module, cases, rtol=rtol, atol=atol, library=find_library()[0])
         parity.raise_on_failure(report)
     except InputError as error:  # onnxruntime does not load it, or it needs another input
         return str(error)

@@ -284,6 +284,8 @@ def with_export(report: Report, artifact: ExportedArtifact) -> Report:
             "pruned_stored_bytes": sum(item.stored_bytes for item in artifact.encodings),
             "pruned_dense_bytes": sum(item.dense_bytes for item in artifact.encodings),
             "encodings": encodings,
+            "sparse_layers": [item.fqn for item in artifact.encodings if item.is_sparse],
+            "dense_layers": {item.fqn: item.why_dense for item in artifact.encodings if item.why_dense},
             "input_names": list(artifact.input_names),
             "output_names": list(artifact.output_names),
             "dynamic_axes": {
@@ -340,6 +342,7 @@ def parity_rows(parity: ParityReport) -> dict[str, Any]:
             }
             for output in parity.outputs
         ],
+        "sparse": None if parity.sparse is None else parity_rows(parity.sparse),
     }
 
 

@@ -29,12 +29,13 @@ TORCH_DTYPES = {
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
-def open_session(path: Path | str, threads: int | None = None) -> onnxruntime.InferenceSession:
+def open_session(path: Path | str, threads: int | None = None, library: str | None = None) -> onnxruntime.InferenceSession:
     """An onnxruntime session on the CPU.
 
     Args:
         path: an .onnx file.
         threads: threads inside one operator; None leaves the choice to onnxruntime.
+        library: path of a library of custom operators to register, None for stock onnxruntime.
 
     Raises:
         InputError: there is no such file, or onnxruntime cannot load it.
@@ -43,7 +44,7 @@ def open_session(path: Path | str, threads: int | None = None) -> onnxruntime.In
     if not path.is_file():
         raise InputError(f"no ONNX file at {path}")
     try:
-        return onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), session_options(threads, library), providers=["CPUExecutionProvider"])
     except Exception as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(
@@ -52,12 +53,14 @@ def open_session(path: Path | str, threads: int | None = None) -> onnxruntime.In
         ) from error
 
 
-def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Options of every session: quiet; ``threads`` of None leaves their number to onnxruntime."""
+def session_options(threads: int | None = None, library: str | None = None) -> onnxruntime.SessionOptions:
+    """Options of every session: quiet; ``threads`` of None leaves their number to onnxruntime; see ``open_session``."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # warnings about initializers that were folded away are no news
     if threads is not None:
         options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(library)
     return options
 
 

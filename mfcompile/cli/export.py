@@ -96,9 +96,9 @@ def _write_parts(
     """
     import tempfile
 
-    from mfcompile.compile import export_onnx, verify
     from mfcompile.exporters.parity import raise_on_failure
     from mfcompile.exporters.split_files import check_directory, publish_parts
+    from mfcompile.exporting import export_onnx, verify
     from mfcompile.steps import infer_regions
 
     check_directory(target)
@@ -126,8 +126,8 @@ def _write(
     import os
     import tempfile
 
-    from mfcompile.compile import export_onnx, verify
     from mfcompile.exporters.parity import raise_on_failure
+    from mfcompile.exporting import export_onnx, verify
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:

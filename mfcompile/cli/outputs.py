@@ -138,8 +138,8 @@ def _export(
     progress: StageProgress,
 ) -> dict[str, Any]:
     """Write model.onnx, or the parts of a split model; hold it to the module, time it, and score it."""
-    from mfcompile.compile import export_onnx, verify
     from mfcompile.exporters.parity import raise_on_failure
+    from mfcompile.exporting import export_onnx, verify
     from mfcompile.frontends.capture import with_export
     from mfcompile.onnx_entry import is_onnx
     from mfcompile.report import with_capture, with_latency, with_parity

@@ -62,14 +62,14 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     with terminal.progress() as progress:
         model = capture_masked(load(args.source, progress), masks, progress)
         with progress.stage("verify"):
-            from mfcompile.compile import verify
+            from mfcompile.exporting import verify
 
             parity = verify(args.onnx, model, values=values)
     terminal.out.print(tables.parity_table(parity_rows(parity)))
     for note in parity.notes:
         terminal.say(f"note: {note}")
     if not parity.passed:
-        wrong = [output.name for output in parity.outputs if not output.within]
+        wrong = dict.fromkeys(item.name for report in parity.reports for item in report.outputs if not item.within)
         beside = (args.onnx if args.onnx.is_dir() else args.onnx.parent) / "masks.safetensors"
         hint = f" If the file is pruned, pass its masks: --masks {beside}" if args.masks is None else ""
         raise ParityError(
