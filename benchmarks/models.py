@@ -31,7 +31,11 @@ BASE = ModelConfig(
 def base_model(seed: int = 0) -> nn.Module:
     """The base-sized model with heavy-tailed weights of a scale of its own per tensor, in eval mode."""
     torch.manual_seed(seed)
-    model = EmojiXvlm(BASE)
+    return heavy_tailed(EmojiXvlm(BASE))
+
+
+def heavy_tailed(model: nn.Module) -> nn.Module:
+    """The model in eval mode, every matrix drawn anew: products of two normal draws, times a scale of its own per tensor."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -1,7 +1,8 @@
 """One session in a process of its own: what it takes to create, to run for the first time, and to hold.
 
-``python -m mfcompile.benchmark_child FILE INPUTS.npz THREADS [LIBRARY]`` prints its figures as one line of JSON. It imports
-nothing but numpy and onnxruntime, so that the memory measured is that of the session.
+``python -m mfcompile.benchmark_child FILE INPUTS.npz THREADS TRIVIAL.onnx [LIBRARY]`` prints its figures as one line of JSON.
+It imports nothing but numpy and onnxruntime, and what onnxruntime itself needs is there before, with the session of a trivial
+graph: the memory measured is that of the session.
 """
 
 from __future__ import annotations
@@ -36,18 +37,20 @@ def _above(start: int | None, now: int | None) -> int | None:
     return None if start is None or now is None else max(0, now - start)
 
 
-def measure(path: str, inputs: str, threads: int, library: str | None) -> dict[str, Any]:
+def measure(path: str, inputs: str, threads: int, trivial: str, library: str | None) -> dict[str, Any]:
     """Create a session and run it twice.
 
     Args:
         path: the .onnx file.
         inputs: an .npz file, one array per input of the graph.
         threads: threads inside one operator.
+        trivial: an .onnx file of one small node.
         library: a library of custom operators to register, or None.
 
     Returns:
         Seconds of creation, first and second run; bytes above the start: resident after creation and after the runs, peak.
     """
+    first = onnxruntime.InferenceSession(trivial, providers=["CPUExecutionProvider"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
@@ -66,6 +69,7 @@ def measure(path: str, inputs: str, threads: int, library: str | None) -> dict[s
     for _ in range(2):
         session.run(None, feeds)
         moments.append(time.perf_counter())
+    del first
     return {
         "creation_seconds": moments[1] - moments[0],
         "first_run_seconds": moments[3] - moments[2],
@@ -78,9 +82,9 @@ def measure(path: str, inputs: str, threads: int, library: str | None) -> dict[s
 
 def main(words: Sequence[str]) -> None:
     """Measure what the command line names; on failure one line of JSON with the reason."""
-    path, inputs, threads, *library = words
+    path, inputs, threads, trivial, *library = words
     try:
-        found = measure(path, inputs, int(threads), library[0] if library else None)
+        found = measure(path, inputs, int(threads), trivial, library[0] if library else None)
     except Exception as error:
         found = {"error": str(error).strip().partition("\n")[0] or type(error).__name__}
     sys.stdout.write(json.dumps(found) + "\n")
