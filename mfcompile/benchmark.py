@@ -51,7 +51,7 @@ def bench(
         model: a captured model with masks (``CompiledModel.captured``, ``apply_masks``), or the path of a pruned .onnx file,
             packed or dense, or of a directory that ``mfcompile prune`` wrote.
         example_inputs: a mapping input -> tensor, for a file; None makes random ones up from the types of its inputs.
-        variants: names of the forms ("dense", "packed", "runtime", "int8", "int8-runtime"); None for all.
+        variants: names of the forms ("dense", "packed", "decoded", "runtime", "int8", "int8-runtime"); None for all.
         batch: batch sizes; empty for that of the examples.
         tokens: lengths of the free sequence dimensions; None for 1, 8, 32 and 197, empty for that of the examples.
         threads: numbers of threads inside one operator; None for one, and all cores up to eight.

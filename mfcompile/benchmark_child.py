@@ -1,8 +1,8 @@
 """One session in a process of its own: what it takes to create, to run for the first time, and to hold.
 
-``python -m mfcompile.benchmark_child FILE INPUTS.npz THREADS TRIVIAL.onnx [LIBRARY]`` prints its figures as one line of JSON.
-It imports nothing but numpy and onnxruntime, and what onnxruntime itself needs is there before, with the session of a trivial
-graph: the memory measured is that of the session.
+``python -m mfcompile.benchmark_child TASK`` prints its figures as one line of JSON; TASK is JSON too, the arguments of
+``measure``. It imports little more than numpy and onnxruntime, and what these need is there before, with the session of a
+trivial graph: the memory measured is that of the session.
 """
 
 from __future__ import annotations
@@ -37,7 +37,17 @@ def _above(start: int | None, now: int | None) -> int | None:
     return None if start is None or now is None else max(0, now - start)
 
 
-def measure(path: str, inputs: str, threads: int, trivial: str, library: str | None) -> dict[str, Any]:
+def _plain(path: str, options: onnxruntime.SessionOptions) -> Any:
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _decoding(path: str, options: onnxruntime.SessionOptions) -> Any:
+    from mfcompile.loading import load_session
+
+    return load_session(path, runtime=False, session_options=options)
+
+
+def measure(path: str, inputs: str, threads: int, trivial: str, library: str | None, is_decoded: bool) -> dict[str, Any]:
     """Create a session and run it twice.
 
     Args:
@@ -46,11 +56,17 @@ def measure(path: str, inputs: str, threads: int, trivial: str, library: str | N
         threads: threads inside one operator.
         trivial: an .onnx file of one small node.
         library: a library of custom operators to register, or None.
+        is_decoded: packed weights are decoded by ``mfcompile.load_session``.
 
     Returns:
-        Seconds of creation, first and second run; bytes above the start: resident after creation and after the runs, peak.
+        Seconds of creation, first and second run, of CPU time for one thread and on the clock for more; bytes above the start: resident after
+        creation and after the runs, peak.
     """
-    first = onnxruntime.InferenceSession(trivial, providers=["CPUExecutionProvider"])
+    now = time.process_time if threads == 1 else time.perf_counter
+    create = _decoding if is_decoded else _plain
+    if is_decoded:
+        import mfcompile.exporters.unpacking  # noqa: F401 - what is imported belongs to the start
+    first = create(trivial, onnxruntime.SessionOptions())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
@@ -59,16 +75,16 @@ def measure(path: str, inputs: str, threads: int, trivial: str, library: str | N
     with contextlib.suppress(OSError):  # where it is refused, the peak counts from the start, below that of any session
         _CLEAR.write_text(_RESET_PEAK)
     start = memory("VmRSS")
-    moments = [time.perf_counter()]
+    moments = [now()]
     if library is not None:
         options.register_custom_ops_library(library)
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    moments.append(time.perf_counter())
+    session = create(path, options)
+    moments.append(now())
     created = memory("VmRSS")
-    moments.append(time.perf_counter())
+    moments.append(now())
     for _ in range(2):
         session.run(None, feeds)
-        moments.append(time.perf_counter())
+        moments.append(now())
     del first
     return {
         "creation_seconds": moments[1] - moments[0],
@@ -82,9 +98,8 @@ def measure(path: str, inputs: str, threads: int, trivial: str, library: str | N
 
 def main(words: Sequence[str]) -> None:
     """Measure what the command line names; on failure one line of JSON with the reason."""
-    path, inputs, threads, trivial, *library = words
     try:
-        found = measure(path, inputs, int(threads), trivial, library[0] if library else None)
+        found = measure(**json.loads(words[0]))
     except Exception as error:
         found = {"error": str(error).strip().partition("\n")[0] or type(error).__name__}
     sys.stdout.write(json.dumps(found) + "\n")

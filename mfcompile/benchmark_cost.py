@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,15 @@ def measure_cost(file: SessionFile, inputs: ExampleInputs, *, threads: int, proc
         given: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.tensors().items()}
         np.savez(arrays, **given)
         trivial = _write_trivial(Path(folder) / "trivial.onnx")
-        words = [str(file.path), str(arrays), str(threads), str(trivial)]
-        words += [] if file.library is None else [file.library]
-        found = [_run(words) for _ in range(processes)]
+        task = {
+            "path": str(file.path),
+            "inputs": str(arrays),
+            "threads": threads,
+            "trivial": str(trivial),
+            "library": file.library,
+            "is_decoded": file.is_decoded,
+        }
+        found = [_run(task) for _ in range(processes)]
     return SessionCost(
         creation_seconds=statistics.median(item["creation_seconds"] for item in found),
         first_run_seconds=statistics.median(item["first_run_seconds"] for item in found),
@@ -63,8 +69,8 @@ def _write_trivial(path: Path) -> Path:
     return path
 
 
-def _run(words: Sequence[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "mfcompile.benchmark_child", *words]
+def _run(task: Mapping[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "mfcompile.benchmark_child", json.dumps(task)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:

@@ -44,6 +44,8 @@ class InputSize:
 class SessionCost:
     """What one session costs in a process of its own; medians over several processes.
 
+    Seconds are CPU time of the process where the session has one thread, and time on the clock where it has more.
+
     Attributes:
         creation_seconds: to create the session, the file in the page cache.
         first_run_seconds: of the first run, in which the sparse runtime converts its weights.

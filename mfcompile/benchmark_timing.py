@@ -39,13 +39,15 @@ class SessionFile:
         name: of the form.
         path: the .onnx file.
         library: a library of custom operators to register; None for stock onnxruntime.
+        is_decoded: packed weights are decoded by ``mfcompile.load_session`` instead of by onnxruntime.
     """
 
     name: str
     path: Path
     library: str | None = None
+    is_decoded: bool = False
 
-    def open(self, threads: int) -> onnxruntime.InferenceSession:
+    def open(self, threads: int) -> Any:
         """A session on the CPU whose threads stop when a run ends, so that they take nothing from the next session's.
 
         Raises:
@@ -57,6 +59,10 @@ class SessionFile:
         try:
             if self.library is not None:
                 options.register_custom_ops_library(self.library)
+            if self.is_decoded:
+                from mfcompile.loading import load_session
+
+                return load_session(self.path, runtime=False, session_options=options)
             return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise InputError(f"onnxruntime {onnxruntime.__version__} cannot load it: {first_line(error)}") from error

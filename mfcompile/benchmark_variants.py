@@ -33,6 +33,7 @@ class Variant:
         format, values: of its file; see ``mfcompile.export_onnx``.
         uses_runtime: the library of the sparse runtime is registered.
         description: what it is, in words.
+        is_decoded: ``mfcompile.load_session`` decodes packed weights before onnxruntime sees them.
     """
 
     name: str
@@ -40,11 +41,13 @@ class Variant:
     values: str
     uses_runtime: bool
     description: str
+    is_decoded: bool = False
 
 
 VARIANTS = (
     Variant("dense", "dense", "fp32", False, "dense file, zeros stored, stock onnxruntime"),
     Variant("packed", "packed", "fp32", False, "packed file, stock onnxruntime"),
+    Variant("decoded", "packed", "fp32", False, "packed file, decoded by load_session", True),
     Variant("runtime", "packed", "fp32", True, "packed file, sparse runtime"),
     Variant("int8", "dense", "int8", False, "dense int8 file, stock onnxruntime"),
     Variant("int8-runtime", "packed", "int8", True, "packed int8 file, sparse runtime"),
@@ -214,7 +217,7 @@ def _prepare(source: FormSource, variant: Variant) -> PreparedVariant:
             reason="its file holds no sparse layers, so the runtime has nothing to run: it was written for runtimes without "
             "local functions (--inline) or by an earlier version, or no layer is sparse enough to gain",
         )
-    return PreparedVariant(variant, SessionFile(variant.name, path, library), size_of(path))
+    return PreparedVariant(variant, SessionFile(variant.name, path, library, variant.is_decoded), size_of(path))
 
 
 def size_of(path: Path) -> int:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Measure one pruned model on this machine in every form it has: the dense file and the packed file in stock onnxruntime, the
-packed file with the sparse runtime, and int8. All forms run in turns in one process, so that what else the machine does
-slows them alike; memory and loading are measured in a process for each. It says what it found, also where sparse loses."""
+packed file decoded by mfcompile.load_session, the packed file with the sparse runtime, and int8. All forms run in turns in
+one process, so that what else the machine does slows them alike; memory and loading are measured in a process for each. It
+says what it found, also where sparse loses."""
 
 EXAMPLES = """\
 examples:
@@ -54,8 +55,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--variants",
         type=_names,
         metavar="NAME,...",
-        help="forms: dense, packed, runtime, int8, int8-runtime (default: all; one that there is none of is listed with the "
-        "reason)",
+        help="forms: dense, packed, decoded, runtime, int8, int8-runtime (default: all; one that there is none of is listed "
+        "with the reason)",
     )
     what.add_argument(
         "--tokens",

@@ -65,7 +65,7 @@ def test_given_inputs_are_used(run: Run, pruned: Path, tmp_path: Path) -> None:
         (("absent.onnx",), "there is no ONNX file absent.onnx"),
         (("model.py",), "Give its masks, --masks DIR/masks.safetensors"),
         (("{file}", "--masks", "m.safetensors"), "leave out --masks"),
-        (("{file}", "--variants", "dens"), "dens is not known; choose from dense, packed, runtime, int8"),
+        (("{file}", "--variants", "dens"), "dens is not known; choose from dense, packed, decoded, runtime, int8"),
         (("{file}", "--threads", "0"), "threads must be whole numbers from 1"),
         (("{file}", "--rounds", "0"), "rounds must be a whole number from 1"),
         (("{file}", "--batch", "2,x"), "'x' is not a whole number"),
