@@ -59,8 +59,8 @@ def measure(path: str, inputs: str, threads: int, trivial: str, library: str | N
         is_decoded: packed weights are decoded by ``mfcompile.load_session``.
 
     Returns:
-        Seconds of creation, first and second run, of CPU time for one thread and on the clock for more; bytes above the start: resident after
-        creation and after the runs, peak.
+        Seconds of creation, first and second run, of CPU time for one thread and on the clock for more; bytes above the start:
+        resident after creation and after the runs, peak.
     """
     now = time.process_time if threads == 1 else time.perf_counter
     create = _decoding if is_decoded else _plain
