@@ -161,7 +161,8 @@ def kept_in_byte() -> NDArray[np.int32]:
 def ranks_in_byte() -> NDArray[np.int32]:
     """(256, 8) how many bits of a byte are 1 below each that is 1; -2^31 for those that are 0."""
     bits = _bits()
-    return np.where(bits == 1, np.cumsum(bits, axis=1) - 1, -(1 << 31)).astype(np.int32)
+    ranks: NDArray[np.int32] = np.where(bits == 1, np.cumsum(bits, axis=1) - 1, -(1 << 31)).astype(np.int32)
+    return ranks
 
 
 def _bits() -> NDArray[np.int32]:
@@ -170,13 +171,22 @@ def _bits() -> NDArray[np.int32]:
 
 
 def _half_byte_nodes() -> list[onnx.NodeProto]:
-    """Every byte gives two distances, the high half first."""
-    byte = np.arange(256, dtype=np.uint8)
+    """Every byte gives two distances, the high half first.
+
+    With scalars instead of a table: onnxruntime tells that two bodies have equal scalars (int32, not uint8), and so decodes a
+    weight that several nodes read only once.
+    """
     return [
-        _constant("table", np.stack([byte >> 4, byte & 15], axis=1)),
+        _constant("column", np.array([-1, 1], np.int64)),
         _constant("all", np.array([-1], np.int64)),
-        helper.make_node("Cast", ["gaps"], ["codes"], to=onnx.TensorProto.INT32),
-        helper.make_node("Gather", ["table", "codes"], ["halves"], axis=0),
+        _constant("four", np.array(4, np.int32)),
+        _constant("sixteen", np.array(16, np.int32)),
+        helper.make_node("Cast", ["four"], ["bits"], to=onnx.TensorProto.UINT8),
+        helper.make_node("Cast", ["sixteen"], ["base"], to=onnx.TensorProto.UINT8),
+        helper.make_node("Reshape", ["gaps", "column"], ["codes"]),
+        helper.make_node("BitShift", ["codes", "bits"], ["high"], direction="RIGHT"),
+        helper.make_node("Mod", ["codes", "base"], ["low"]),
+        helper.make_node("Concat", ["high", "low"], ["halves"], axis=1),
         helper.make_node("Reshape", ["halves", "all"], ["steps"]),
     ]
 
