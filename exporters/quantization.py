@@ -15,13 +15,14 @@ pruned by the pattern 1x4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mfcompile.errors import ExportError
-from mfcompile.exporters.packing import GAP_LIMITS
+from mfcompile.exporters.packing import GAP_LIMITS, EncodingPlan
 
 LARGEST = 127
 """Largest magnitude of a weight; -128 is left out, so that a weight and its negative are stored alike."""
@@ -30,6 +31,10 @@ LARGEST_INPUTS = 2**31 // (255 * LARGEST)
 """Inputs of a layer whose sums of products of uint8 and int8 cannot overflow int32."""
 
 BLOCKS = (4, 1)
+"""Inputs of a place."""
+
+DENSE, GAP8, GAP4 = "int8", "int8-gap8", "int8-gap4"
+LIMITS = {GAP8: GAP_LIMITS["gap8"], GAP4: GAP_LIMITS["gap4"]}
 
 
 @dataclass(frozen=True)
@@ -51,25 +56,50 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True)
+class Int8Plan(EncodingPlan):
+    """How one weight is stored in int8, known from its mask alone.
+
+    Attributes:
+        encoding: "int8" (dense), "int8-gap8" or "int8-gap4".
+        entries: stored blocks: those that keep anything, and explicit zeros; all weights for dense.
+        block: inputs of a place, 1 or 4; 1 for dense.
+    """
+
+    block: int = 1
+
+    @property
+    def gap_bytes(self) -> int:
+        """Bytes of the gaps, 0 for dense."""
+        return {DENSE: 0, GAP8: self.entries, GAP4: self.entries // 2}[self.encoding]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of gaps, values and scales."""
+        return self.gap_bytes + self.entries * self.block + 4 * self.shape[0]
+
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes of the intermediates that onnxruntime keeps while it folds the decode nodes.
+
+        With n entries and N weights: distances and sums (int32), positions twice (int64), 12 n more for gap4 (codes, halves and
+        steps), and the scattered, reshaped and transposed weight.
+        """
+        if self.encoding == DENSE:
+            return 0
+        return (24 + 12 * (self.encoding == GAP4)) * self.entries + 3 * self.weight_count
+
+
+@dataclass(frozen=True)
 class EncodedInt8:
     """A masked int8 weight as it is stored.
 
     Attributes:
-        encoding: "gap8" or "gap4".
-        block: inputs of a place, 1 or 4.
         gaps: (entries,) uint8 for gap8, (entries / 2,) for gap4.
         values: (entries, block) int8.
     """
 
-    encoding: str
-    block: int
     gaps: NDArray[np.uint8]
     values: NDArray[np.int8]
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of gaps and values."""
-        return int(self.gaps.nbytes + self.values.nbytes)
 
 
 def quantize_rows(weight: NDArray[np.floating], name: str = "weight") -> QuantizedWeight:
@@ -97,86 +127,89 @@ def quantize_rows(weight: NDArray[np.floating], name: str = "weight") -> Quantiz
     return QuantizedWeight(values, scales)
 
 
-def encode_int8(values: NDArray[np.int8], *, encoding: str | None = None, block: int | None = None) -> EncodedInt8:
-    """An int8 weight in the smallest of the encodings.
+def plan_int8(
+    mask: NDArray[np.bool_], *, encodings: Sequence[str] = (DENSE, GAP8, GAP4), blocks: Sequence[int] = BLOCKS
+) -> Int8Plan:
+    """The smallest encoding of a weight of this mask.
 
     Args:
-        values: (N, K); zero is what is not stored.
-        encoding: "gap8" or "gap4"; None for the smaller.
-        block: 1 or 4; None for the smaller.
+        mask: (N, K) bool, 1 = kept.
+        encodings: to choose from, in the order in which equals are preferred.
+        blocks: to choose from; those that do not fill K are left out.
 
     Raises:
-        ExportError: blocks of 4 do not fill the inputs, or gap4 has no place left for an even number of entries.
+        ExportError: none of them is possible.
     """
-    candidates = []
-    for size in (block,) if block is not None else BLOCKS:
-        if values.shape[1] % size:
-            if block is not None:
-                raise ExportError(f"{values.shape[1]} inputs are no whole number of blocks of {size}. Store single weights")
-            continue
-        candidates += [
-            (_entry_bytes(values, name, size), order, name, size)
-            for order, name in enumerate(("gap8", "gap4"))
-            if encoding in (None, name)
-        ]
-    _, _, chosen, size = min(candidates)
-    return _encode(values, chosen, size)
+    kept, dtype = int(np.count_nonzero(mask)), np.dtype(np.float32)
+    plans = []
+    for encoding in encodings:
+        for block in (1,) if encoding == DENSE else blocks:
+            if mask.shape[1] % block == 0:
+                entries = (
+                    mask.size if encoding == DENSE else _entry_count(_kept_places(mask, block), encoding, mask.size // block)
+                )
+                plans.append(Int8Plan(encoding, entries, np.dtype(np.int8), dtype, mask.shape, kept, block))
+    plans = [plan for plan in plans if plan.encoding != GAP4 or plan.entries % 2 == 0]
+    if not plans:
+        raise ExportError(
+            f"a mask of shape {mask.shape} that keeps {kept:,} weights cannot be stored as {' or '.join(encodings)} in blocks of "
+            f"{' or '.join(map(str, blocks))}; allow {GAP8} in blocks of 1"
+        )
+    return min(plans, key=lambda plan: plan.stored_bytes)
 
 
-def decode_int8(encoded: EncodedInt8, shape: tuple[int, int]) -> NDArray[np.int8]:
-    """(N, K) int8, zero where nothing is stored."""
-    gaps = encoded.gaps
-    if encoded.encoding == "gap4":
-        gaps = np.stack([gaps >> 4, gaps & 15], axis=1).reshape(-1)
-    places = np.zeros((shape[0] * shape[1] // encoded.block, encoded.block), np.int8)
-    places[np.cumsum(gaps, dtype=np.int64)] = encoded.values
-    return places.reshape(shape)
+def encode_int8(values: NDArray[np.int8], mask: NDArray[np.bool_], plan: Int8Plan) -> EncodedInt8:
+    """An int8 weight as ``plan`` says, one of gap8 or gap4.
 
-
-def _kept_places(values: NDArray[np.int8], block: int) -> NDArray[np.int64]:
-    places: NDArray[np.int64] = np.flatnonzero(values.reshape(-1, block).any(axis=1))
-    return places
-
-
-def _entry_count(places: NDArray[np.int64], limit: int) -> int:
-    """Entries with those that break a distance over ``limit``; at least one."""
-    distances = np.diff(places, prepend=0)
-    return max(1, int(places.size + (np.maximum(distances - 1, 0) // limit).sum()))
-
-
-def _entry_bytes(values: NDArray[np.int8], encoding: str, block: int) -> float:
-    count = _entry_count(_kept_places(values, block), GAP_LIMITS[encoding])
-    if encoding == "gap8":
-        return count * (block + 1)
-    return float("inf") if count % 2 and count == values.size // block else (count + count % 2) * (block + 0.5)
-
-
-def _encode(values: NDArray[np.int8], encoding: str, block: int) -> EncodedInt8:
-    rows, limit = values.reshape(-1, block), GAP_LIMITS[encoding]
-    places = _kept_places(values, block)
+    Args:
+        values: (N, K) int8; zero where pruned.
+        mask: (N, K) bool, what the plan was made from.
+        plan: of ``plan_int8``.
+    """
+    limit = LIMITS[plan.encoding]
+    places = _kept_places(mask, plan.block)
     if places.size == 0:
         places = np.zeros(1, np.int64)
     distances = np.diff(places, prepend=0)
+    # A distance over the limit is broken by stored blocks, ``limit`` places behind the entry before.
     breaks = np.maximum(distances - 1, 0) // limit
-    # A break is a stored block of zeros, `limit` places behind the entry before it.
-    steps = distances - breaks * limit
-    if breaks.any():
-        steps = np.insert(steps, np.repeat(np.arange(steps.size), breaks), limit)
+    steps = np.insert(distances - breaks * limit, np.repeat(np.arange(distances.size), breaks), limit)
     stored = np.cumsum(steps)
-    if encoding == "gap4" and stored.size % 2:
-        stored = _with_one_more(stored, rows.shape[0])
+    if stored.size < plan.entries:
+        stored = _with_one_more(stored)
         steps = np.diff(stored, prepend=0)
     gaps = steps.astype(np.uint8)
-    if encoding == "gap4":
+    if plan.encoding == GAP4:
         gaps = (gaps[0::2] << np.uint8(4)) | gaps[1::2]
-    return EncodedInt8(encoding, block, gaps, np.ascontiguousarray(rows[stored]))
+    return EncodedInt8(gaps, np.ascontiguousarray(values.reshape(-1, plan.block)[stored]))
 
 
-def _with_one_more(stored: NDArray[np.int64], places: int) -> NDArray[np.int64]:
+def decode_int8(encoded: EncodedInt8, plan: Int8Plan) -> NDArray[np.int8]:
+    """(N, K) int8, zero where nothing is stored."""
+    gaps = encoded.gaps
+    if plan.encoding == GAP4:
+        gaps = np.stack([gaps >> 4, gaps & 15], axis=1).reshape(-1)
+    places = np.zeros((plan.weight_count // plan.block, plan.block), np.int8)
+    places[np.cumsum(gaps, dtype=np.int64)] = encoded.values
+    return places.reshape(plan.shape)
+
+
+def _kept_places(mask: NDArray[np.bool_], block: int) -> NDArray[np.int64]:
+    """Row-major numbers of the blocks that keep anything."""
+    places: NDArray[np.int64] = np.flatnonzero(mask.reshape(-1, block).any(axis=1))
+    return places
+
+
+def _entry_count(places: NDArray[np.int64], encoding: str, place_count: int) -> int:
+    """Entries with those that break a distance, and the one that makes them even for gap4 where a place is left."""
+    distances = np.diff(places, prepend=0)
+    count = max(1, int(places.size + (np.maximum(distances - 1, 0) // LIMITS[encoding]).sum()))
+    return count + (encoding == GAP4 and count % 2 == 1 and count < place_count)
+
+
+def _with_one_more(stored: NDArray[np.int64]) -> NDArray[np.int64]:
     """One place more, the first that is not stored."""
     free = np.flatnonzero(stored != np.arange(stored.size))
     index = int(free[0]) if free.size else int(stored.size)
-    if index >= places:
-        raise ExportError(f"gap4 stores an even number of entries, and all {places} places have one. Use gap8")
     result: NDArray[np.int64] = np.insert(stored, index, index)
     return result

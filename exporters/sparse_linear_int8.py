@@ -27,9 +27,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 from mfcompile.errors import ExportError
+from mfcompile.exporters.quantization import GAP4, GAP8
 from mfcompile.exporters.sparse_linear import DOMAIN, INT32_PLACES
 
-OP_TYPES = {"gap8": "SparseLinearInt8", "gap4": "SparseLinearInt8Gap4"}
+OP_TYPES = {GAP8: "SparseLinearInt8", GAP4: "SparseLinearInt8Gap4"}
 """Operator for each encoding; a function has one body, so each encoding has its own."""
 
 INPUTS = ("X", "gaps", "values", "scales", "bias")
@@ -53,7 +54,7 @@ def int8_node(
     """A node that multiplies by a packed int8 weight.
 
     Args:
-        encoding: "gap8" or "gap4".
+        encoding: "int8-gap8" or "int8-gap4".
         inputs: names of X (..., K) float32, gaps (bytes,) uint8, values (entries, block) int8, scales (N,) and bias (N,)
             float32. All but X and the bias must be initializers.
         output: name of Y (..., N) float32.
@@ -78,7 +79,7 @@ def int8_function(encoding: str, opset: int) -> onnx.FunctionProto:
     """The model-local function of one encoding's operator.
 
     Args:
-        encoding: "gap8" or "gap4".
+        encoding: "int8-gap8" or "int8-gap4".
         opset: version of the standard operators that the model imports, 13 or later.
 
     Raises:
@@ -91,8 +92,8 @@ def int8_function(encoding: str, opset: int) -> onnx.FunctionProto:
         _attribute_constant("places"),
         _constant("axis", np.array(0, np.int64)),
         _constant("last", np.array([1], np.int64)),
-        *(_half_byte_nodes() if encoding == "gap4" else []),
-        helper.make_node("Cast", ["steps" if encoding == "gap4" else "gaps"], ["distances"], to=onnx.TensorProto.INT32),
+        *(_half_byte_nodes() if encoding == GAP4 else []),
+        helper.make_node("Cast", ["steps" if encoding == GAP4 else "gaps"], ["distances"], to=onnx.TensorProto.INT32),
         helper.make_node("CumSum", ["distances", "axis"], ["summed"]),
         helper.make_node("Cast", ["summed"], ["positions"], to=onnx.TensorProto.INT64),
         helper.make_node("Unsqueeze", ["positions", "last"], ["indices"]),

@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mfcompile.exporters.quantization import encode_int8
+from mfcompile.exporters.quantization import BLOCKS, GAP4, GAP8, encode_int8, plan_int8
 from mfcompile.exporters.sparse_linear import DOMAIN, VERSION
 from mfcompile.exporters.sparse_linear_int8 import int8_function, int8_node
 from tests.sparse_models import OPSET, Floats
@@ -54,13 +54,17 @@ def int8_model(
     rank: int = 2,
 ) -> onnx.ModelProto:
     """One packed layer; ``replaced`` overwrites stored tensors, ``attributes`` those of the node."""
-    encoded = encode_int8(weight, encoding=encoding, block=block)
+    mask = weight != 0
+    plan = plan_int8(
+        mask, encodings=(GAP8, GAP4) if encoding is None else (encoding,), blocks=BLOCKS if block is None else (block,)
+    )
+    encoded = encode_int8(weight, mask, plan)
     rows, columns = weight.shape
     tensors: dict[str, NDArray[Any]] = {
         "gaps": encoded.gaps, "values": encoded.values, "scales": scales, "bias": bias, **(replaced or {}),
     }  # fmt: skip
     inputs = ["X", "gaps", "values", "scales", "bias"]
-    node = int8_node(encoded.encoding, inputs, "Y", (rows, columns), encoded.block, name="layer")
+    node = int8_node(plan.encoding, inputs, "Y", (rows, columns), plan.block, name="layer")
     for name, value in (attributes or {}).items():
         node.attribute.remove(next(item for item in node.attribute if item.name == name))
         node.attribute.append(helper.make_attribute(name, value))
@@ -70,6 +74,6 @@ def int8_model(
         [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [*leading, rows])],
         [numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )  # fmt: skip
-    functions = [int8_function(encoded.encoding, OPSET)] if with_function else []
+    functions = [int8_function(plan.encoding, OPSET)] if with_function else []
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=8)

@@ -41,7 +41,7 @@ def test_shapes(forced_library: str, rows: int, columns: int, tokens: int, block
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("encoding", ["gap8", "gap4"])
+@pytest.mark.parametrize("encoding", ["int8-gap8", "int8-gap4"])
 def test_weights_of_extreme_structure(forced_library: str, tokens: int, encoding: str) -> None:
     rng = np.random.default_rng(5)
     full, scales, bias = layer(rng, 40, 88, 1)
@@ -170,7 +170,7 @@ def test_a_damaged_weight_is_refused(library: str, damage: str) -> None:
     replaced, attributes, message = DAMAGE[damage]
     ones, zeros = np.ones(3, np.float32), np.zeros(3, np.float32)
     model = int8_model(
-        np.ones((3, 8), np.int8), ones, zeros, encoding="gap8", block=4, with_function=False, replaced=replaced,
+        np.ones((3, 8), np.int8), ones, zeros, encoding="int8-gap8", block=4, with_function=False, replaced=replaced,
         attributes=attributes,
     )  # fmt: skip
     with pytest.raises(Exception, match=message):
@@ -188,7 +188,7 @@ def test_inputs_that_do_not_fit_are_refused(library: str) -> None:
         run(session_of(short, library), np.ones((2, 4), np.float32))
 
 
-@pytest.mark.parametrize("encoding", ["gap8", "gap4"])
+@pytest.mark.parametrize("encoding", ["int8-gap8", "int8-gap4"])
 @pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_both_worlds_compute_the_same_bits(library: str, encoding: str, block: int, tokens: int) -> None:
