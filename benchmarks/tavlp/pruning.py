@@ -73,10 +73,9 @@ def masks_of(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: 
         folders: of records and masks.
     """
     config = mask_config(family, row, sparsity, mask_seed(row, seed), scale)
-    stem = f"{row.name}-{sparsity:g}-{'any' if mask_seed(row, seed) is None else seed}"
-    record_path = folders.results / family.name / "masks" / f"{stem}.json"
-    mask_path = folders.masks / family.name / f"{stem}.safetensors"
-    record = read_record(record_path, config_hash(config))
+    record_file = record_path(folders, family, row, sparsity, seed)
+    mask_path = folders.masks / family.name / f"{record_file.stem}.safetensors"
+    record = read_record(record_file, config_hash(config))
     if record is not None and mask_path.exists():
         masks = mfcompile.MaskSet.load(mask_path)
         if masks.mask_digest() == record["mask_digest"]:
@@ -84,8 +83,14 @@ def masks_of(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: 
     masks, cost = _made(family, row, sparsity, seed, scale)
     mask_path.parent.mkdir(parents=True, exist_ok=True)
     masks.save(mask_path)
-    write_record(record_path, config, {"mask_digest": masks.mask_digest(), "cost": cost, **_sparsities(masks)})
+    write_record(record_file, config, {"mask_digest": masks.mask_digest(), "cost": cost, **_sparsities(masks)})
     return masks
+
+
+def record_path(folders: Folders, family: Family, row: PrunerRow, sparsity: float, seed: int) -> Path:
+    """Where the record of masks lies; pruners without a seed have one for all."""
+    name = f"{row.name}-{sparsity:g}-{'any' if mask_seed(row, seed) is None else seed}.json"
+    return folders.results / family.name / "masks" / name
 
 
 def _made(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: Scale) -> tuple[mfcompile.MaskSet, dict[str, Any]]:

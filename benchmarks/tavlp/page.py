@@ -1,0 +1,170 @@
+"""The page of tables, written from the results alone: docs/benchmark_tables.md and its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+
+from benchmarks.tavlp.cells import Choice, cells
+from benchmarks.tavlp.configuration import Scale
+from benchmarks.tavlp.families import FAMILIES, family
+from benchmarks.tavlp.figures import draw_allocations, draw_highest_sparsity
+from benchmarks.tavlp.pruners import ABLATIONS, ROWS, SEEDS, SPARSITIES
+from benchmarks.tavlp.pruning import Folders, masks_of
+from benchmarks.tavlp.summary import MISSING, Figure, Results, table, title, with_best
+from benchmarks.tavlp.tasks import TASKS
+
+ALLOCATION_SPARSITY = 0.75
+ALLOCATION_ROWS = ("without-distribution", "omp", "multiflow")
+ABLATION_FAMILY = "xvlm"
+COMPARED = tuple(row.name for row in ROWS if row.criterion and row.name not in ABLATIONS[1:-1])
+"""Rows of the large tables: all but the ablations, which have a table of their own."""
+
+
+def write_page(folders: Folders, scale: Scale, docs: Path) -> Path:
+    """Write the tables and draw the pictures; masks that a picture needs are made, nothing is fine-tuned.
+
+    Args:
+        folders: of the results.
+        scale: only results of its configuration count.
+        docs: gets benchmark_tables.md and images/benchmark_*.png.
+    """
+    results = Results(folders, scale)
+    images = docs / "images"
+    images.mkdir(exist_ok=True)
+    for name in FAMILIES:
+        for pruner in ALLOCATION_ROWS:
+            row = next(row for row in ROWS if row.name == pruner)
+            if results.masks(name, row, ALLOCATION_SPARSITY, 0) is None:
+                masks_of(family(name), row, ALLOCATION_SPARSITY, 0, scale, folders)
+    draw_allocations(results, tuple(FAMILIES), ALLOCATION_ROWS, ALLOCATION_SPARSITY, images / "benchmark_allocations.png")
+    draw_highest_sparsity(results, tuple(FAMILIES), COMPARED, SPARSITIES[-1], images / "benchmark_highest_sparsity.png")
+    path = docs / "benchmark_tables.md"
+    path.write_text("\n\n".join(_parts(results)) + "\n", encoding="utf-8")
+    return path
+
+
+def _parts(results: Results) -> Iterator[str]:
+    yield "# Tables of the task-agnostic benchmark"
+    yield (
+        f"Written by `python -m benchmarks.tavlp tables --scale {results.scale.name}` from the files in "
+        f"`benchmarks/results/tavlp/{results.scale.name}`; do not edit. What they mean is in [benchmark.md](benchmark.md). "
+        f"All metrics are in per cent (CIDEr as papers print it), after fine-tuning with masks kept. `±` is the sample "
+        f"standard deviation over seeds {', '.join(map(str, SEEDS))}; a figure without it is of one seed; `{MISSING}` is a "
+        f"cell that has not been run. Bold is the largest mean of a column within a sparsity."
+    )
+    yield _coverage(results)
+    yield "## Retrieval (Tab. 1 of the paper)"
+    yield comparison(results, ("retrieval",))
+    yield "## Captioning and questions (Tab. 2)"
+    yield comparison(results, ("captioning", "vqa"))
+    yield f"## Ablations (Tab. 3), {ABLATION_FAMILY}"
+    yield ablations(results)
+    yield f"## All pruners at {100 * SPARSITIES[-1]:.0f} % (Fig. 3)"
+    yield "![metrics of each task at the highest sparsity](images/benchmark_highest_sparsity.png)"
+    yield f"## Sparsity of every layer at {100 * ALLOCATION_SPARSITY:.0f} % (Fig. 4)"
+    yield "![sparsity per layer and region under three allocations](images/benchmark_allocations.png)"
+    yield regions(results)
+    yield "## Retrieval before fine-tuning"
+    yield before(results)
+    yield "## Cost of each pruner"
+    yield costs(results)
+
+
+def _coverage(results: Results) -> str:
+    rows = []
+    for name in FAMILIES:
+        for task in TASKS:
+            counts = [results.count(list(cells(Choice((name,), (task,), seeds=(seed,)), FAMILIES))) for seed in SEEDS]
+            rows.append([f"{name}, {task}", *(f"{done} of {there}" for done, there in counts)])
+    return table(["cells that are there", *(f"seed {seed}" for seed in SEEDS)], rows)
+
+
+def comparison(results: Results, tasks: Sequence[str]) -> str:
+    """Rows of all pruners by sparsity, columns of all families and metrics of some tasks."""
+    columns = [(name, task, metric) for name in FAMILIES for task in tasks for metric in TASKS[task].metrics]
+    headings = ["sparsity, pruner", *(f"{name} {TASKS[task].metrics[metric]}" for name, task, metric in columns)]
+    rows = [["DENSE", *(_text(results.figure(name, task, "dense", 0.0, metric)) for name, task, metric in columns)]]
+    for sparsity in SPARSITIES:
+        figures = [
+            [results.figure(name, task, pruner, sparsity, metric) for pruner in COMPARED] for name, task, metric in columns
+        ]
+        rows += [
+            [f"{100 * sparsity:.0f} % {title(pruner)}", *shown]
+            for pruner, shown in zip(COMPARED, with_best(figures), strict=True)
+        ]
+    return table(headings, rows)
+
+
+def ablations(results: Results) -> str:
+    """R@1 of both directions for MULTIFLOW and what is left of it without its parts."""
+    columns = [(sparsity, metric) for sparsity in SPARSITIES for metric in ("tr1", "ir1")]
+    names = TASKS["retrieval"].metrics
+    figures = [
+        [results.figure(ABLATION_FAMILY, "retrieval", pruner, sparsity, metric) for pruner in ABLATIONS]
+        for sparsity, metric in columns
+    ]
+    rows = [[title(pruner), *shown] for pruner, shown in zip(ABLATIONS, with_best(figures), strict=True)]
+    return table(["pruner", *(f"{100 * sparsity:.0f} % {names[metric]}" for sparsity, metric in columns)], rows)
+
+
+def before(results: Results) -> str:
+    """TR@1 as pruned, before any fine-tuning: seeds differ in their calibration data alone."""
+    columns = [(name, sparsity) for name in FAMILIES for sparsity in SPARSITIES]
+    pruners = ["dense", *(row.name for row in ROWS if row.criterion)]
+    figures = [
+        [results.figure(name, "retrieval", pruner, sparsity, "tr1", part="metrics_before") for pruner in pruners]
+        for name, sparsity in columns
+    ]
+    rows = [[title(pruner), *map(_text, shown)] for pruner, shown in zip(pruners, zip(*figures, strict=True), strict=True)]
+    return table(["TR@1", *(f"{name} {100 * sparsity:.0f} %" for name, sparsity in columns)], rows)
+
+
+def regions(results: Results) -> str:
+    """Fraction removed by region at the sparsity of the picture, as achieved."""
+    rows = []
+    headings: list[str] = []
+    for name in FAMILIES:
+        for row in ROWS:
+            record = results.masks(name, row, ALLOCATION_SPARSITY, 0) if row.criterion else None
+            if record is not None:
+                found = {"all": record["sparsity"], **record["region_sparsity"]}
+                headings += [region for region in found if region not in headings]
+                rows.append((f"{name}, {row.title}", found))
+    shown = [
+        [label, *(f"{100 * found[region]:.2f}" if region in found else MISSING for region in headings)] for label, found in rows
+    ]
+    return table(["removed, in %", *headings], shown)
+
+
+def costs(results: Results) -> str:
+    """What masks cost: passes over batches, seconds of the process, memory."""
+    rows = []
+    for name in FAMILIES:
+        for row in ROWS:
+            if row.criterion is None:
+                continue
+            records = [results.masks(name, row, sparsity, seed) for sparsity in SPARSITIES for seed in SEEDS]
+            found = [record["cost"] for record in records if record is not None]
+            if found:
+                rows.append(
+                    [
+                        f"{name}, {row.title}",
+                        str(found[0]["forward_batches"]),
+                        str(found[0]["backward_batches"]),
+                        f"{median(cost['calibrate_s'] for cost in found):.1f}",
+                        f"{median(cost['select_s'] for cost in found):.1f}",
+                        f"{median(cost['memory_rise_mib'] for cost in found):.0f}",
+                    ]
+                )
+    headings = ["pruner", "forward batches", "backward batches", "calibration, s", "selection, s", "memory, MiB"]
+    size = results.scale.calibration[1]
+    return table(headings, rows) + (
+        f"\n\nOf one sparsity: batches of {size} pairs, seconds of processor time (median over sparsities and seeds), rise of "
+        f"resident memory while weights are chosen. Calibration serves all sparsities and criteria that need it."
+    )
+
+
+def _text(figure: Figure | None) -> str:
+    return MISSING if figure is None else str(figure)
