@@ -145,15 +145,13 @@ def plan_int8(
     for encoding in encodings:
         for block in (1,) if encoding == DENSE else blocks:
             if mask.shape[1] % block == 0:
-                entries = (
-                    mask.size if encoding == DENSE else _entry_count(_kept_places(mask, block), encoding, mask.size // block)
-                )
+                entries = mask.size if encoding == DENSE else _entry_count(mask, encoding, block)
                 plans.append(Int8Plan(encoding, entries, np.dtype(np.int8), dtype, mask.shape, kept, block))
     plans = [plan for plan in plans if plan.encoding != GAP4 or plan.entries % 2 == 0]
     if not plans:
         raise ExportError(
-            f"a mask of shape {mask.shape} that keeps {kept:,} weights cannot be stored as {' or '.join(encodings)} in blocks of "
-            f"{' or '.join(map(str, blocks))}; allow {GAP8} in blocks of 1"
+            f"a mask of shape {mask.shape} that keeps {kept:,} weights cannot be stored as {' or '.join(encodings)} in blocks "
+            f"of {' or '.join(map(str, blocks))}; allow {GAP8} in blocks of 1"
         )
     return min(plans, key=lambda plan: plan.stored_bytes)
 
@@ -200,11 +198,12 @@ def _kept_places(mask: NDArray[np.bool_], block: int) -> NDArray[np.int64]:
     return places
 
 
-def _entry_count(places: NDArray[np.int64], encoding: str, place_count: int) -> int:
+def _entry_count(mask: NDArray[np.bool_], encoding: str, block: int) -> int:
     """Entries with those that break a distance, and the one that makes them even for gap4 where a place is left."""
+    places = _kept_places(mask, block)
     distances = np.diff(places, prepend=0)
     count = max(1, int(places.size + (np.maximum(distances - 1, 0) // LIMITS[encoding]).sum()))
-    return count + (encoding == GAP4 and count % 2 == 1 and count < place_count)
+    return count + (encoding == GAP4 and count % 2 == 1 and count < mask.size // block)
 
 
 def _with_one_more(stored: NDArray[np.int64]) -> NDArray[np.int64]:
