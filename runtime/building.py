@@ -29,7 +29,7 @@ CACHE_VARIABLE = "MFCOMPILE_RUNTIME_CACHE"
 SOURCE_DIR = Path(__file__).parent / "csrc"
 KERNEL_SOURCES = (
     "packed.cc", "file_pages.cc", "weight_memory.cc", "layouts.cc", "sparse_linear.cc",
-    "kernels_portable.cc", "kernels_avx2.cc", "kernels_avx512.cc", "kernels_avx512_counting.cc",
+    "kernels_portable.cc", "kernels_avx2.cc", "kernels_avx512.cc", "kernels_avx512_narrow.cc",
     "int8_packed.cc", "int8_layouts.cc", "int8_linear.cc",
     "int8_portable.cc", "int8_avx2.cc", "int8_avxvnni.cc", "int8_avx512.cc",
 )  # fmt: skip
@@ -38,7 +38,7 @@ LIBRARY_SOURCES = (*KERNEL_SOURCES, "int8_op.cc", "custom_op.cc")
 # Products and sums may be fused: kernels are held to a tolerance, not to bits. Those for int8 are held to the bits of the
 # operators of ONNX (EXACT_FLAGS).
 FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra")
-AVX2_FLAGS = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt")
+AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt")
 # The intrinsics of GCC read a variable on purpose before it is set.
 AVX512_FLAGS = (
     "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2_FLAGS, "-Wno-uninitialized", "-Wno-maybe-uninitialized",
@@ -46,7 +46,7 @@ AVX512_FLAGS = (
 X86_FLAGS = {
     "kernels_avx2.cc": AVX2_FLAGS,
     "kernels_avx512.cc": AVX512_FLAGS,
-    "kernels_avx512_counting.cc": ("-mavx512vpopcntdq", *AVX512_FLAGS),
+    "kernels_avx512_narrow.cc": AVX512_FLAGS,
     "int8_avx2.cc": AVX2_FLAGS,
     "int8_avxvnni.cc": ("-mavxvnni", *AVX2_FLAGS),
     "int8_avx512.cc": ("-mavx512vnni", *AVX512_FLAGS),

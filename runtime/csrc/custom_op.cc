@@ -1,7 +1,7 @@
-// mfcompile::SparseLinear and mfcompile::SparseLinearGap4 as custom operators of onnxruntime.
+// mfcompile::SparseLinear, mfcompile::SparseLinearGap4 and mfcompile::SparseLinearMask as custom operators of onnxruntime.
 //
-// Inputs: X (..., K) float32; gaps (bytes,) uint8 and values (entries,) float32 or float16, both constant; bias (N,) float32,
-// optional. Attribute shape = [N, K]. Output: (..., N) float32 = X W^T + bias. The operators named NoBias are the same kernels:
+// Inputs: X (..., K) float32; gaps or mask (bytes,) uint8 and values (entries,) float32 or float16, both constant; bias (N,)
+// float32, optional. Attribute shape = [N, K]. Output: (..., N) float32 = X W^T + bias. The operators named NoBias are the same kernels:
 // a function that stands in for an operator cannot have an optional input, so files name those without a bias differently.
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "file_pages.h"
 #include "int8_op.h"
 #include "ort_support.h"
 
@@ -26,21 +27,20 @@ class Kernel {
       if (status) g_api.release_status.call(status);
       refuse("needs an attribute shape = [N, K]");
     }
-    const Tensor gaps = read_constant(name_, info, 1, "gaps"), values = read_constant(name_, info, 2, "values");
-    if (gaps.type != kUint8 || gaps.shape.size() != 1) refuse("needs gaps of type uint8 and rank 1");
+    const char* what = encoding == Encoding::kMask ? "mask" : "gaps";
+    const Tensor index = read_constant(name_, info, 1, what), values = read_constant(name_, info, 2, "values");
+    if (index.type != kUint8 || index.shape.size() != 1) refuse(std::string("needs ") + what + " of type uint8 and rank 1");
     if ((values.type != kFloat && values.type != kFloat16) || values.shape.size() != 1) {
       refuse("needs values of type float32 or float16 and rank 1");
     }
     const PackedWeight weight{encoding,
                               values.type == kFloat ? ValueType::kFloat : ValueType::kHalf,
-                              static_cast<const uint8_t*>(gaps.data),
-                              gaps.count,
+                              static_cast<const uint8_t*>(index.data),
+                              index.count,
                               values.data,
                               values.count,
                               shape[0],
                               shape[1]};
-    const std::string fault = find_fault(weight);
-    if (!fault.empty()) refuse("has a packed weight that is damaged: " + fault + ". Export the model again");
     const char* cap = std::getenv(kCapVariable);
     const Kernels* kernels = choose_kernels(cap);
     if (!kernels) {
@@ -49,7 +49,14 @@ class Kernel {
     }
     rows_ = shape[0];
     columns_ = shape[1];
-    linear_ = std::make_unique<SparseLinear>(weight, *kernels);
+    try {
+      linear_ = std::make_unique<SparseLinear>(weight, *kernels);
+    } catch (const DamagedWeight& damage) {
+      refuse(std::string("has a packed weight that is damaged: ") + damage.what() + ". Export the model again");
+    }
+    release_file_pages(weight.index, weight.index_bytes);
+    release_file_pages(weight.values, weight.entries * bytes_of(weight.value_type));
+    find_constant_bias(info);
   }
 
   void compute(KernelContext* context) const {
@@ -60,20 +67,7 @@ class Kernel {
       refuse("multiplies by a weight of shape (" + std::to_string(rows_) + ", " + std::to_string(columns_) +
              ") and was given X of shape " + text_of(x.shape));
     }
-    size_t input_count = 0;
-    check(g_api.get_input_count.call(context, &input_count));
-    const float* bias = nullptr;
-    if (input_count > 3) {
-      const Value* bias_value = nullptr;
-      check(g_api.get_input.call(context, 3, &bias_value));
-      if (bias_value) {
-        const Tensor tensor = read_tensor(bias_value);
-        if (tensor.shape != std::vector<int64_t>{rows_}) {
-          refuse("has " + std::to_string(rows_) + " outputs and was given a bias of shape " + text_of(tensor.shape));
-        }
-        bias = static_cast<const float*>(tensor.data);
-      }
-    }
+    const float* bias = constant_bias_ ? constant_bias_ : read_bias(context);
     std::vector<int64_t> shape = x.shape;
     shape.back() = rows_;
     Value* output = nullptr;
@@ -87,7 +81,34 @@ class Kernel {
  private:
   [[noreturn]] void refuse(const std::string& reason) const { throw Refusal{kInvalidArgument, name_ + " " + reason}; }
 
+  const float* as_bias(const Value* value) const {
+    const Tensor tensor = read_tensor(value);
+    if (tensor.type != kFloat || tensor.shape != std::vector<int64_t>{rows_}) {
+      refuse("has " + std::to_string(rows_) + " outputs and was given a bias of shape " + text_of(tensor.shape));
+    }
+    return static_cast<const float*>(tensor.data);
+  }
+
+  // Asking onnxruntime for a bias takes about as long as adding it.
+  void find_constant_bias(const KernelInfo* info) {
+    int is_constant = 0;
+    const Value* value = nullptr;
+    Status* status = g_api.get_constant_input.call(info, 3, &is_constant, &value);
+    if (status) return g_api.release_status.call(status);
+    if (is_constant && value) constant_bias_ = as_bias(value);
+  }
+
+  const float* read_bias(KernelContext* context) const {
+    size_t input_count = 0;
+    check(g_api.get_input_count.call(context, &input_count));
+    if (input_count <= 3) return nullptr;
+    const Value* value = nullptr;
+    check(g_api.get_input.call(context, 3, &value));
+    return value ? as_bias(value) : nullptr;
+  }
+
   std::string name_;
+  const float* constant_bias_ = nullptr;
   int64_t rows_ = 0;
   int64_t columns_ = 0;
   std::unique_ptr<SparseLinear> linear_;
@@ -145,8 +166,10 @@ const void* const* find_table(const ApiBase* base) {
 Domain* make_domain() {
   static const Operator operators[] = {make_operator("SparseLinear", Encoding::kGap8),
                                        make_operator("SparseLinearGap4", Encoding::kGap4),
+                                       make_operator("SparseLinearMask", Encoding::kMask),
                                        make_operator("SparseLinearNoBias", Encoding::kGap8),
-                                       make_operator("SparseLinearGap4NoBias", Encoding::kGap4)};
+                                       make_operator("SparseLinearGap4NoBias", Encoding::kGap4),
+                                       make_operator("SparseLinearMaskNoBias", Encoding::kMask)};
   Domain* domain = nullptr;
   check(g_api.create_domain.call("mfcompile", &domain));
   for (const Operator& op : operators) check(g_api.add_op.call(domain, &op));

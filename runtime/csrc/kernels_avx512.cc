@@ -9,71 +9,107 @@
 namespace mfcompile {
 namespace {
 
-#include "transpose_avx512.h"
+#include "vectors.h"
 
-inline __attribute__((always_inline)) __m512 expand_column(unsigned mask, const float* values) {
-  __m512 packed = _mm512_loadu_ps(values);
-  __asm__("" : "+v"(packed));  // expanding from memory is slower
-  return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), packed);
+inline Vector widen(const uint16_t* from) {
+  return static_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 }
 
-#include "mask_avx512.h"
+#include "transpose_avx512.h"
 
+constexpr int kRowsAtOnce1 = 1, kRowsAtOnce2 = 3;
+
+#define MFCOMPILE_ROWS_BY_TOKEN 1
 #include "kernels_impl.h"
 
-// Sixteen kept weights of one row at a time: the activations of a block are held in six registers, and permutes look up those
-// that the columns name.
-void multiply_cell_by_token(const Cell& cell, const float* x, float* sums) {
-  const __m512 x0 = _mm512_loadu_ps(x), x1 = _mm512_loadu_ps(x + 16), x2 = _mm512_loadu_ps(x + 32);
-  const __m512 x3 = _mm512_loadu_ps(x + 48), x4 = _mm512_loadu_ps(x + 64), x5 = _mm512_loadu_ps(x + 80);
-  const __m512i bit5 = _mm512_set1_epi32(32), bit6 = _mm512_set1_epi32(64);
-  const uint16_t* units = cell.units;
+inline __m512 load_values(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
+inline __m512 load_values(const uint16_t* from, __mmask16) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline __m512 load_values(const float* from) { return _mm512_loadu_ps(from); }
+inline __m512 load_values(const uint16_t* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+constexpr size_t kAhead = 512;  // entries
+
+// Two entries of eight rows at a time: the activations of a block are held in four registers for each token, and permutes look up
+// those that the columns name.
+template <int Tokens, class Value>
+void multiply_rows_by_tokens(const Cell& cell, const float* x, size_t x_stride, float* y, size_t y_stride) {
+  __m512 block[Tokens][4];
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) block[t][part] = _mm512_loadu_ps(x + static_cast<size_t>(t) * x_stride + part * 16);
+  }
+  const __m512i bit5 = _mm512_set1_epi32(32);
+  const uint8_t* units = cell.units;
   const uint8_t* columns = cell.columns;
-  const float* values = cell.values;
-  for (size_t index = 0; index < cell.run_count; ++index) {
-    const size_t count = cell.runs[index].count;
-    for (size_t left = cell.runs[index].units; left; --left, ++units, columns += count, values += count) {
-      __builtin_prefetch(values + kAhead);
-      __builtin_prefetch(values + kAhead + 16);
-      __builtin_prefetch(columns + kAhead);
-      __m512 sum = _mm512_setzero_ps();
-      for (size_t entry = 0; entry < count; entry += kLanes) {
-        const __m512i column = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns + entry)));
-        __m512 found = _mm512_permutex2var_ps(x0, column, x1);
-        found = _mm512_mask_mov_ps(found, _mm512_test_epi32_mask(column, bit5), _mm512_permutex2var_ps(x2, column, x3));
-        found = _mm512_mask_mov_ps(found, _mm512_test_epi32_mask(column, bit6), _mm512_permutex2var_ps(x4, column, x5));
-        // Lanes behind the last entry are left alone: a product with zero would not be zero for an infinity.
-        const size_t rest = count - entry;
-        const auto lanes = static_cast<__mmask16>(rest >= kLanes ? 0xffffu : (1u << rest) - 1);
-        sum = _mm512_mask3_fmadd_ps(_mm512_maskz_loadu_ps(lanes, values + entry), found, sum, lanes);
+  const auto* values = static_cast<const Value*>(cell.values);
+  for (size_t group = 0; group < cell.group_count; ++group, units += kGroupRows) {
+    size_t left = cell.counts[group];
+    __m512 sums[Tokens];
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) sums[t] = _mm512_setzero_ps();
+    const auto add = [&](__mmask16 lanes, __m512 weight) __attribute__((always_inline)) {
+      // The shift leaves bits of a neighbour above bit 5, which nothing looks at.
+      const __m128i shifted = _mm_srli_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)), 2);
+      const __m512i column = _mm512_cvtepu8_epi32(shifted);
+      const __mmask16 is_second_half = _mm512_test_epi32_mask(column, bit5);
+#pragma GCC unroll 4
+      for (int t = 0; t < Tokens; ++t) {
+        const __m512 first = _mm512_permutex2var_ps(block[t][0], column, block[t][1]);
+        const __m512 second = _mm512_permutex2var_ps(block[t][2], column, block[t][3]);
+        const __m512 found = _mm512_mask_mov_ps(first, is_second_half, second);
+        sums[t] = lanes == 0xffff ? _mm512_fmadd_ps(weight, found, sums[t]) : _mm512_mask3_fmadd_ps(weight, found, sums[t], lanes);
       }
-      // Four sums of a row are kept: sixteen would push the activations out of the L1 cache.
-      const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
-      const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-      float* row = sums + static_cast<size_t>(*units) * 4;
-      _mm_storeu_ps(row, _mm_add_ps(_mm_loadu_ps(row), quarter));
+    };
+    for (; left >= 2; left -= 2, columns += 16, values += 16) {
+      __builtin_prefetch(values + kAhead);
+      add(0xffff, load_values(values));
+    }
+    if (left) {  // lanes of the next group are left alone: a product with zero would not be zero for an infinity
+      add(0xff, load_values(values, 0xff));
+      columns += 8, values += 8;
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+      alignas(32) float rows[8];
+      _mm256_store_ps(rows, _mm256_add_ps(_mm512_castps512_ps256(sums[t]), _mm512_extractf32x8_ps(sums[t], 1)));
+      float* to = y + static_cast<size_t>(t) * y_stride;
+#pragma GCC unroll 8
+      for (int row = 0; row < kGroupRows; ++row) to[units[row]] += rows[row];
     }
   }
 }
 
-#include "mask_strip.h"
-
-const Kernels kTable = {"avx512",   kLanes,     96,         7, 6, 4, 7, pack_tile, multiply_cell, multiply_cell_by_token,
-                        store_tile, mask_strip, block_strip};
-
-Kernels best_table() {
-  Kernels table = kTable;
-  if (MaskStrip* counting = avx512_counting_mask_strip()) table.mask_strip = counting;
-  return table;
+template <class Value>
+void multiply_rows_of(const Cell& cell, const float* x, size_t x_stride, size_t tokens, float* y, size_t y_stride) {
+  for (; tokens > 4 || tokens == 3; tokens -= 3, x += 3 * x_stride, y += 3 * y_stride) {
+    multiply_rows_by_tokens<3, Value>(cell, x, x_stride, y, y_stride);
+  }
+  if (tokens == 4) multiply_rows_by_tokens<4, Value>(cell, x, x_stride, y, y_stride);
+  if (tokens == 2) multiply_rows_by_tokens<2, Value>(cell, x, x_stride, y, y_stride);
+  if (tokens == 1) multiply_rows_by_tokens<1, Value>(cell, x, x_stride, y, y_stride);
 }
+
+void multiply_cell_by_token(int unit_rows, const Cell& cell, const float* x, size_t x_stride, size_t tokens, float* y,
+                            size_t y_stride) {
+  if (unit_rows == 1) {
+    return (cell.has_halves ? multiply_rows_of<uint16_t> : multiply_rows_of<float>)(cell, x, x_stride, tokens, y, y_stride);
+  }
+  for (size_t token = 0; token < tokens; ++token) multiply_strips_by_token(cell, x + token * x_stride, y + token * y_stride);
+}
+
+const Kernels kTable = {"avx512", kLanes, 7, 6, 2, pack_tile, multiply_cell, multiply_cell_by_token, store_tile, block_strip};
 
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  static const Kernels table = best_table();
   static const bool is_supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return is_supported ? &table : nullptr;
+  return is_supported ? &kTable : nullptr;
 }
 
 }  // namespace mfcompile

@@ -1,36 +1,44 @@
-// The kernels, written once over vectors of MFCOMPILE_LANES floats; included by one file for each instruction set, which
-// defines MFCOMPILE_LANES and transpose_square inside an anonymous namespace before.
+// The kernels, written once over vectors of kLanes floats; included by one file for each instruction set, inside an anonymous
+// namespace, behind vectors.h and its own transpose_square, widen (kLanes halves) and look_up (x at kLanes columns).
 #pragma once
 
 // NOLINTBEGIN: included inside a namespace
-constexpr int kLanes = MFCOMPILE_LANES;
-typedef float Vector __attribute__((vector_size(MFCOMPILE_LANES * 4)));
-typedef float LooseVector __attribute__((vector_size(MFCOMPILE_LANES * 4), aligned(4), may_alias));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const LooseVector*>(from); }
-inline void store(float* to, Vector value) { *reinterpret_cast<LooseVector*>(to) = value; }
+inline Vector widen(const float* from) { return load(from); }
 
 // Sums must live in registers: every loop over them is unrolled, also where they are set and stored.
 #define MFCOMPILE_UNROLL _Pragma("GCC unroll 16")
 #define MFCOMPILE_INLINE inline __attribute__((always_inline))
 
-// Rows that keep as many columns, side by side: one chain of sums would wait for the latency of each multiply-add.
-// `count` is at least 1.
+MFCOMPILE_INLINE const float* floats_at(const float* first, size_t bytes) {
+  return reinterpret_cast<const float*>(reinterpret_cast<const char*>(first) + bytes);
+}
+
+constexpr int kWidened = 256 * kGroupRows;
+
+// `count` values as floats: where they lie, or widened into the buffer.
+MFCOMPILE_INLINE const float* widen_all(const void* values, bool has_halves, size_t count, float* buffer) {
+  if (!has_halves) return static_cast<const float*>(values);
+  const uint16_t* halves = static_cast<const uint16_t*>(values);
+  for (size_t index = 0; index < count; index += kLanes) store(buffer + index, widen(halves + index));
+  return buffer;
+}
+
+// Rows of a group, side by side: one chain of sums would wait for the latency of each multiply-add. `count` is at least 1.
 template <int V, int Rows>
-MFCOMPILE_INLINE void multiply_rows(size_t count, const uint8_t* columns, const float* values, const uint16_t* units,
+MFCOMPILE_INLINE void multiply_rows(size_t count, const uint8_t* columns, const float* values, const uint8_t* units,
                                     const float* x_block, float* y_tile) {
   constexpr int kWidth = V * kLanes;
   Vector sums[Rows][V] = {};
-  size_t entry = 0;
   do {
     MFCOMPILE_UNROLL
     for (int row = 0; row < Rows; ++row) {
-      const float* x = x_block + columns[entry + row * count] * kWidth;
-      const float value = values[entry + row * count];
+      const float* x = floats_at(x_block, static_cast<size_t>(columns[row]) * kWidth);
+      const float value = values[row];
       MFCOMPILE_UNROLL
       for (int v = 0; v < V; ++v) sums[row][v] += load(x + v * kLanes) * value;
     }
-  } while (++entry < count);
+    columns += kGroupRows, values += kGroupRows;
+  } while (--count);
   MFCOMPILE_UNROLL
   for (int row = 0; row < Rows; ++row) {
     float* y = y_tile + static_cast<size_t>(units[row]) * kWidth;
@@ -47,7 +55,7 @@ MFCOMPILE_INLINE void multiply_strip_of_4(size_t count, const uint8_t* columns, 
   Vector sums[4][V] = {};
   size_t entry = 0;
   do {
-    const float* x = x_block + columns[entry] * kWidth;
+    const float* x = floats_at(x_block, static_cast<size_t>(columns[entry]) * kWidth);
     const float* value = values + 4 * entry;
     MFCOMPILE_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -64,34 +72,44 @@ MFCOMPILE_INLINE void multiply_strip_of_4(size_t count, const uint8_t* columns, 
   }
 }
 
+MFCOMPILE_INLINE const void* skip(const void* values, bool has_halves, size_t count) {
+  return static_cast<const char*>(values) + count * (has_halves ? sizeof(uint16_t) : sizeof(float));
+}
+
 template <int V>
 void multiply_cell_of_rows(const Cell& cell, const float* x_block, float* y_tile) {
-  constexpr size_t kRows = V <= 2 ? 4 : 2;
-  const uint16_t* units = cell.units;
+  constexpr int kRows = V <= kRowsAtOnce1 ? 8 : V <= kRowsAtOnce2 ? 4 : 2;
+  alignas(64) float widened[kWidened];
   const uint8_t* columns = cell.columns;
-  const float* values = cell.values;
-  for (size_t index = 0; index < cell.run_count; ++index) {
-    const size_t count = cell.runs[index].count;
-    size_t left = cell.runs[index].units;
-    for (; left >= kRows; left -= kRows, units += kRows, columns += kRows * count, values += kRows * count) {
-      multiply_rows<V, kRows>(count, columns, values, units, x_block, y_tile);
-    }
-    for (; left; --left, ++units, columns += count, values += count) {
-      multiply_rows<V, 1>(count, columns, values, units, x_block, y_tile);
-    }
+  const void* stored = cell.values;
+  for (size_t group = 0; group < cell.group_count; ++group) {
+    const size_t count = cell.counts[group], entries = count * kGroupRows;
+    const float* values = widen_all(stored, cell.has_halves, entries, widened);
+    const uint8_t* units = cell.units + group * kGroupRows;
+#ifdef MFCOMPILE_GROUP_OF_8
+    if (V == 1) {
+      multiply_group(count, columns, values, units, x_block, y_tile);
+    } else
+#endif
+      for (int row = 0; row < kGroupRows; row += kRows) {
+        multiply_rows<V, kRows>(count, columns + row, values + row, units + row, x_block, y_tile);
+      }
+    columns += entries;
+    stored = skip(stored, cell.has_halves, entries);
   }
 }
 
 template <int V>
 void multiply_cell_of_4(const Cell& cell, const float* x_block, float* y_tile) {
-  const uint16_t* units = cell.units;
+  alignas(64) float widened[kWidened];
   const uint8_t* columns = cell.columns;
-  const float* values = cell.values;
-  for (size_t index = 0; index < cell.run_count; ++index) {
-    const size_t count = cell.runs[index].count;
-    for (size_t left = cell.runs[index].units; left; --left, ++units, columns += count, values += 4 * count) {
-      multiply_strip_of_4<V>(count, columns, values, *units, x_block, y_tile);
-    }
+  const void* stored = cell.values;
+  for (size_t group = 0; group < cell.group_count; ++group) {
+    const size_t count = cell.counts[group];
+    const float* values = widen_all(stored, cell.has_halves, 4 * count, widened);
+    multiply_strip_of_4<V>(count, columns, values, cell.units[group], x_block, y_tile);
+    columns += count;
+    stored = skip(stored, cell.has_halves, 4 * count);
   }
 }
 
@@ -105,6 +123,80 @@ void multiply_cell(int vectors, int unit_rows, const Cell& cell, const float* x_
   (unit_rows == 1 ? of_rows : of_4)[vectors - 1](cell, x_block, y_tile);
 }
 
+// One token and units of 4 rows: four entries at a time in separate sums.
+void multiply_strips_by_token(const Cell& cell, const float* x, float* y) {
+  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+  alignas(64) float widened[kWidened];
+  const uint8_t* columns = cell.columns;
+  const void* stored = cell.values;
+  for (size_t group = 0; group < cell.group_count; ++group) {
+    const size_t count = cell.counts[group];
+    const float* values = widen_all(stored, cell.has_halves, 4 * count, widened);
+    Four sums[4] = {};
+    size_t entry = 0;
+    for (; entry + 4 <= count; entry += 4) {
+      MFCOMPILE_UNROLL
+      for (int way = 0; way < 4; ++way) {
+        sums[way] += *reinterpret_cast<const Four*>(values + 4 * (entry + way)) * *floats_at(x, columns[entry + way]);
+      }
+    }
+    for (; entry < count; ++entry) sums[0] += *reinterpret_cast<const Four*>(values + 4 * entry) * *floats_at(x, columns[entry]);
+    Four* to = reinterpret_cast<Four*>(y + static_cast<size_t>(cell.units[group]) * 4);
+    *to = *to + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    columns += count;
+    stored = skip(stored, cell.has_halves, 4 * count);
+  }
+}
+
+#ifndef MFCOMPILE_ROWS_BY_TOKEN
+// One token and single rows: the rows of a group are the lanes.
+void multiply_rows_by_token(const Cell& cell, const float* x, float* y) {
+  constexpr int kParts = kGroupRows / kLanes;
+  alignas(64) float widened[kWidened];
+  const uint8_t* columns = cell.columns;
+  const uint8_t* units = cell.units;
+  const void* stored = cell.values;
+  for (size_t group = 0; group < cell.group_count; ++group, units += kGroupRows) {
+    const size_t count = cell.counts[group];
+    const float* values = widen_all(stored, cell.has_halves, kGroupRows * count, widened);
+    Vector sums[2][kParts] = {};
+    size_t entry = 0;
+    for (; entry + 2 <= count; entry += 2) {
+      MFCOMPILE_UNROLL
+      for (int way = 0; way < 2; ++way) {
+        MFCOMPILE_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+          const size_t first = (entry + way) * kGroupRows + part * kLanes;
+          sums[way][part] += look_up(x, columns + first) * load(values + first);
+        }
+      }
+    }
+    if (entry < count) {
+      MFCOMPILE_UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        const size_t first = entry * kGroupRows + part * kLanes;
+        sums[0][part] += look_up(x, columns + first) * load(values + first);
+      }
+    }
+    MFCOMPILE_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      const Vector sum = sums[0][part] + sums[1][part];
+      MFCOMPILE_UNROLL
+      for (int lane = 0; lane < kLanes; ++lane) y[units[part * kLanes + lane]] += sum[lane];
+    }
+    columns += kGroupRows * count;
+    stored = skip(stored, cell.has_halves, kGroupRows * count);
+  }
+}
+
+void multiply_cell_by_token(int unit_rows, const Cell& cell, const float* x, size_t x_stride, size_t tokens, float* y,
+                            size_t y_stride) {
+  for (size_t token = 0; token < tokens; ++token) {
+    (unit_rows == 1 ? multiply_rows_by_token : multiply_strips_by_token)(cell, x + token * x_stride, y + token * y_stride);
+  }
+}
+#endif
+
 void pack_tile(const float* x, size_t columns, size_t tokens, int vectors, float* x_tile, float* suspect) {
   const size_t width = static_cast<size_t>(vectors) * kLanes;
   const size_t square_columns = columns / kLanes * kLanes;
@@ -115,6 +207,12 @@ void pack_tile(const float* x, size_t columns, size_t tokens, int vectors, float
     if (filled == kLanes) {
       for (; column < square_columns; column += kLanes) {
         transpose_square(x + first * columns + column, columns, x_tile + column * width + first, width);
+      }
+    } else if (filled) {
+      alignas(64) float square[kLanes * kLanes] = {};
+      for (; column < square_columns; column += kLanes) {
+        for (size_t lane = 0; lane < filled; ++lane) store(square + lane * kLanes, load(x + (first + lane) * columns + column));
+        transpose_square(square, kLanes, x_tile + column * width + first, width);
       }
     }
     for (; column < columns; ++column) {
@@ -160,8 +258,8 @@ void store_tile(const float* y_tile, int vectors, size_t tokens, size_t rows, co
 constexpr int kStripVectors = kStripRows / kLanes;
 
 // Width tokens of 16 rows; Ways entries at a time in separate sums, so that few tokens do not wait for one chain.
-template <int Width, int Stride, int Ways>
-MFCOMPILE_INLINE void block_tokens(const uint32_t* columns, const float* values, size_t count, const float* x, float* y16) {
+template <int Width, int Stride, int Ways, class Value>
+MFCOMPILE_INLINE void block_tokens(const uint32_t* columns, const Value* values, size_t count, const float* x, float* y16) {
   Vector sums[Ways][Width][kStripVectors] = {};
   size_t entry = 0;
   for (; entry + Ways <= count; entry += Ways) {
@@ -170,7 +268,7 @@ MFCOMPILE_INLINE void block_tokens(const uint32_t* columns, const float* values,
       const float* token = x + static_cast<size_t>(columns[entry + way]) * Stride;
       MFCOMPILE_UNROLL
       for (int v = 0; v < kStripVectors; ++v) {
-        const Vector weight = load(values + (entry + way) * kStripRows + v * kLanes);
+        const Vector weight = widen(values + (entry + way) * kStripRows + v * kLanes);
         MFCOMPILE_UNROLL
         for (int t = 0; t < Width; ++t) sums[way][t][v] += weight * token[t];
       }
@@ -180,7 +278,7 @@ MFCOMPILE_INLINE void block_tokens(const uint32_t* columns, const float* values,
     const float* token = x + static_cast<size_t>(columns[entry]) * Stride;
     MFCOMPILE_UNROLL
     for (int v = 0; v < kStripVectors; ++v) {
-      const Vector weight = load(values + entry * kStripRows + v * kLanes);
+      const Vector weight = widen(values + entry * kStripRows + v * kLanes);
       MFCOMPILE_UNROLL
       for (int t = 0; t < Width; ++t) sums[0][t][v] += weight * token[t];
     }
@@ -200,8 +298,8 @@ MFCOMPILE_INLINE void block_tokens(const uint32_t* columns, const float* values,
 // Tokens that fit the registers beside one strip of rows: 16, 4 and 2 tokens for vectors of 16, 8 and 4 floats.
 constexpr int kTokensAtOnce = kLanes == 16 ? 16 : kLanes == 8 ? 4 : 2;
 
-template <int Width>
-void block_width(const uint32_t* columns, const float* values, size_t count, const float* x, float* y16) {
+template <int Width, class Value>
+void block_width(const uint32_t* columns, const Value* values, size_t count, const float* x, float* y16) {
   constexpr int kAtOnce = Width < kTokensAtOnce ? Width : kTokensAtOnce;
   constexpr int kWays = kAtOnce * kStripVectors >= 8 ? 1 : kAtOnce * kStripVectors >= 4 ? 2 : 4;
   for (int t = 0; t < Width; t += kAtOnce) {
@@ -209,7 +307,8 @@ void block_width(const uint32_t* columns, const float* values, size_t count, con
   }
 }
 
-void block_strip(const uint32_t* columns, const float* values, size_t count, const float* x, int width, float* y16) {
+template <class Value>
+void block_strip_of(const uint32_t* columns, const Value* values, size_t count, const float* x, int width, float* y16) {
   switch (width) {
     case 1:
       return block_width<1>(columns, values, count, x, y16);
@@ -222,6 +321,12 @@ void block_strip(const uint32_t* columns, const float* values, size_t count, con
     default:
       return block_width<kBlockTokens>(columns, values, count, x, y16);
   }
+}
+
+void block_strip(const uint32_t* columns, const void* values, bool has_halves, size_t count, const float* x, int width,
+                 float* y16) {
+  if (has_halves) return block_strip_of(columns, static_cast<const uint16_t*>(values), count, x, width, y16);
+  block_strip_of(columns, static_cast<const float*>(values), count, x, width, y16);
 }
 
 // NOLINTEND

@@ -1,171 +1,221 @@
 #include "layouts.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace mfcompile {
 
 namespace {
 
-constexpr size_t kChunkRows = 512;  // most rows of a chunk: its tile of outputs stays in the L2 cache
+constexpr size_t kChunkRows = 256;  // most rows of a chunk: a unit is named by a byte
 
 size_t divide_up(size_t number, size_t by) { return (number + by - 1) / by; }
 
-// Calls visit(chunk * blocks + block, unit inside the chunk, column inside the block, values of the unit's rows), in order of
-// the units, and inside a unit of the columns.
+// Calls visit(entry of the rows, row inside the strip, column inside the block) for every entry of one block of a strip that is
+// not zero: an encoding stores zeros between distant values.
 template <class Visit>
-void for_each_cell_entry(const PackedWeight& weight, const CellLayout& layout, Visit visit) {
-  const auto chunk_units = static_cast<int64_t>(layout.chunk_rows) / layout.unit_rows;
-  const auto block_columns = static_cast<uint32_t>(layout.block_columns);
-  int64_t chunk = 0, last_unit = -1, unit_in_chunk = 0;
-  const auto visit_entry = [&](int64_t unit, uint32_t column, const float* values) {
-    if (unit != last_unit) {
-      chunk = unit / chunk_units, unit_in_chunk = unit % chunk_units;
-      last_unit = unit;
+void for_each_of_strip(const Entries& rows, const PackedWeight& weight, size_t strip, size_t height, size_t block, Visit visit) {
+  const size_t end = std::min(rows.units, (strip + 1) * height);
+  for (size_t row = strip * height; row < end; ++row) {
+    const size_t cell = row * rows.blocks + block;
+    for (size_t entry = rows.starts[cell]; entry < rows.starts[cell + 1]; ++entry) {
+      if (!is_zero(weight.values, weight.value_type, entry)) visit(entry, row - strip * height, rows.columns[entry]);
     }
-    const uint32_t block = column / block_columns;
-    visit(static_cast<size_t>(chunk) * layout.blocks + block, static_cast<size_t>(unit_in_chunk),
-          column - block * block_columns, values);
-  };
-  if (layout.unit_rows == 1) {
-    for_each_entry(weight,
-                   [&](int64_t row, int64_t column, float value) { visit_entry(row, static_cast<uint32_t>(column), &value); });
-    return;
   }
-  for_each_strip<4>(weight, [&](int64_t strip, const float* values, const uint16_t* kept) {
-    for (uint32_t column = 0; column < static_cast<uint32_t>(weight.columns); ++column) {
-      if (kept[column]) visit_entry(strip, column, values + 4 * static_cast<size_t>(column));
-    }
-  });
 }
 
-// Units that keep anything, by how much they keep, most first; in their own order among equals.
-void sort_units(const uint8_t* counts, size_t unit_count, std::vector<uint16_t>& order) {
-  size_t starts[257] = {};
-  for (size_t unit = 0; unit < unit_count; ++unit) ++starts[255 - counts[unit] + 1];
-  for (size_t place = 1; place < 257; ++place) starts[place] += starts[place - 1];
-  order.resize(starts[255]);  // those that keep nothing come last and are left out
-  for (size_t unit = 0; unit < unit_count; ++unit) {
-    if (counts[unit]) order[starts[255 - counts[unit]]++] = static_cast<uint16_t>(unit);
+// Whether strips of `height` rows share their columns, judged by every `step`-th strip.
+bool shares_columns(const Entries& rows, const PackedWeight& weight, size_t height, size_t step) {
+  size_t entries = 0, places = 0;
+  for (size_t strip = 0; strip < divide_up(rows.units, height); strip += step) {
+    const size_t tall = std::min(height, rows.units - strip * height);
+    for (size_t block = 0; block < rows.blocks; ++block) {
+      bool is_kept[256] = {};
+      for_each_of_strip(rows, weight, strip, height, block, [&](size_t, size_t, size_t column) {
+        ++entries;
+        places += is_kept[column] ? 0 : tall;
+        is_kept[column] = true;
+      });
+    }
   }
+  return entries * 20 >= places * 19;
+}
+
+// The units of one cell that keep anything, by how much they keep, most first; in their own order among equals. Further units,
+// which keep nothing, fill the last group.
+class UnitOrder {
+ public:
+  UnitOrder(size_t chunk_units, size_t group_units) : counts_(chunk_units), order_(chunk_units), group_units_(group_units) {}
+
+  void sort(const Entries& entries, size_t first_unit, size_t block) {
+    size_t starts[258] = {};
+    for (size_t unit = 0; unit < counts_.size(); ++unit) {
+      size_t count = 0;
+      if (first_unit + unit < entries.units) {
+        const size_t cell = (first_unit + unit) * entries.blocks + block;
+        count = entries.starts[cell + 1] - entries.starts[cell];
+      }
+      counts_[unit] = static_cast<uint16_t>(count);
+      ++starts[256 - count + 1];
+    }
+    for (size_t place = 1; place < 258; ++place) starts[place] += starts[place - 1];
+    groups_ = divide_up(starts[256], group_units_);
+    for (size_t unit = 0; unit < counts_.size(); ++unit) order_[starts[256 - counts_[unit]]++] = static_cast<uint8_t>(unit);
+  }
+
+  size_t groups() const { return groups_; }
+  const uint8_t* units_of(size_t group) const { return order_.data() + group * group_units_; }
+  size_t count_of(uint8_t unit) const { return counts_[unit]; }
+  size_t length_of(size_t group) const { return counts_[*units_of(group)]; }
+
+ private:
+  std::vector<uint16_t> counts_;
+  std::vector<uint8_t> order_;
+  size_t group_units_, groups_ = 0;
+};
+
+// A column that is none of these, which are sorted; there is one, because the unit keeps less than another of its block.
+uint8_t find_pruned_column(const uint8_t* columns, size_t count) {
+  size_t column = 0;
+  while (column < count && columns[column] == column) ++column;
+  return static_cast<uint8_t>(column);
 }
 
 }  // namespace
 
-CellLayout::CellLayout(const PackedWeight& weight, int unit_rows, int block_columns)
-    : unit_rows(unit_rows), block_columns(block_columns) {
-  const size_t rows = static_cast<size_t>(weight.rows);
+CellLayout::CellLayout(const Entries& entries, const void* from, ValueType value_type, int unit_rows, size_t rows)
+    : unit_rows(unit_rows), group_units(unit_rows == 1 ? kGroupRows : 1), block_columns(entries.block_columns),
+      blocks(entries.blocks), value_type(value_type) {
   chunks = divide_up(rows, kChunkRows);
   chunk_rows = divide_up(divide_up(rows, chunks), kStripRows) * kStripRows;
   chunks = divide_up(rows, chunk_rows);
-  blocks = divide_up(static_cast<size_t>(weight.columns), static_cast<size_t>(block_columns));
-  const size_t cells = chunks * blocks, chunk_units = chunk_rows / static_cast<size_t>(unit_rows);
+  const auto group = static_cast<size_t>(group_units);
+  const size_t chunk_units = chunk_rows / static_cast<size_t>(unit_rows), width = bytes_of(value_type) * static_cast<size_t>(unit_rows);
+  UnitOrder order(chunk_units, group);
 
-  std::vector<uint8_t> counts(cells * chunk_units, 0);  // a unit keeps at most block_columns < 256 columns of a cell
-  for_each_cell_entry(weight, *this,
-                      [&](size_t cell, size_t unit, size_t, const float*) { ++counts[cell * chunk_units + unit]; });
-
-  std::vector<size_t> cell_runs, cell_units, cell_entries,
-      next(cells * chunk_units, 0);  // next: where a unit's next entry goes
-  std::vector<Run> all_runs;
-  std::vector<uint16_t> all_units, order;
-  size_t entries = 0;
-  for (size_t cell = 0; cell < cells; ++cell) {
-    cell_runs.push_back(all_runs.size());
-    cell_units.push_back(all_units.size());
-    cell_entries.push_back(entries);
-    const uint8_t* count = &counts[cell * chunk_units];
-    sort_units(count, chunk_units, order);
-    for (const uint16_t unit : order) {
-      if (all_runs.size() == cell_runs.back() || all_runs.back().count != count[unit]) all_runs.push_back({count[unit], 0});
-      ++all_runs.back().units;
-      next[cell * chunk_units + unit] = entries;
-      entries += count[unit];
+  first_group = WeightArray<size_t>(chunks * blocks + 1), first_entry = WeightArray<size_t>(chunks * blocks + 1);
+  std::vector<uint8_t> all_counts, all_units;
+  size_t slots = 0;  // entries of groups, with those that fill them up
+  for (size_t cell = 0; cell < chunks * blocks; ++cell) {
+    first_group.write()[cell] = all_counts.size(), first_entry.write()[cell] = slots * group;
+    order.sort(entries, cell / blocks * chunk_units, cell % blocks);
+    for (size_t index = 0; index < order.groups(); ++index) {
+      all_counts.push_back(static_cast<uint8_t>(order.length_of(index)));
+      slots += order.length_of(index);
     }
-    all_units.insert(all_units.end(), order.begin(), order.end());
+    all_units.insert(all_units.end(), order.units_of(0), order.units_of(order.groups()));
   }
-  cell_runs.push_back(all_runs.size());
-  cell_units.push_back(all_units.size());
-  cell_entries.push_back(entries);
+  first_group.write()[chunks * blocks] = all_counts.size(), first_entry.write()[chunks * blocks] = slots * group;
+  counts = WeightArray<uint8_t>(all_counts.size()), units = WeightArray<uint8_t>(all_units.size());
+  std::copy(all_counts.begin(), all_counts.end(), counts.write());
+  std::copy(all_units.begin(), all_units.end(), units.write());
 
-  const size_t height = static_cast<size_t>(unit_rows);
-  std::vector<uint8_t> entry_columns(entries);
-  std::vector<float> entry_values(entries * height);
-  for_each_cell_entry(weight, *this, [&](size_t cell, size_t unit, size_t column, const float* value) {
-    const size_t entry = next[cell * chunk_units + unit]++;
-    entry_columns[entry] = static_cast<uint8_t>(column);
-    std::copy(value, value + height, entry_values.data() + entry * height);
-  });
-  first_run = WeightArray<size_t>(cell_runs), first_unit = WeightArray<size_t>(cell_units);
-  first_entry = WeightArray<size_t>(cell_entries), runs = WeightArray<Run>(all_runs), units = WeightArray<uint16_t>(all_units);
-  entry_columns.resize(entries + kStripRows, 0);  // what multiply_cell_by_token reads behind the last entry
-  columns = WeightArray<uint8_t>(entry_columns), values = WeightArray<float>(entry_values);
+  columns = WeightArray<uint8_t>(slots * group + kReadBehind);
+  values = WeightArray<char>(slots * group * width + kReadBehind * sizeof(float));
+  uint8_t* next_column = columns.write();
+  char* next_value = values.write();
+  const uint8_t *unit = all_units.data(), *length = all_counts.data();
+  for (size_t cell = 0; cell < chunks * blocks; ++cell) {
+    const size_t first_unit = cell / blocks * chunk_units, block = cell % blocks;
+    for (size_t index = first_group[cell]; index < first_group[cell + 1]; ++index, ++length) {
+      for (size_t place = 0; place < group; ++place, ++unit) {
+        const size_t global = first_unit + *unit;
+        const bool exists = global < entries.units;
+        const size_t begin = exists ? entries.starts[global * blocks + block] : 0;
+        const size_t count = exists ? entries.starts[global * blocks + block + 1] - begin : 0;
+        const uint8_t* column = entries.columns.data() + begin;
+        const char* value = static_cast<const char*>(from) + begin * width;
+        uint8_t* to = next_column + place;
+        char* value_to = next_value + place * width;
+        if (width == 4) {
+          for (size_t entry = 0; entry < count; ++entry) {
+            to[entry * group] = static_cast<uint8_t>(4 * column[entry]);
+            std::memcpy(value_to + entry * group * 4, value + entry * 4, 4);
+          }
+        } else {
+          for (size_t entry = 0; entry < count; ++entry) {
+            to[entry * group] = static_cast<uint8_t>(4 * column[entry]);
+            std::memcpy(value_to + entry * group * width, value + entry * width, width);
+          }
+        }
+        const uint8_t pruned = count < *length ? find_pruned_column(column, count) : 0;
+        for (size_t entry = count; entry < *length; ++entry) {
+          to[entry * group] = static_cast<uint8_t>(4 * pruned);
+          std::memset(value_to + entry * group * width, 0, width);
+        }
+      }
+      next_column += *length * group;
+      next_value += *length * group * width;
+    }
+  }
+  std::memset(next_column, 0, kReadBehind);
+  std::memset(next_value, 0, kReadBehind * sizeof(float));
 }
 
 Cell CellLayout::cell(size_t chunk, size_t block) const {
-  const size_t index = chunk * blocks + block;
-  return {runs.data() + first_run[index], first_run[index + 1] - first_run[index], units.data() + first_unit[index],
-          columns.data() + first_entry[index], values.data() + first_entry[index] * static_cast<size_t>(unit_rows)};
+  const size_t index = chunk * blocks + block, group = first_group[index];
+  return {first_group[index + 1] - group,
+          counts.data() + group,
+          units.data() + group * static_cast<size_t>(group_units),
+          columns.data() + first_entry[index],
+          values.data() + first_entry[index] * static_cast<size_t>(unit_rows) * bytes_of(value_type),
+          value_type == ValueType::kHalf};
 }
 
 size_t CellLayout::bytes() const {
-  return first_run.bytes() + first_unit.bytes() + first_entry.bytes() + runs.bytes() + units.bytes() + columns.bytes() +
-         values.bytes();
+  return first_group.bytes() + first_entry.bytes() + counts.bytes() + units.bytes() + columns.bytes() + values.bytes();
 }
 
-MaskLayout::MaskLayout(const PackedWeight& weight) {
-  const size_t width = static_cast<size_t>(weight.columns);
-  strips = divide_up(static_cast<size_t>(weight.rows), kStripRows);
-  std::vector<uint16_t> all_masks(strips * width, 0);
-  std::vector<size_t> starts;
-  std::vector<float> packed;
-  packed.reserve(weight.entries + kStripRows);
-  for_each_strip<kStripRows>(weight, [&](int64_t strip, const float* strip_values, const uint16_t* kept) {
-    while (starts.size() <= static_cast<size_t>(strip)) starts.push_back(packed.size());
-    std::copy(kept, kept + width, all_masks.data() + static_cast<size_t>(strip) * width);
-    for (size_t column = 0; column < width; ++column) {
-      for (unsigned mask = kept[column]; mask; mask &= mask - 1) {
-        packed.push_back(strip_values[column * kStripRows + static_cast<size_t>(__builtin_ctz(mask))]);
+BlockLayout::BlockLayout(const Entries& entries, const void* from, ValueType value_type)
+    : strips(entries.units), value_type(value_type), first_block(strips + 1), columns(entries.columns.size()),
+      values(entries.columns.size() * kStripRows * bytes_of(value_type) + kReadBehind * sizeof(float)) {
+  for (size_t strip = 0; strip <= strips; ++strip) first_block.write()[strip] = entries.starts[strip * entries.blocks];
+  for (size_t cell = 0; cell < strips * entries.blocks; ++cell) {
+    const auto base = static_cast<uint32_t>(cell % entries.blocks * entries.block_columns);
+    for (size_t entry = entries.starts[cell]; entry < entries.starts[cell + 1]; ++entry) {
+      columns.write()[entry] = base + entries.columns[entry];
+    }
+  }
+  std::memset(values.write(), 0, values.bytes());
+  if (!entries.columns.empty()) std::memcpy(values.write(), from, entries.columns.size() * kStripRows * bytes_of(value_type));
+}
+
+int find_unit_rows(const Entries& rows, const PackedWeight& weight) {
+  for (const int height : {16, 4}) {
+    // A few strips tell most weights without a pattern; where they have one, all are asked.
+    const size_t step = std::max<size_t>(1, divide_up(rows.units, static_cast<size_t>(height)) / 16);
+    const auto shares = [&](size_t of) { return shares_columns(rows, weight, static_cast<size_t>(height), of); };
+    if (shares(step) && shares(1)) return height;
+  }
+  return 1;
+}
+
+Strips make_strips(const Entries& rows, const PackedWeight& weight, int unit_rows) {
+  const auto height = static_cast<size_t>(unit_rows);
+  const size_t width = bytes_of(weight.value_type);
+  Strips strips;
+  Entries& entries = strips.entries;
+  entries.units = divide_up(rows.units, height), entries.blocks = rows.blocks, entries.block_columns = rows.block_columns;
+  entries.starts.push_back(0);
+  for (size_t strip = 0; strip < entries.units; ++strip) {
+    for (size_t block = 0; block < rows.blocks; ++block) {
+      bool is_kept[256] = {};
+      size_t place[256];
+      for_each_of_strip(rows, weight, strip, height, block, [&](size_t, size_t, size_t column) { is_kept[column] = true; });
+      for (size_t column = 0; column < rows.block_columns; ++column) {
+        if (!is_kept[column]) continue;
+        place[column] = entries.columns.size();
+        entries.columns.push_back(static_cast<uint8_t>(column));
       }
+      strips.values.resize(entries.columns.size() * height * width, 0);
+      for_each_of_strip(rows, weight, strip, height, block, [&](size_t entry, size_t row, size_t column) {
+        std::memcpy(strips.values.data() + (place[column] * height + row) * width,
+                    static_cast<const char*>(weight.values) + entry * width, width);
+      });
+      entries.starts.push_back(static_cast<uint32_t>(entries.columns.size()));
     }
-  });
-  starts.resize(strips, packed.size());
-  packed.resize(packed.size() + kStripRows, 0.0f);  // what kernels read behind the last value
-  masks = WeightArray<uint16_t>(all_masks), first_value = WeightArray<size_t>(starts), values = WeightArray<float>(packed);
-}
-
-BlockLayout::BlockLayout(const PackedWeight& weight) {
-  strips = divide_up(static_cast<size_t>(weight.rows), kStripRows);
-  std::vector<size_t> starts;
-  std::vector<uint32_t> all_columns;
-  std::vector<float> all_values;
-  for_each_strip<kStripRows>(weight, [&](int64_t strip, const float* strip_values, const uint16_t* kept) {
-    while (starts.size() <= static_cast<size_t>(strip)) starts.push_back(all_columns.size());
-    for (size_t column = 0; column < static_cast<size_t>(weight.columns); ++column) {
-      if (!kept[column]) continue;
-      all_columns.push_back(static_cast<uint32_t>(column));
-      all_values.insert(all_values.end(), strip_values + column * kStripRows, strip_values + (column + 1) * kStripRows);
-    }
-  });
-  starts.resize(strips + 1, all_columns.size());
-  first_block = WeightArray<size_t>(starts), columns = WeightArray<uint32_t>(all_columns),
-  values = WeightArray<float>(all_values);
-}
-
-Structure find_structure(const PackedWeight& weight) {
-  size_t kept_count = 0, blocks_of_4 = 0, blocks_of_16 = 0;
-  std::vector<int64_t> last_strip_of_4(static_cast<size_t>(weight.columns), -1), last_strip_of_16 = last_strip_of_4;
-  for_each_entry(weight, [&](int64_t row, int64_t column, float) {
-    int64_t& last_of_4 = last_strip_of_4[static_cast<size_t>(column)];
-    int64_t& last_of_16 = last_strip_of_16[static_cast<size_t>(column)];
-    ++kept_count;
-    blocks_of_4 += last_of_4 != row / 4;
-    blocks_of_16 += last_of_16 != row / 16;
-    last_of_4 = row / 4;
-    last_of_16 = row / 16;
-  });
-  if (kept_count * 20 >= blocks_of_16 * 16 * 19) return {16, kept_count};
-  if (kept_count * 20 >= blocks_of_4 * 4 * 19) return {4, kept_count};
-  return {1, kept_count};
+  }
+  return strips;
 }
 
 }  // namespace mfcompile

@@ -1,4 +1,4 @@
-// The layouts that kernels read, made from a packed weight when they are first needed.
+// The layouts that kernels read, made from a packed weight when its session is created.
 #pragma once
 
 #include <cstddef>
@@ -10,54 +10,84 @@
 
 namespace mfcompile {
 
-// Many tokens. Rows are cut into chunks (the rows of one task), columns into blocks (what stays in the L1 cache); in each
-// cell the units (rows, or strips of 4 rows that share columns) are sorted by how much they keep, so that two units run
-// side by side and trip counts repeat. Five bytes for each kept weight, and two for each unit of a cell.
+// Rows are cut into chunks (the rows of one task), columns into blocks. In each cell the units (rows, or strips of 4 rows that
+// share columns) are sorted by how much they keep and put into groups, whose units are brought to one length by zeros at pruned
+// places: at most about a fiftieth more. One byte and one value for each entry, and a byte for each unit of a cell.
 struct CellLayout {
-  int unit_rows = 1;
-  int block_columns = 0;
-  size_t chunk_rows = 0;
-  size_t chunks = 0;
-  size_t blocks = 0;
-  WeightArray<size_t> first_run, first_unit, first_entry;  // of every cell (chunk, block), and one behind the last
-  WeightArray<Run> runs;
-  WeightArray<uint16_t> units;
-  WeightArray<uint8_t> columns;
-  WeightArray<float> values;
+  int unit_rows;
+  int group_units;
+  size_t block_columns;
+  size_t chunk_rows;
+  size_t chunks;
+  size_t blocks;
+  ValueType value_type;
+  WeightArray<size_t> first_group, first_entry;  // of every cell (chunk, block), and one behind the last
+  WeightArray<uint8_t> counts, units, columns;
+  WeightArray<char> values;
 
-  CellLayout(const PackedWeight& weight, int unit_rows, int block_columns);
+  // values: (entries, unit_rows) of value_type.
+  CellLayout(const Entries& entries, const void* values, ValueType value_type, int unit_rows, size_t rows);
   Cell cell(size_t chunk, size_t block) const;
   size_t bytes() const;
-};
 
-// Few tokens: 16 rows share a mask for each column. Four bytes for each kept weight and one bit for each weight.
-struct MaskLayout {
-  size_t strips = 0;
-  WeightArray<uint16_t> masks;      // (strips, columns)
-  WeightArray<size_t> first_value;  // of every strip
-  WeightArray<float> values;        // in order of strip, column, row; 16 more than needed
-
-  explicit MaskLayout(const PackedWeight& weight);
-  size_t bytes() const { return masks.bytes() + first_value.bytes() + values.bytes(); }
+  // Calls visit(row, column) for every weight that is not zero.
+  template <class Visit>
+  void for_each_kept(size_t rows, Visit visit) const;
 };
 
 // The pattern 16x1: the columns that a strip of 16 rows keeps, with 16 values each.
 struct BlockLayout {
-  size_t strips = 0;
+  size_t strips;
+  ValueType value_type;
   WeightArray<size_t> first_block;  // of every strip, and one behind the last
   WeightArray<uint32_t> columns;
-  WeightArray<float> values;  // (blocks, 16)
+  WeightArray<char> values;  // (blocks, 16)
 
-  explicit BlockLayout(const PackedWeight& weight);
+  BlockLayout(const Entries& entries, const void* values, ValueType value_type);
   size_t bytes() const { return first_block.bytes() + columns.bytes() + values.bytes(); }
+
+  template <class Visit>
+  void for_each_kept(size_t rows, Visit visit) const;
 };
 
-// unit_rows: how many rows share their columns, found in the weight itself: 16, 4 or 1. A block counts as kept when any of
-// its weights is; the largest height is taken at which at most a twentieth of the values in kept blocks are zeros.
-struct Structure {
-  int unit_rows;
-  size_t kept_count;
+// How many rows share their columns, found in the weight itself: 16, 4 or 1. The largest height is taken at which at most a
+// twentieth of the values in kept blocks are missing.
+int find_unit_rows(const Entries& rows, const PackedWeight& weight);
+
+// Strips of rows in place of rows: entries are the columns that any row of a strip keeps.
+struct Strips {
+  Entries entries;
+  std::vector<char> values;  // (entries, unit_rows), zero where a row has no entry
 };
-Structure find_structure(const PackedWeight& weight);
+Strips make_strips(const Entries& rows, const PackedWeight& weight, int unit_rows);
+
+template <class Visit>
+void CellLayout::for_each_kept(size_t rows, Visit visit) const {
+  const auto group = static_cast<size_t>(group_units), height = static_cast<size_t>(unit_rows);
+  for (size_t index = 0; index < chunks * blocks; ++index) {
+    const Cell of = cell(index / blocks, index % blocks);
+    size_t entry = 0;
+    for (size_t unit = 0; unit < of.group_count * group; ++unit) {
+      if (unit && unit % group == 0) entry += of.counts[unit / group - 1] * group;
+      const size_t row = index / blocks * chunk_rows + of.units[unit] * height;
+      for (size_t e = entry + unit % group, end = entry + of.counts[unit / group] * group; e < end; e += group) {
+        for (size_t r = 0; r < height && row + r < rows; ++r) {
+          if (!is_zero(of.values, value_type, e * height + r)) visit(row + r, index % blocks * block_columns + of.columns[e] / 4);
+        }
+      }
+    }
+  }
+}
+
+template <class Visit>
+void BlockLayout::for_each_kept(size_t rows, Visit visit) const {
+  for (size_t strip = 0; strip < strips; ++strip) {
+    for (size_t block = first_block[strip]; block < first_block[strip + 1]; ++block) {
+      for (size_t r = 0; r < kStripRows && strip * kStripRows + r < rows; ++r) {
+        if (!is_zero(values.data(), value_type, block * kStripRows + r)) visit(strip * kStripRows + r, columns[block]);
+      }
+    }
+  }
+}
 
 }  // namespace mfcompile

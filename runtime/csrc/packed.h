@@ -1,99 +1,68 @@
-// A weight as the file stores it: gap8 or gap4 (exporters/packing.py), checked once and then read in row-major order.
+// A weight as the file stores it (exporters/packing.py): checked and decoded in one pass, so that nothing is ever read through
+// an index that was not checked, even where the bytes lie in a file that another process may change.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace mfcompile {
 
-enum class Encoding { kGap8, kGap4 };
+// kGap8, kGap4: distances between stored values, one or two in a byte. kMask: one bit for each weight, lowest bit first, and one
+// value more than bits are set, a zero.
+enum class Encoding { kGap8, kGap4, kMask };
 enum class ValueType { kFloat, kHalf };
+
+inline size_t bytes_of(ValueType type) { return type == ValueType::kFloat ? 4 : 2; }
+
+// Whether a value is zero, of either sign.
+inline bool is_zero(const void* values, ValueType type, size_t index) {
+  if (type == ValueType::kFloat) {
+    float value;
+    std::memcpy(&value, static_cast<const char*>(values) + index * 4, 4);
+    return value == 0.0f;
+  }
+  uint16_t half;
+  std::memcpy(&half, static_cast<const char*>(values) + index * 2, 2);
+  return (half & 0x7fffu) == 0;
+}
 
 // Borrowed views of the stored tensors of one (rows, columns) weight.
 struct PackedWeight {
   Encoding encoding;
   ValueType value_type;
-  const uint8_t* gaps;
-  size_t gap_bytes;
+  const uint8_t* index;  // gaps or mask
+  size_t index_bytes;
   const void* values;
   size_t entries;
   int64_t rows;
   int64_t columns;
 };
 
-// Why this weight must be refused, or "" when every entry lies inside the weight and no place occurs twice.
+// What is wrong with a packed weight.
+class DamagedWeight : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Where the values of a weight lie. Units are rows, or strips of rows that share columns; columns are cut into blocks. Block b of
+// unit u has the entries starts[u * blocks + b] .. starts[u * blocks + b + 1], in order of their columns.
+struct Entries {
+  size_t units;
+  size_t blocks;
+  size_t block_columns;
+  std::vector<uint32_t> starts;
+  std::vector<uint8_t> columns;  // inside the block
+};
+
+// The entries of every row; entry e has value e of the weight, which may be a stored zero. block_columns is at most 256.
+// Throws DamagedWeight when an entry lies outside the weight, two share a place, or sizes do not fit.
+Entries decode(const PackedWeight& weight, size_t block_columns);
+
+// Why this weight must be refused, or "".
 std::string find_fault(const PackedWeight& weight);
-
-float half_to_float(uint16_t half);
-
-template <Encoding encoding, ValueType value_type, class Visit>
-void for_each_entry_of(const PackedWeight& weight, Visit& visit) {
-  const auto* values = static_cast<const char*>(weight.values);
-  int64_t row = 0, column = 0;
-  for (size_t entry = 0; entry < weight.entries; ++entry) {
-    if constexpr (encoding == Encoding::kGap8) {
-      column += weight.gaps[entry];
-    } else {
-      column += entry % 2 ? weight.gaps[entry / 2] & 15 : weight.gaps[entry / 2] >> 4;
-    }
-    while (column >= weight.columns) {
-      column -= weight.columns;
-      ++row;
-    }
-    float value;
-    if constexpr (value_type == ValueType::kFloat) {
-      std::memcpy(&value, values + 4 * entry, 4);
-    } else {
-      uint16_t half;
-      std::memcpy(&half, values + 2 * entry, 2);
-      value = half_to_float(half);
-    }
-    if (value != 0.0f) visit(row, column, value);  // NaN != 0, so a stored NaN is kept
-  }
-}
-
-// Calls visit(row, column, value) for every stored value that is not zero, in row-major order.
-// The weight must have passed find_fault.
-template <class Visit>
-void for_each_entry(const PackedWeight& weight, Visit visit) {
-  if (weight.encoding == Encoding::kGap8) {
-    if (weight.value_type == ValueType::kFloat) return for_each_entry_of<Encoding::kGap8, ValueType::kFloat>(weight, visit);
-    return for_each_entry_of<Encoding::kGap8, ValueType::kHalf>(weight, visit);
-  }
-  if (weight.value_type == ValueType::kFloat) return for_each_entry_of<Encoding::kGap4, ValueType::kFloat>(weight, visit);
-  return for_each_entry_of<Encoding::kGap4, ValueType::kHalf>(weight, visit);
-}
-
-// Calls visit(strip, values, kept) for every strip of Height rows that keeps anything, in order.
-// values: (columns, Height), zero where pruned; kept: (columns,) bit r = row r of the strip keeps this column.
-template <int Height, class Visit>
-void for_each_strip(const PackedWeight& weight, Visit visit) {
-  std::vector<float> values(static_cast<size_t>(weight.columns) * Height, 0.0f);
-  std::vector<uint16_t> kept(static_cast<size_t>(weight.columns), 0);
-  int64_t strip = 0, end = Height;  // rows of the strip lie before `end`
-  bool is_empty = true;
-  const auto flush = [&] {
-    if (is_empty) return;
-    visit(strip, values.data(), kept.data());
-    std::memset(values.data(), 0, values.size() * sizeof(float));
-    std::memset(kept.data(), 0, kept.size() * sizeof(uint16_t));
-    is_empty = true;
-  };
-  for_each_entry(weight, [&](int64_t row, int64_t column, float value) {
-    if (row >= end) {
-      flush();
-      strip = row / Height;
-      end = (strip + 1) * Height;
-    }
-    const int64_t inside = row - (end - Height);
-    values[static_cast<size_t>(column * Height + inside)] = value;
-    kept[static_cast<size_t>(column)] |= static_cast<uint16_t>(1u << inside);
-    is_empty = false;
-  });
-  flush();
-}
 
 }  // namespace mfcompile

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 
 #include "kernels.h"
 #include "layouts.h"
@@ -23,47 +22,34 @@ class Parallel {
 // Null when the name is not known or this machine does not have it.
 const Kernels* choose_kernels(const char* cap);
 
-// One weight and the layouts made of it. Safe to run from several threads.
+// One weight in the layout of its kernels. Safe to run from several threads.
 class SparseLinear {
  public:
-  // The weight must have passed find_fault, and what it points to must outlive this.
+  // Checks and converts the weight, which is not read again. Throws DamagedWeight.
   SparseLinear(const PackedWeight& weight, const Kernels& kernels);
 
   // y (tokens, rows) = x (tokens, columns) W^T + bias (rows,) or null. As in a dense product, a NaN in a token makes all
-  // of its outputs NaN, and an infinity those where it meets a pruned weight (0 * inf).
+  // of its outputs NaN, and an infinity those where it meets a pruned weight (0 * inf). The same bits for any number of threads.
   void run(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
 
-  int unit_rows() const { return structure_.unit_rows; }
+  int unit_rows() const { return unit_rows_; }
   size_t resident_bytes() const;
 
  private:
-  void check_again() const;
-  enum class Way { kCells, kCellsByToken, kMasks };
+  enum class Way { kCells, kNarrowCells, kCellsByToken };
   Way choose_way(size_t tokens) const;
-  void run_cells(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
+  void run_cells(const Kernels& kernels, const float* x, size_t tokens, const float* bias, float* y, const Parallel&) const;
   void run_cells_by_token(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
-  void run_masks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
   void run_blocks(const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const;
   void mark_suspects(const float* x, size_t tokens, const float* suspects, float* y) const;
   void mark_token(const float* x, float* y) const;
-  template <class Layout>
-  struct LayoutOnce {
-    std::once_flag once;
-    std::unique_ptr<const Layout> layout;
-    size_t bytes() const { return layout ? layout->bytes() : 0; }
-  };
-  template <class Layout, class... Arguments>
-  const Layout& make_once(LayoutOnce<Layout>& held, Arguments... arguments) const;
-  const CellLayout& cells() const;
-  const MaskLayout& masks() const;
-  const BlockLayout& blocks() const;
 
-  PackedWeight weight_;
+  size_t rows_, columns_;
   const Kernels& kernels_;
-  Structure structure_;
-  mutable LayoutOnce<CellLayout> cells_;
-  mutable LayoutOnce<MaskLayout> masks_;
-  mutable LayoutOnce<BlockLayout> blocks_;
+  const Kernels& narrow_kernels_;  // for few tokens: shorter vectors
+  int unit_rows_;
+  std::unique_ptr<const CellLayout> cells_;    // one of the two
+  std::unique_ptr<const BlockLayout> blocks_;  // unit_rows_ == kStripRows
 };
 
 }  // namespace mfcompile

@@ -18,10 +18,12 @@ template <class T>
 class WeightArray {
  public:
   WeightArray() = default;
-  explicit WeightArray(const std::vector<T>& from)
-      : memory_(allocate_weight_memory(from.size() * sizeof(T))), size_(from.size()) {
-    if (size_) std::memcpy(memory_.get(), from.data(), size_ * sizeof(T));
+  // Not set to anything.
+  explicit WeightArray(size_t size) : memory_(allocate_weight_memory(size * sizeof(T))), size_(size) {}
+  explicit WeightArray(const std::vector<T>& from) : WeightArray(from.size()) {
+    if (size_) std::memcpy(write(), from.data(), bytes());
   }
+  T* write() { return static_cast<T*>(memory_.get()); }
   const T* data() const { return static_cast<const T*>(memory_.get()); }
   const T& operator[](size_t index) const { return data()[index]; }
   size_t bytes() const { return size_ * sizeof(T); }
