@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mfcompile.cli import comparison_tables
+from mfcompile.cli import comparison_tables, tables
 from mfcompile.cli.console import StageProgress, Terminal
 from mfcompile.cli.loading import announce, load_recipe, merged, region_options
 from mfcompile.cli.parser import (
@@ -156,8 +156,8 @@ def show(
     more = comparison_tables.further_metrics(document)
     if more:
         terminal.say(f"Further metrics: {', '.join(more)}; " + ("see compare.json" if directory else "-o DIR writes them"))
-    for item in document["diagnostics"]:
-        terminal.say(f"note: {item['subject']}: {item['reason']}")
+    for line in tables.note_lines(document["diagnostics"]):
+        terminal.say(line)
     terminal.out.print()
     terminal.out.print(comparison_tables.agreement_table(document["agreement"][document["middle"]]))
     if directory is not None:

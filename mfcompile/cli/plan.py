@@ -48,8 +48,8 @@ def show(recipe: Recipe, wanted: Sequence[Sparsity], terminal: Terminal) -> None
     skipped = tables.skipped_table(view)
     if skipped is not None:
         out.print(skipped)
-    for item in view["diagnostics"]:
-        terminal.say(f"note: {item['subject']}: {item['reason']}")
+    for line in tables.note_lines(view["diagnostics"]):
+        terminal.say(line)
     terminal.say(f"Calibration: {_data(recipe, source, chosen)}.")
     files = "In ONNX, in parts:" if recipe.split else "In model.onnx:"
     sizes = ", ".join(tables.size(one["predicted_bytes"]) for one in views)

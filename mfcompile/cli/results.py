@@ -21,8 +21,8 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
     skipped = tables.skipped_table(report)
     if skipped is not None:
         out.print(skipped)
-    for item in report["diagnostics"]:
-        terminal.say(f"note: {item['subject']}: {item['reason']}")
+    for line in tables.note_lines(report["diagnostics"]):
+        terminal.say(line)
     if report["export"] is not None:
         for line in size_lines(report["export"]):
             terminal.say(line)

@@ -182,6 +182,20 @@ def skipped_table(report: Mapping[str, Any]) -> RenderableType | None:
     return table(title, ("because", ">weights", ">elements", "for example"), rows)
 
 
+def note_lines(diagnostics: Sequence[Mapping[str, str]]) -> list[str]:
+    """What was decided by a weaker rule or left alone: one line a reason, with the first weights that it is said of."""
+    subjects: dict[str, list[str]] = {}
+    for item in diagnostics:
+        subjects.setdefault(item["reason"], []).append(item["subject"])
+    return [f"note: {_first(names)}: {reason}" for reason, names in subjects.items()]
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - EXAMPLES_PER_REASON
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:EXAMPLES_PER_REASON])} and {more:,} more"
+
+
 def parity_table(parity: Mapping[str, Any]) -> RenderableType:
     """Agreement of onnxruntime and the reference, output by output; with the sparse kernels too where these were compared."""
     sparse = parity.get("sparse") or {"outputs": []}
@@ -298,9 +312,7 @@ def _counts(sites: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _some(sites: Sequence[Mapping[str, Any]]) -> str:
-    names = ", ".join(site["name"] for site in sites[:EXAMPLES_PER_REASON])
-    more = len(sites) - EXAMPLES_PER_REASON
-    return f"{names} and {more:,} more" if more > 0 else names
+    return _first([site["name"] for site in sites])
 
 
 def _scientific(value: float | None) -> str:

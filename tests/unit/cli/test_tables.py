@@ -127,3 +127,13 @@ def test_a_dense_file_is_said_to_hold_zeros() -> None:
     assert "1.00x of the dense file's 1 kB" in lines[0]
     assert "Use --format packed" in lines[1]
     assert lines[2] == "note: dimension 1 of x is fixed"
+
+
+def test_notes_that_say_the_same_are_one_line() -> None:
+    same = [{"subject": f"layers.{index}.fc1.weight", "reason": "called with different modalities"} for index in range(4)]
+    lines = tables.note_lines([same[0], {"subject": "head", "reason": "has no input"}, *same[1:]])
+    assert lines == [
+        "note: layers.0.fc1.weight, layers.1.fc1.weight and 2 more: called with different modalities",
+        "note: head: has no input",
+    ]
+    assert tables.note_lines(same[:2]) == ["note: layers.0.fc1.weight, layers.1.fc1.weight: called with different modalities"]
