@@ -196,7 +196,7 @@ def test_a_weight_that_several_layers_read_is_decoded_once(density: float, value
 
 @settings(max_examples=30, deadline=None)
 @given(
-    rows=st.integers(1, 40), columns=st.integers(1, 40), leading=st.lists(st.integers(0, 9), max_size=2),
+    rows=st.integers(1, 40), columns=st.integers(1, 40), leading=st.lists(st.integers(1, 9), max_size=2),
     density=st.floats(0, 0.6), has_bias=st.booleans(), is_stored_transposed=st.booleans(), is_gemm=st.booleans(),
     seed=st.integers(0, 2**16),
 )  # fmt: skip
