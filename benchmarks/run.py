@@ -1,6 +1,6 @@
 """Measure everything that the README and the docs state, print it, and keep it as JSON beside this file.
 
-python benchmarks/run.py [--only pruning] [--only capture]
+python benchmarks/run.py [--only pruning] [--only capture] [--only sparse]
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import capture_cost, machine, pruning_cost, weight_update
+from benchmarks import capture_cost, machine, pruning_cost, sparse_models, weight_update
+from benchmarks.result_tables import as_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -30,7 +30,12 @@ def pruning() -> dict[str, Any]:
     }
 
 
-BENCHMARKS = {"pruning": pruning, "capture": capture_cost.capture_cost, "update": weight_update.weight_update}
+BENCHMARKS = {
+    "pruning": pruning,
+    "capture": capture_cost.capture_cost,
+    "update": weight_update.weight_update,
+    "sparse": sparse_models.sparse_models,
+}
 
 
 def main() -> None:
@@ -44,10 +49,7 @@ def main() -> None:
         result = {"machine": machine.describe(), **BENCHMARKS[name]()}
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         for part, figures in result.items():
-            table = Table(title=f"{name}: {part}", show_header=False)
-            for key, value in figures.items():
-                table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else str(value))
-            console.print(table)
+            console.print(as_table(f"{name}: {part}", figures))
 
 
 if __name__ == "__main__":
