@@ -6,13 +6,16 @@ serialised first and the initializers are appended one by one: no more than one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
+
+from mfcompile.exporters.staging import staging_folder
 
 # Field numbers of onnx.proto, with the wire type of length-delimited fields.
 MODEL_GRAPH = 7 << 3 | 2
@@ -32,11 +35,13 @@ class StoredTensor:
     """One initializer and its place in the artefact.
 
     Attributes:
+        name: of the initializer.
         tensor: the values; read only while it is written.
         header: its TensorProto without the values.
         offset: where it starts in the external file, None when it is inside the .onnx file.
     """
 
+    name: str
     tensor: ir.TensorProtocol
     header: bytes
     offset: int | None
@@ -114,27 +119,68 @@ def plan_files(model: ir.Model, data_name: str | None) -> FileLayout:
             offset = _align(end, PAGE if tensor.nbytes >= PAGED_BYTES else ALIGNMENT)
             end = offset + tensor.nbytes
         header = _header(value.name, tensor, None if offset is None else (str(data_name), offset))
-        tensors.append(StoredTensor(tensor, header, offset))
+        tensors.append(StoredTensor(value.name, tensor, header, offset))
     return FileLayout(proto.SerializeToString(), graph_proto, tuple(tensors), end)
 
 
 def write_files(layout: FileLayout, path: Path, data_path: Path | None) -> None:
     """Write what was planned: the .onnx file, and the external file when there is one."""
     with path.open("wb") as file:
-        file.write(layout.model_proto)
-        file.write(bytes([MODEL_GRAPH]) + _varint(layout.graph_size_bytes))
-        file.write(layout.graph_proto)
-        for stored in layout.tensors:
-            file.write(bytes([GRAPH_INITIALIZER]) + _varint(stored.proto_size_bytes) + stored.header)
-            if stored.offset is None and stored.tensor.nbytes:
-                file.write(bytes([TENSOR_RAW_DATA]) + _varint(stored.tensor.nbytes))
-                _write_values(stored.tensor, file)
+        write_model(layout, file)
     if data_path is not None:
         with data_path.open("wb") as file:
             for stored in layout.tensors:
                 if stored.offset is not None:
                     file.write(bytes(stored.offset - file.tell()))
                     _write_values(stored.tensor, file)
+
+
+def write_model(layout: FileLayout, file: BinaryIO) -> None:
+    """Write the .onnx file, without its external tensors."""
+    file.write(layout.model_proto)
+    file.write(bytes([MODEL_GRAPH]) + _varint(layout.graph_size_bytes))
+    file.write(layout.graph_proto)
+    for stored in layout.tensors:
+        file.write(bytes([GRAPH_INITIALIZER]) + _varint(stored.proto_size_bytes) + stored.header)
+        if stored.offset is None and stored.tensor.nbytes:
+            file.write(bytes([TENSOR_RAW_DATA]) + _varint(stored.tensor.nbytes))
+            _write_values(stored.tensor, file)
+
+
+def data_path(path: Path) -> Path:
+    """The file of the external tensors of an .onnx file."""
+    return path.with_name(f"{path.name}.data")
+
+
+def publish_files(
+    layout: FileLayout, path: Path, *, has_data_file: bool, check: Callable[[Path], None] | None = None
+) -> tuple[Path, ...]:
+    """Write what was planned, complete or not at all: in a folder beside the path, then renamed.
+
+    Args:
+        layout: all bytes.
+        path: the .onnx file; an existing one is replaced.
+        has_data_file: the layout has tensors in ``data_path(path)``.
+        check: called with the path of the written file before it gets its name; what it raises, nothing is kept of.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError, ExportError: see ``staging_folder``.
+    """
+    data = data_path(path)
+    with staging_folder(path) as staging:
+        staged, staged_data = staging / path.name, staging / data.name
+        write_files(layout, staged, staged_data if has_data_file else None)
+        if check is not None:
+            check(staged)
+        if has_data_file:
+            os.replace(staged_data, data)
+        os.replace(staged, path)
+        if not has_data_file:
+            data.unlink(missing_ok=True)  # belonged to the file that was just replaced
+    return (path, data) if has_data_file else (path,)
 
 
 def strip_metadata(model: ir.Model) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mfcompile.benchmark_result import Benchmark
     from mfcompile.comparison import compare
     from mfcompile.comparison_result import Comparison
-    from mfcompile.compile import CompiledModel, compile_pruned, export_onnx, verify
+    from mfcompile.compile import CompiledModel, compile_pruned
     from mfcompile.errors import (
         CalibrationError,
         CaptureError,
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
         RegionError,
     )
     from mfcompile.exporters.split_session import load_parts
+    from mfcompile.exporting import export_onnx, verify
     from mfcompile.graph import CapturedGraph
+    from mfcompile.loading import load_session, unpack
     from mfcompile.masked_weights import masks_of, strip
     from mfcompile.masks import MaskSet
     from mfcompile.passes.criteria.base import Criterion, Need, SiteData
@@ -85,6 +87,7 @@ __all__ = [
     "infer_regions",
     "load",
     "load_parts",
+    "load_session",
     "mask_module",
     "masks_of",
     "merge_lora",
@@ -92,6 +95,7 @@ __all__ = [
     "select_masks",
     "strip",
     "transfer_masks",
+    "unpack",
     "verify",
     "verify_masks",
 ]
@@ -103,7 +107,9 @@ _HOMES = {
     "mfcompile.comparison": ("compare",),
     "mfcompile.comparison_result": ("Comparison",),
     "mfcompile.exporters.split_session": ("load_parts",),
+    "mfcompile.exporting": ("export_onnx", "verify"),
     "mfcompile.graph": ("CapturedGraph",),
+    "mfcompile.loading": ("load_session", "unpack"),
     "mfcompile.masks": ("MaskSet",),
     "mfcompile.passes.criteria.base": ("Criterion", "Need", "SiteData"),
     "mfcompile.masked_weights": ("masks_of", "strip"),

@@ -21,7 +21,7 @@ from mfcompile.errors import InputError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
-MODEL_GRAPH, MODEL_METADATA = 7, 14
+MODEL_GRAPH, MODEL_METADATA, _MODEL_OPSETS = 7, 14, 8
 GRAPH_NODE, GRAPH_INITIALIZER = 1, 5
 _NODE_OUTPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 2, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_TENSOR = 1, 5
@@ -151,6 +151,47 @@ def read_file(path: Path) -> FileRecord:
     for tensor in record.tensors.values():
         _check_external(record.path, tensor)
     return record
+
+
+@dataclass(frozen=True)
+class FileHead:
+    """What an ONNX file says of itself, read without its graph.
+
+    Attributes:
+        metadata: its metadata_props.
+        opsets: domain -> version of the operator sets that it imports; the standard domain is "".
+    """
+
+    metadata: dict[str, str]
+    opsets: dict[str, int]
+
+
+def read_head(path: Path) -> FileHead:
+    """Metadata and operator sets of an ONNX file, however large it is.
+
+    Raises:
+        InputError: there is no such file, or it is no ONNX model.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        raise InputError(f"there is no ONNX file {path}" + (": it is empty" if path.is_file() else ""))
+    head = FileHead({}, {})
+    with MappedFile(path) as buffer:
+        try:
+            for item in read_fields(buffer, 0, len(buffer)):
+                if item.number == MODEL_METADATA and item.wire == BYTES:
+                    entry = {part.number: str(buffer[part.payload : part.end], "utf-8") for part in _inside(buffer, item)}
+                    head.metadata[entry.get(1, "")] = entry.get(2, "")
+                elif item.number == _MODEL_OPSETS and item.wire == BYTES:
+                    parts = {part.number: part for part in _inside(buffer, item)}
+                    domain = str(buffer[parts[1].payload : parts[1].end], "utf-8") if 1 in parts else ""
+                    head.opsets["" if domain == "ai.onnx" else domain] = parts[2].value if 2 in parts else 0
+        except (IndexError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as an ONNX file ({error}): it is damaged or something else") from error
+    return head
+
+
+def _inside(buffer: memoryview, field: Field) -> Iterator[Field]:
+    return read_fields(buffer, field.payload, field.end)
 
 
 def _read(buffer: memoryview, path: Path) -> FileRecord:

@@ -12,8 +12,9 @@ PUBLIC = {
     "Criterion", "ExportError", "ExportedArtifact", "InputError", "MaskCallback", "MaskError", "MaskSet", "MaskTransfer",
     "MaskVerification", "MfcompileError", "Need", "ParityError", "ParityReport", "PassError", "PostconditionError",
     "PreconditionError", "PruneSite", "RegionError", "RegionMap", "SiteData", "__version__", "add_lora", "apply_masks",
-    "calibrate", "capture", "compare", "compile_pruned", "export_onnx", "infer_regions", "load", "load_parts",
-    "mask_module", "masks_of", "merge_lora", "save", "select_masks", "strip", "transfer_masks", "verify", "verify_masks",
+    "calibrate", "capture", "compare", "compile_pruned", "export_onnx", "infer_regions", "load", "load_parts", "load_session",
+    "mask_module", "masks_of", "merge_lora", "save", "select_masks", "strip", "transfer_masks", "unpack", "verify",
+    "verify_masks",
 }  # fmt: skip
 
 
