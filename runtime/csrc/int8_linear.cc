@@ -74,10 +74,14 @@ SparseLinearInt8::SparseLinearInt8(const PackedInt8& weight, const float* scales
 template <class Layout>
 const Layout& SparseLinearInt8::make_once(std::once_flag& once, std::unique_ptr<const Layout>& layout) const {
   std::call_once(once, [&] {
-    // What was checked before may have changed since, where it lies in a file.
-    const std::string fault = find_fault(weight_);
+    // What was checked before may have changed since, where it lies in a file, and may change while it is read.
+    const std::vector<uint8_t> gaps(weight_.gaps, weight_.gaps + weight_.gap_bytes);
+    const std::vector<int8_t> values(weight_.values, weight_.values + weight_.entries * static_cast<size_t>(weight_.block));
+    PackedInt8 copy = weight_;
+    copy.gaps = gaps.data(), copy.values = values.data();
+    const std::string fault = find_fault(copy);
     if (!fault.empty()) throw std::runtime_error("a packed weight changed after it was loaded: " + fault);
-    layout = std::make_unique<const Layout>(weight_);
+    layout = std::make_unique<const Layout>(copy);
     release_file_pages(weight_.gaps, weight_.gap_bytes);
     release_file_pages(weight_.values, weight_.entries * static_cast<size_t>(weight_.block));
   });

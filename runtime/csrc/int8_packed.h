@@ -3,7 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <stdexcept>
 #include <string>
 
 #include "packed.h"
@@ -30,6 +30,11 @@ constexpr int kGroup = 4;
 
 inline size_t group_count(const PackedInt8& weight) { return (static_cast<size_t>(weight.columns) + kGroup - 1) / kGroup; }
 
+inline unsigned gap_of(const PackedInt8& weight, size_t entry) {
+  if (weight.encoding == Encoding::kGap8) return weight.gaps[entry];
+  return entry % 2 ? weight.gaps[entry / 2] & 15u : weight.gaps[entry / 2] >> 4u;
+}
+
 // Calls visit(row, group, word) for every group that keeps anything, in row-major order; word holds its four weights, the
 // first in the lowest byte, zero where pruned or behind the last column. The weight must have passed find_fault.
 template <class Visit>
@@ -38,15 +43,13 @@ void for_each_group(const PackedInt8& weight, Visit visit) {
   int64_t row = 0, place = 0, last_row = 0, last_group = 0;
   uint32_t word = 0;
   for (size_t entry = 0; entry < weight.entries; ++entry) {
-    if (weight.encoding == Encoding::kGap8) {
-      place += weight.gaps[entry];
-    } else {
-      place += entry % 2 ? weight.gaps[entry / 2] & 15 : weight.gaps[entry / 2] >> 4;
-    }
+    place += gap_of(weight, entry);
     while (place >= width) {
       place -= width;
       ++row;
     }
+    // The bytes may lie in a file, and have changed since they were checked.
+    if (row >= weight.rows) throw std::runtime_error("a packed weight changed after it was loaded");
     const int64_t group = weight.block == kGroup ? place : place / kGroup;
     if (row != last_row || group != last_group) {
       if (word) visit(last_row, last_group, word);
