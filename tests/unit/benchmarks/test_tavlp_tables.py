@@ -1,0 +1,74 @@
+"""Tables from made-up cells whose mean and deviation are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tavlp import page
+from benchmarks.tavlp.cells import Cell
+from benchmarks.tavlp.summary import Figure, Results, with_best
+from tests.unit.benchmarks.tavlp_runs import TINY, folders, made_up, other_recipe
+
+
+def metrics(value: float) -> dict[str, float]:
+    return {"tr1": value, "tr5": value + 1, "ir1": value + 2, "ir5": value + 3}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    for seed, value in enumerate((70.0, 75.0, 80.0)):
+        made_up(Cell("xvlm", "retrieval", "multiflow", 0.63, seed), metrics(value), tmp_path)
+    made_up(Cell("xvlm", "retrieval", "omp", 0.63, 1), metrics(74.25), tmp_path)
+    made_up(Cell("xvlm", "retrieval", "dense", 0.0, 0), metrics(90.0), tmp_path)
+    return Results(folders(tmp_path), TINY)
+
+
+def row_of(text: str, label: str) -> list[str]:
+    found = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
+    assert len(found) == 1
+    return [cell.strip() for cell in found[0].strip("|").split("|")]
+
+
+def test_tables_show_mean_and_deviation_over_seeds(results: Results) -> None:
+    text = page.comparison(results, ("retrieval",))
+    assert row_of(text, "63 % MULTIFLOW")[1:5] == ["**75.0 ± 5.0**", "**76.0 ± 5.0**", "**77.0 ± 5.0**", "**78.0 ± 5.0**"]
+    assert row_of(text, "63 % OMP")[1] == "74.2"
+    assert row_of(text, "DENSE")[1] == "90.0"
+    assert row_of(text, "90 % OMP")[1:5] == ["."] * 4
+
+
+def test_a_stale_cell_is_a_missing_one(results: Results, tmp_path: Path) -> None:
+    stale = Results(results.folders, other_recipe(TINY, "retrieval", steps=2))
+    assert stale.figure("xvlm", "retrieval", "multiflow", 0.63, "tr1") is None
+    made_up(Cell("xvlm", "retrieval", "multiflow", 0.63, 0), metrics(10.0), tmp_path, stale.scale)
+    assert stale.figure("xvlm", "retrieval", "multiflow", 0.63, "tr1") == Figure(10.0, None, 1)
+    assert results.figure("xvlm", "retrieval", "multiflow", 0.63, "tr1") == Figure.of([75.0, 80.0])
+
+
+def test_figures_use_the_sample_deviation() -> None:
+    figure = Figure.of([1.0, 2.0, 3.0])
+    assert figure == Figure(2.0, 1.0, 3)
+    assert str(figure) == "2.0 ± 1.0"
+    assert Figure.of([]) is None
+
+
+def test_the_best_of_a_column_is_bold_where_it_has_a_rival() -> None:
+    low, high = Figure(1.0, None, 1), Figure(2.0, None, 1)
+    assert with_best([[low, high, None], [None, low, None]]) == [["1.0", "."], ["**2.0**", "1.0"], [".", "."]]
+
+
+def test_the_page_is_written_from_records_alone_but_for_masks_of_its_picture(results: Results, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    text = page.write_page(results.folders, TINY, docs).read_text()
+    assert row_of(text, "xvlm, retrieval")[1:4] == ["2 of 40", "2 of 40", "1 of 40"]
+    ablations = text.split("## Ablations")[1].split("## ")[0]
+    assert row_of(ablations, "MULTIFLOW")[1] == "75.0 ± 5.0"  # not bold: it has no rival yet
+    removed = row_of(text.split("(Fig. 4)")[1].split("## ")[0], "xvlm, MULTIFLOW")
+    assert removed[1:5] == ["75.00"] * 4
+    assert sorted(path.name for path in (docs / "images").iterdir()) == [
+        "benchmark_allocations.png",
+        "benchmark_highest_sparsity.png",
+    ]
