@@ -35,7 +35,15 @@ BENCHMARKS = {
     "capture": capture_cost.capture_cost,
     "update": weight_update.weight_update,
     "sparse": sparse_models.sparse_models,
+    "tavlp": tavlp,
 }
+
+
+def tavlp() -> dict[str, Any]:
+    """A few cells of the task-agnostic benchmark; its data and metrics are imported only when it runs."""
+    from benchmarks.tavlp.reduced import reduced
+
+    return reduced()
 
 
 def main() -> None:

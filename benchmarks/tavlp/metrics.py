@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +35,11 @@ def bleu4(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> flo
         candidates: (N) sentences.
         references: (N) true sentences of each, as many as there are.
     """
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     most = max(map(len, references))
-    streams = [[row[index] if index < len(row) else None for row in references] for index in range(most)]
+    # None stands for a reference that is not there, which sacrebleu allows and its types do not say.
+    streams: list[Any] = [[row[index] if index < len(row) else None for row in references] for index in range(most)]
     metric = BLEU(tokenize="none", smooth_method="none", force=True)
     return float(metric.corpus_score(list(candidates), streams).score)
 

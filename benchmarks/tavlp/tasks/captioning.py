@@ -60,7 +60,7 @@ class Captioning:
         data, tokenizer = scenes("test", recipe.test_size), family.tokenizer()
         pixels = torch.from_numpy(data.pixel_values)
         written: list[str] = []
-        for part in pixels.split(TEST_BATCH):
+        for part in torch.split(pixels, TEST_BATCH):
             ids = write(model, model.encode_image(part.to(device)), tokenizer)
             written += [sentence(row, tokenizer) for row in ids.tolist()]
         return {"bleu4": bleu4(written, data.sentences), "cider": cider(written, data.sentences)}

@@ -69,9 +69,9 @@ class Retrieval:
         data = scenes("test", recipe.test_size)
         ids, mask = (torch.from_numpy(part).to(device) for part in family.tokenizer().encode_batch(data.captions))
         pixels = torch.from_numpy(data.pixel_values)
-        images = torch.cat([model.encode_image(part.to(device)) for part in pixels.split(TEST_BATCH)])
+        images = torch.cat([model.encode_image(part.to(device)) for part in torch.split(pixels, TEST_BATCH)])
         texts = torch.cat(
-            [model.encode_text(*part) for part in zip(ids.split(TEST_BATCH), mask.split(TEST_BATCH), strict=True)]
+            [model.encode_text(*part) for part in zip(torch.split(ids, TEST_BATCH), torch.split(mask, TEST_BATCH), strict=True)]
         )
         near = (model.scale() * model.embed_image(images).float() @ model.embed_text(texts).float().T).cpu()
         count = min(CANDIDATES, len(data))
@@ -122,7 +122,7 @@ def _scores(
 ) -> Tensor:
     """(N, N) sums of the logits of embeddings and of matching, where wanted."""
     scored = torch.full_like(near, float("-inf"))
-    for rows in wanted.nonzero().split(4 * TEST_BATCH):
+    for rows in torch.split(wanted.nonzero(), 4 * TEST_BATCH):
         image, text = rows.T.to(images.device)
         length = int(mask[text].sum(1).max())
         logits = model.match(images[image], texts[text][:, :length], ids[text][:, :length], mask[text][:, :length])

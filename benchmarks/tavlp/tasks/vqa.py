@@ -124,10 +124,10 @@ class Answering:
     def evaluate(self, model: AnsweringModel, family: Family, recipe: Recipe, device: torch.device) -> dict[str, float]:
         data, (tokenizer, _) = questions("test", recipe.test_size), grown_tokenizer(family)
         pixels = torch.from_numpy(data.pixel_values)
-        images = torch.cat([model.encode_image(part.to(device)) for part in pixels.split(TEST_BATCH)])
+        images = torch.cat([model.encode_image(part.to(device)) for part in torch.split(pixels, TEST_BATCH)])
         ids, mask = (torch.from_numpy(part).to(device) for part in tokenizer.encode_batch(data.texts))
         predicted: list[int] = []
-        for rows in torch.arange(len(ids)).split(4 * TEST_BATCH):
+        for rows in torch.split(torch.arange(len(ids)), 4 * TEST_BATCH):
             states = images[torch.from_numpy(data.images)[rows].to(device)]
             predicted += model.answers(states, ids[rows], mask[rows]).argmax(dim=-1).tolist()
         return {"accuracy": accuracy(predicted, data.answers.tolist())}

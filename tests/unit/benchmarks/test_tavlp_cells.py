@@ -12,7 +12,6 @@ import torch
 
 import mfcompile
 from benchmarks.tavlp import cells as runner
-from benchmarks.tavlp import pruning
 from benchmarks.tavlp.cells import Cell, Choice, cells, run_cell
 from benchmarks.tavlp.configuration import config_hash
 from benchmarks.tavlp.families import FAMILIES, family
@@ -89,7 +88,7 @@ def test_masks_are_made_once_for_all_tasks_and_without_a_seed_for_all_seeds(
         made.append(options["criterion"])
         return select(*arguments, **options)
 
-    monkeypatch.setattr(pruning.mfcompile, "select_masks", counted)
+    monkeypatch.setattr(mfcompile, "select_masks", counted)
 
     def masks(pruner: str, seed: int) -> mfcompile.MaskSet:
         return masks_of(family("xvlm"), PRUNERS[pruner], 0.63, seed, TINY, folders(tmp_path))
