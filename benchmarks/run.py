@@ -30,6 +30,13 @@ def pruning() -> dict[str, Any]:
     }
 
 
+def tavlp() -> dict[str, Any]:
+    """A few cells of the task-agnostic benchmark; its data and metrics are imported only when it runs."""
+    from benchmarks.tavlp.reduced import reduced
+
+    return reduced()
+
+
 BENCHMARKS = {
     "pruning": pruning,
     "capture": capture_cost.capture_cost,
@@ -37,13 +44,6 @@ BENCHMARKS = {
     "sparse": sparse_models.sparse_models,
     "tavlp": tavlp,
 }
-
-
-def tavlp() -> dict[str, Any]:
-    """A few cells of the task-agnostic benchmark; its data and metrics are imported only when it runs."""
-    from benchmarks.tavlp.reduced import reduced
-
-    return reduced()
 
 
 def main() -> None:
