@@ -1,8 +1,9 @@
 """Masks written into the ONNX file that a model came from; everything else stays as it is, byte by byte.
 
 In the dense format the values of masked initializers change in place, and nothing else does: fields, names, metadata and
-the layout of external data are those of the original. In the packed format a masked initializer gives way to the nodes that
-decode it, in front of the first node; what is left of external data moves together, and three entries of metadata are added.
+the layout of external data are those of the original. In the packed format a masked initializer gives way to its packed
+tensors: SparseLinear nodes stand where its layers were, or nodes that decode it in front of the first node. What is left of
+external data moves together, and entries of metadata are added.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from mfcompile.artifact import ExportedArtifact, TensorEncoding
+from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import ExportError, InputError
-from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight
+from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight, stored_tensors
 from mfcompile.exporters.messages import first_line
+from mfcompile.exporters.onnx_layers import PackedParts, StoredGraph
 from mfcompile.exporters.onnx_splicing import (
     Chunk,
     DataFile,
@@ -31,8 +33,10 @@ from mfcompile.exporters.onnx_splicing import (
     moved_tensor,
     write_chunks,
 )
-from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, encode, plan_encoding
+from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, encode
 from mfcompile.exporters.staging import staging_folder
+from mfcompile.exporters.stored_weights import WEIGHTS_KEY, describe_weights
+from mfcompile.exporters.weight_placement import Placement, PlacementOptions
 from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet
 from mfcompile.onnx_file import OnnxFile
@@ -65,7 +69,12 @@ class _Masked:
 
     fqn: str
     tensor: TensorRecord
-    plan: EncodingPlan
+    placement: Placement
+
+    @property
+    def plan(self) -> EncodingPlan:
+        """How it is encoded."""
+        return self.placement.plan
 
     @property
     def is_replaced(self) -> bool:
@@ -94,12 +103,14 @@ def rewrite_onnx(
     assert isinstance(file, OnnxFile)  # the front end is onnx
     _check(file, path, format, values)
     masks = captured.masks if captured.masks is not None else MaskSet({})
-    masked = [_plan(file, fqn, masks, format, values) for fqn in masks.packed]
+    graph = StoredGraph(file, captured.example_inputs)
+    options = PlacementOptions(format, values, inline, graph.sizes)
+    masked = [_plan(file, graph, fqn, masks, options) for fqn in masks.packed]
     replaced = [item for item in masked if item.is_replaced]
     if replaced:
         _check_packable(file, path)
     with MappedFile(file.path) as buffer:
-        rewriter = _Rewriter(file, masks, masked, buffer)
+        rewriter = _Rewriter(file, graph, masks, masked, buffer)
         chunks = rewriter.model_chunks(format, values)
         sizes = _write(path, chunks, rewriter.data_files(), checked=bool(replaced))
     files = (path, *(path.parent / item for item in sizes if item != path.name))
@@ -111,7 +122,7 @@ def rewrite_onnx(
         values=values,
         size_bytes=sum(sizes.values()),
         dense_size_bytes=dense,
-        encodings=tuple(_encoding(item) for item in masked),
+        encodings=tuple(item.placement.encoding(item.fqn) for item in masked),
         input_names=file.input_names,
         output_names=file.output_names,
         dynamic_axes=_free_axes(file),
@@ -150,22 +161,22 @@ def _opset(file: OnnxFile) -> int:
     return next((int(item.version) for item in file.proto.opset_import if item.domain in ("", "ai.onnx")), 1)
 
 
-def _plan(file: OnnxFile, fqn: str, masks: MaskSet, format: str, values: str) -> _Masked:
+def _plan(file: OnnxFile, graph: StoredGraph, fqn: str, masks: MaskSet, options: PlacementOptions) -> _Masked:
     if fqn not in file.stored_names:
         raise InputError(f"the masks name {fqn}, but {file.path} has no such tensor. Use the masks of this file")
     tensor = file.record.tensors[file.stored_names[fqn]]
     if tensor.dims != masks.packed[fqn].shape:
         raise InputError(f"the mask of {fqn} has shape {masks.packed[fqn].shape}, the tensor has {tensor.dims}")
-    dtype = as_array(file.get_parameter(fqn)).dtype
-    allowed = ("dense",) if format == "dense" else ("dense", "gap8", "gap4")
-    return _Masked(fqn, tensor, plan_encoding(masks[fqn].numpy(), dtype, values, allowed=allowed))
+    return _Masked(fqn, tensor, graph.decide(tensor.name, masks[fqn].numpy(), options))
 
 
 class _Rewriter:
     """Lays out the bytes of the new files."""
 
-    def __init__(self, file: OnnxFile, masks: MaskSet, masked: Sequence[_Masked], buffer: memoryview) -> None:
-        self._file, self._masks, self._buffer = file, masks, buffer
+    def __init__(
+        self, file: OnnxFile, graph: StoredGraph, masks: MaskSet, masked: Sequence[_Masked], buffer: memoryview
+    ) -> None:
+        self._file, self._graph, self._masks, self._buffer = file, graph, masks, buffer
         self._record: FileRecord = file.record
         self._masked = {item.tensor.name: item for item in masked}
         self._replaced = {item.tensor.name for item in masked if item.is_replaced}
@@ -178,22 +189,34 @@ class _Rewriter:
 
     def model_chunks(self, format: str, values: str) -> FileChunks:
         """The .onnx file, in pieces."""
-        nodes, stored = self._decode() if self._replaced else ([], [])
+        packed = self._pack() if self._replaced else PackedParts()
         inside: list[Chunk] = []
-        is_open = bool(nodes)
+        place = 0
         for item in self._record.graph_fields:
-            if is_open and item.number == GRAPH_NODE:
-                inside += [field_bytes(GRAPH_NODE, node) for node in nodes]
-                is_open = False
-            inside += self._field(item.start, item.end, item.number)
-        inside += stored
+            if item.number != GRAPH_NODE:
+                inside += self._field(item.start, item.end, item.number)
+                continue
+            if place == 0:
+                inside += [field_bytes(GRAPH_NODE, node) for node in packed.nodes]
+            if place in packed.changes.added:
+                inside.append(field_bytes(GRAPH_NODE, packed.changes.added[place].SerializeToString()))
+            elif place not in packed.changes.dropped:
+                inside += self._field(item.start, item.end, item.number)
+            place += 1
+        inside += packed.fields
         before, after = self._around()
         if self._replaced:
-            metadata = {"format": format, "values": values, "masks_sha256": self._masks.digest()}
+            metadata = {
+                "mfcompile.format": format,
+                "mfcompile.values": values,
+                "mfcompile.masks_sha256": self._masks.digest(),
+                WEIGHTS_KEY: describe_weights(packed.weights),
+            }
             after += [
-                field_bytes(MODEL_METADATA, field_bytes(1, f"mfcompile.{key}".encode()) + field_bytes(2, value.encode()))
+                field_bytes(MODEL_METADATA, field_bytes(1, key.encode()) + field_bytes(2, value.encode()))
                 for key, value in metadata.items()
             ]
+            after += [field_bytes(number, data) for number, items in packed.changes.model_fields.items() for data in items]
         return FileChunks(self._buffer, before, MODEL_GRAPH, inside, after)
 
     def data_files(self) -> DataFile:
@@ -261,19 +284,23 @@ class _Rewriter:
             values[place] = 0
         return field_bytes(GRAPH_INITIALIZER, proto.SerializeToString())
 
-    def _decode(self) -> tuple[list[bytes], list[Chunk]]:
-        """Serialised decode nodes and stored tensors, under names that are new in this file."""
+    def _pack(self) -> PackedParts:
+        """What stands for the replaced weights, under names that are new in this file."""
         scratch = ir.Graph([], [], nodes=[], opset_imports={"": _opset(self._file)}, name="decode")
         shared = SharedConstants(scratch)
         nodes: list[ir.Node] = []
-        stored: list[ir.Value] = []
+        tensors: dict[str, Sequence[ir.Value]] = {}
         for name in sorted(self._replaced, key=list(self._masked).index):
             item = self._masked[name]
-            packed = pack_weight(name, item.plan, partial(_encode, self._file, item, self._masks), shared)
+            load = partial(_encode, self._file, item, self._masks)
+            if item.placement.layer is not None:
+                tensors[name] = stored_tensors(name, item.plan, load)
+                continue
+            packed = pack_weight(name, item.plan, load, shared)
             nodes += packed.nodes
-            stored += packed.initializers
+            tensors[name] = packed.initializers
         nodes = [*shared.nodes, *nodes]
-        stored = [*scratch.initializers.values(), *stored]
+        stored = [*scratch.initializers.values(), *(value for values in tensors.values() for value in values)]
         taken = _names(self._file.proto) - self._replaced
         for value in (*stored, *(output for node in nodes for output in node.outputs)):
             while value.name in taken:
@@ -281,8 +308,15 @@ class _Rewriter:
         for node in nodes:
             if node.op_type == "Reshape" and _opset(self._file) < _RESHAPE_ALLOWS_ZERO:
                 node.attributes.pop("allowzero")
-        fields = [chunk for value in stored for chunk in self._store(value)]
-        return [ir.to_proto(node).SerializeToString() for node in nodes], fields
+        found = PackedParts([ir.to_proto(node).SerializeToString() for node in nodes])
+        found.fields += [chunk for value in stored for chunk in self._store(value)]
+        for name, values in tensors.items():
+            placement = self._masked[name].placement
+            if placement.layer is not None:
+                found.changes.add_layer(self._graph, placement, [str(value.name) for value in values])
+            if placement.plan.encoding != "dense":
+                found.weights[name] = placement.stored(values)
+        return found
 
     def _store(self, value: ir.Value) -> list[Chunk]:
         """The field of a stored tensor, whose values are outside where the file keeps its tensors outside."""
@@ -321,6 +355,8 @@ class _Rewriter:
 def _encode(file: OnnxFile, item: _Masked, masks: MaskSet) -> EncodedWeight:
     values = "fp16" if item.plan.values_dtype != item.plan.dtype else "fp32"
     weight, mask = as_array(file.get_parameter(item.fqn)), masks[item.fqn].numpy()
+    if item.placement.is_transposed:
+        weight, mask = weight.T, mask.T
     return encode(weight, mask, values, encoding=item.plan.encoding, name=item.fqn)
 
 
@@ -362,8 +398,3 @@ def _free_axes(file: OnnxFile) -> dict[str, dict[int, str]]:
         if axes and item.name in file.input_names:
             found[item.name] = axes
     return found
-
-
-def _encoding(item: _Masked) -> TensorEncoding:
-    plan = item.plan
-    return TensorEncoding(item.fqn, plan.encoding, plan.stored_bytes, 4 * plan.weight_count, plan.kept_count, plan.weight_count)

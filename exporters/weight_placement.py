@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,9 +12,15 @@ from numpy.typing import NDArray
 
 from mfcompile.artifact import TensorEncoding
 from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight, stored_tensors
-from mfcompile.exporters.packing import EncodedWeight, EncodingPlan, encode, plan_encoding
+from mfcompile.exporters.packing import (
+    ENCODINGS,
+    EncodedWeight,
+    EncodingPlan,
+    choose_encodings,
+    encode,
+    possible_encodings,
+)
 from mfcompile.exporters.sparse_crossover import least_sparsity
-from mfcompile.exporters.sparse_linear import OP_TYPES
 from mfcompile.exporters.sparse_rewriting import (
     LinearWeight,
     find_linear,
@@ -25,6 +31,9 @@ from mfcompile.exporters.stored_weights import StoredWeight
 from mfcompile.masks import MaskSet
 
 INLINE = "plain nodes were asked for"
+
+LOAD_BUDGET = 7.0
+"""Memory that stock onnxruntime may take to create a session, in multiples of the bytes of the dense tensors."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +66,14 @@ class PlacementOptions:
         format: "packed" or "dense".
         values: "fp32" or "fp16".
         inline: plain nodes only, for runtimes that refuse model-local functions.
+        load_budget: see ``LOAD_BUDGET``; for less, encodings are taken that are decoded with less memory and store more bytes.
         sizes: named dimension -> its size in the example inputs.
     """
 
     format: str
     values: str
     inline: bool = False
+    load_budget: float = LOAD_BUDGET
     sizes: Mapping[str, int] | None = None
 
 
@@ -93,8 +104,8 @@ class Placement:
             self.layer is not None, self.why_dense,
         )  # fmt: skip
 
-    def stored(self, fqn: str, tensors: Sequence[ir.Value]) -> StoredWeight:
-        """What the file says of it."""
+    def stored(self, tensors: Sequence[ir.Value]) -> StoredWeight:
+        """What the file says of it; ``tensors`` are the initializers that hold it."""
         shape = self.plan.shape[::-1] if self.is_transposed else self.plan.shape
         names = tuple(str(value.name) for value in tensors)
         return StoredWeight(self.plan.encoding, shape, names, self.is_transposed, self.layer is not None)
@@ -114,13 +125,13 @@ def place_weights(
         FQN -> what was decided; and of the packed ones, where the file has them.
     """
     graph = model.graph
-    size = _weight_bytes(model)
     shared = SharedConstants(graph)
     placed: dict[str, Placement] = {}
     stored: dict[str, StoredWeight] = {}
     nodes: list[ir.Node] = []
+    decided = decide(model, weights, options)
     for weight in weights:
-        placement = decide(model, weight.initializer, weight.mask(), options, size)
+        placement = decided[weight.fqn]
         plan, layer = placement.plan, placement.layer
         load = partial(_encode, weight, plan.encoding, options.values, placement.is_transposed)
         placed[weight.fqn] = placement
@@ -136,47 +147,71 @@ def place_weights(
         for tensor in tensors:
             graph.initializers.add(tensor)
         if plan.encoding != "dense":
-            stored[weight.fqn] = placement.stored(weight.fqn, tensors)
+            stored[weight.fqn] = placement.stored(tensors)
     nodes = [*shared.nodes, *nodes]
     if nodes:
         graph.insert_before(graph[0], nodes)
     return placed, stored
 
 
-def decide(
-    model: ir.Model, weight: ir.Value, mask: NDArray[np.bool_], options: PlacementOptions, model_bytes: int
-) -> Placement:
-    """How a masked weight is encoded, and whether SparseLinear nodes read it.
+def decide(model: ir.Model, weights: Sequence[MaskedWeight], options: PlacementOptions) -> dict[str, Placement]:
+    """How masked weights are encoded, and which of them SparseLinear nodes read.
 
     Args:
-        model: the weight's; not changed.
-        weight: its initializer.
-        mask: in the layout of the initializer, 1 = kept.
-        options: how to store it.
-        model_bytes: of all dense weights of the model.
+        model: theirs; not changed.
+        weights: the masked parameters.
+        options: how to store them.
+
+    Returns:
+        FQN -> what was decided.
     """
-    assert weight.dtype is not None  # initializers have types
-    dtype = weight.dtype.numpy()
-    if options.format == "dense":
-        return Placement(plan_encoding(mask, dtype, options.values, allowed=("dense",)), None)
-    layer = find_linear(weight, model.graph)
-    own = mask.T if layer.is_transposed else mask
-    plan = plan_encoding(own, dtype, options.values, allowed=("dense", *OP_TYPES))
-    if plan.encoding not in OP_TYPES:
-        return Placement(plan_encoding(mask, dtype, options.values), None, "packing it saves too little")
-    reason = INLINE if options.inline else _why_dense(model, layer, plan, options, model_bytes)
-    if reason:
-        return Placement(plan_encoding(mask, dtype, options.values), None, reason)
-    return Placement(plan, layer)
+    size = _weight_bytes(model)
+    layers: dict[str, tuple[LinearWeight, str]] = {}
+    possible: dict[str, tuple[EncodingPlan, ...]] = {}
+    for weight in weights:
+        mask, dtype = weight.mask(), weight.tensor.dtype.numpy()
+        layer, reason = LinearWeight(weight.initializer, ()), ""
+        if options.format == "packed":
+            layer = find_linear(weight.initializer, model.graph)
+            reason = INLINE if options.inline else _why_dense(model, layer, mask, options, size)
+        allowed = ENCODINGS if options.format == "packed" else ("dense",)
+        is_swapped = layer.is_transposed and not reason
+        possible[weight.fqn] = possible_encodings(mask.T if is_swapped else mask, dtype, options.values, allowed=allowed)
+        layers[weight.fqn] = (layer, reason)
+    chosen = choose_under_budget(possible, size, options.load_budget)
+    return {fqn: _placement(plan, *layers[fqn]) for fqn, plan in chosen.items()}
 
 
-def _why_dense(model: ir.Model, layer: LinearWeight, plan: EncodingPlan, options: PlacementOptions, model_bytes: int) -> str:
+def choose_under_budget(
+    possible: Mapping[str, Sequence[EncodingPlan]], dense_bytes: int, load_budget: float
+) -> dict[str, EncodingPlan]:
+    """Encodings with which stock onnxruntime creates a session in ``load_budget`` times the bytes of the dense tensors.
+
+    Args:
+        possible: FQN -> what it can be, dense first.
+        dense_bytes: all tensors of the dense model.
+        load_budget: see ``LOAD_BUDGET``.
+    """
+    others = dense_bytes - sum(plans[0].weight_count * plans[0].dtype.itemsize for plans in possible.values())
+    return choose_encodings(possible, lambda plan: plan.stored_bytes + plan.folded_bytes, load_budget * dense_bytes - others)
+
+
+def _placement(plan: EncodingPlan, layer: LinearWeight, reason: str) -> Placement:
+    if plan.encoding == "dense":
+        own = plan.shape[::-1] if layer.is_transposed and not reason else plan.shape
+        return Placement(replace(plan, shape=own), None, reason or ("" if not layer.uses else "packing it saves too little"))
+    return Placement(plan, None, reason) if reason else Placement(plan, layer)
+
+
+def _why_dense(
+    model: ir.Model, layer: LinearWeight, mask: NDArray[np.bool_], options: PlacementOptions, model_bytes: int
+) -> str:
     if not layer.uses:
         return layer.refusal
     if not holds_functions(model):
         return "the file is too old to hold functions"
     tokens = layer.token_count(options.sizes or {})
-    sparsity = 1 - plan.kept_count / plan.weight_count
+    sparsity = 1 - np.count_nonzero(mask) / max(1, mask.size)
     least = least_sparsity(tokens, model_bytes)
     if sparsity < least:
         count = "many" if tokens is None else f"{tokens:,}"

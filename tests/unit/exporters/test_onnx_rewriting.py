@@ -12,9 +12,14 @@ import torch
 from onnx import TensorProto
 
 import mfcompile
+from mfcompile import runtime
 from mfcompile.compile import CompiledModel
 from mfcompile.errors import ExportError, InputError
+from mfcompile.exporters import weight_placement
+from mfcompile.exporters.packing import EncodedWeight, decode
+from mfcompile.exporters.stored_weights import read_weights
 from tests.onnx_models import GraphWriter, save, two_towers, two_towers_inputs
+from tests.unit.exporters import toy_session
 
 
 def compiled(path: Path, sparsity: float = 0.63) -> CompiledModel:
@@ -60,7 +65,7 @@ def test_packed_decodes_to_the_dense_file(tmp_path: Path, external: bool, values
     path = save(two_towers(), tmp_path / "model.onnx", external=external)
     model = compiled(path)
     dense = model.export_onnx(tmp_path / "dense" / "model.onnx", format="dense")
-    packed = model.export_onnx(tmp_path / "packed" / "model.onnx", values=values)
+    packed = model.export_onnx(tmp_path / "packed" / "model.onnx", values=values, inline=True)
     assert sum(item.stored_bytes for item in packed.encodings) < 0.55 * sum(item.dense_bytes for item in packed.encodings)
     parity = model.verify(packed)
     assert parity.passed
@@ -76,6 +81,53 @@ def test_packed_decodes_to_the_dense_file(tmp_path: Path, external: bool, values
     assert metadata["mfcompile.masks_sha256"] == model.masks.digest()
     if external:
         assert (packed.path.parent / "model.onnx.data").stat().st_size < (path.parent / "model.onnx.data").stat().st_size
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_layers_of_a_file_become_sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool) -> None:
+    """Its weights are stored (in, out): the tensors hold their transposes, which the kernels read."""
+    monkeypatch.setattr(weight_placement, "least_sparsity", lambda *_: 0.0)
+    path = save(two_towers(), tmp_path / "model.onnx", external=external)
+    model = compiled(path)
+    dense = model.export_onnx(tmp_path / "dense" / "model.onnx", format="dense")
+    packed = model.export_onnx(tmp_path / "packed" / "model.onnx")
+    onnx.checker.check_model(packed.path)
+    layers = [item.fqn for item in packed.encodings if item.is_sparse]
+    assert layers == [item.fqn for item in packed.encodings if item.encoding != "dense"]
+    after = onnx.load(packed.path)
+    nodes = [node for node in after.graph.node if node.domain == "mfcompile"]
+    assert {node.name for node in nodes} == set(layers)
+    assert {node.op_type for node in after.graph.node} <= {node.op_type for node in onnx.load(path).graph.node} | {
+        node.op_type for node in nodes
+    }
+    stored = read_weights({item.key: item.value for item in after.metadata_props})
+    assert set(stored) == set(layers)
+    tensors = {item.name: onnx.numpy_helper.to_array(item) for item in after.graph.initializer}
+    plain = {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(dense.path).graph.initializer}
+    for name, item in stored.items():
+        assert (item.is_transposed, item.is_sparse) == (True, True)
+        gaps, values = (tensors[part] for part in item.tensors)
+        decoded = decode(EncodedWeight(name, item.encoding, item.shape[::-1], np.dtype(np.float32), gaps, values))
+        assert decoded.T.tobytes() == plain[name].tobytes()
+    feeds = {name: tensor.numpy() for name, tensor in two_towers_inputs().items()}
+    outputs = toy_session.run(dense.path, feeds)
+    assert all(value.tobytes() == outputs[name].tobytes() for name, value in toy_session.run(packed.path, feeds).items())
+    assert toy_session.optimised_operators(packed.path, tmp_path) == toy_session.optimised_operators(dense.path, tmp_path)
+    parity = model.verify(packed)
+    assert parity.passed
+    assert (parity.sparse is not None) is runtime.is_available()
+    if parity.sparse is not None:
+        assert 0 < parity.sparse.max_abs_diff < 1e-4
+
+
+def test_a_file_with_functions_of_the_package_gets_plain_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_placement, "least_sparsity", lambda *_: 0.0)
+    original = two_towers()
+    original.opset_import.add(domain="mfcompile", version=1)
+    model = compiled(save(original, tmp_path / "model.onnx"))
+    packed = model.export_onnx(tmp_path / "packed" / "model.onnx")
+    assert {item.is_sparse for item in packed.encodings} == {False}
+    assert model.verify(packed).passed
 
 
 def test_without_masks_the_file_is_copied(tmp_path: Path) -> None:
