@@ -81,6 +81,54 @@ uint8_t find_pruned_column(const uint8_t* columns, size_t count) {
   return static_cast<uint8_t>(column);
 }
 
+// The entries of one unit in one block.
+struct Lane {
+  const uint8_t* columns;
+  const char* values;
+  size_t count;
+};
+
+Lane find_lane(const Entries& entries, const void* values, size_t width, size_t unit, size_t block) {
+  if (unit >= entries.units) return {entries.columns.data(), static_cast<const char*>(values), 0};
+  const size_t cell = unit * entries.blocks + block, begin = entries.starts[cell];
+  return {entries.columns.data() + begin, static_cast<const char*>(values) + begin * width, entries.starts[cell + 1] - begin};
+}
+
+void copy_lane(const Lane& lane, size_t length, size_t width, uint8_t* columns, char* values) {
+  for (size_t entry = 0; entry < length; ++entry) columns[entry] = static_cast<uint8_t>(4 * lane.columns[entry]);
+  std::memcpy(values, lane.values, length * width);
+}
+
+// The entries of kGroupRows lanes side by side, brought to `length` each by zeros at a pruned place.
+template <size_t kWidth>
+void interleave(const Lane* lanes, size_t length, uint8_t* columns, char* values) {
+  constexpr size_t kRows = kGroupRows;
+  size_t shortest = length;
+  for (size_t row = 0; row < kRows; ++row) shortest = std::min(shortest, lanes[row].count);
+  // Eight entries are gathered before they are stored: what is stored as bytes may be anything, also a pointer of a lane.
+  const Lane own[kRows] = {lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5], lanes[6], lanes[7]};
+  for (size_t entry = 0; entry < shortest; ++entry) {
+    uint8_t slot_columns[kRows];
+    char slot_values[kRows * kWidth];
+    for (size_t row = 0; row < kRows; ++row) {
+      slot_columns[row] = static_cast<uint8_t>(4 * own[row].columns[entry]);
+      std::memcpy(slot_values + row * kWidth, own[row].values + entry * kWidth, kWidth);
+    }
+    std::memcpy(columns + entry * kRows, slot_columns, sizeof slot_columns);
+    std::memcpy(values + entry * kRows * kWidth, slot_values, sizeof slot_values);
+  }
+  for (size_t row = 0; row < kRows && shortest < length; ++row) {
+    const Lane& lane = lanes[row];
+    const uint8_t pruned = lane.count < length ? find_pruned_column(lane.columns, lane.count) : 0;
+    for (size_t entry = shortest; entry < length; ++entry) {
+      const bool exists = entry < lane.count;
+      columns[entry * kRows + row] = static_cast<uint8_t>(4 * (exists ? lane.columns[entry] : pruned));
+      char* to = values + (entry * kRows + row) * kWidth;
+      exists ? std::memcpy(to, lane.values + entry * kWidth, kWidth) : std::memset(to, 0, kWidth);
+    }
+  }
+}
+
 }  // namespace
 
 CellLayout::CellLayout(const Entries& entries, const void* from, ValueType value_type, int unit_rows, size_t rows)
@@ -117,32 +165,15 @@ CellLayout::CellLayout(const Entries& entries, const void* from, ValueType value
   const uint8_t *unit = all_units.data(), *length = all_counts.data();
   for (size_t cell = 0; cell < chunks * blocks; ++cell) {
     const size_t first_unit = cell / blocks * chunk_units, block = cell % blocks;
-    for (size_t index = first_group[cell]; index < first_group[cell + 1]; ++index, ++length) {
-      for (size_t place = 0; place < group; ++place, ++unit) {
-        const size_t global = first_unit + *unit;
-        const bool exists = global < entries.units;
-        const size_t begin = exists ? entries.starts[global * blocks + block] : 0;
-        const size_t count = exists ? entries.starts[global * blocks + block + 1] - begin : 0;
-        const uint8_t* column = entries.columns.data() + begin;
-        const char* value = static_cast<const char*>(from) + begin * width;
-        uint8_t* to = next_column + place;
-        char* value_to = next_value + place * width;
-        if (width == 4) {
-          for (size_t entry = 0; entry < count; ++entry) {
-            to[entry * group] = static_cast<uint8_t>(4 * column[entry]);
-            std::memcpy(value_to + entry * group * 4, value + entry * 4, 4);
-          }
-        } else {
-          for (size_t entry = 0; entry < count; ++entry) {
-            to[entry * group] = static_cast<uint8_t>(4 * column[entry]);
-            std::memcpy(value_to + entry * group * width, value + entry * width, width);
-          }
-        }
-        const uint8_t pruned = count < *length ? find_pruned_column(column, count) : 0;
-        for (size_t entry = count; entry < *length; ++entry) {
-          to[entry * group] = static_cast<uint8_t>(4 * pruned);
-          std::memset(value_to + entry * group * width, 0, width);
-        }
+    for (size_t index = first_group[cell]; index < first_group[cell + 1]; ++index, ++length, unit += group) {
+      Lane lanes[kGroupRows];
+      for (size_t place = 0; place < group; ++place) lanes[place] = find_lane(entries, from, width, first_unit + unit[place], block);
+      if (group == 1) {
+        copy_lane(lanes[0], *length, width, next_column, next_value);
+      } else if (value_type == ValueType::kFloat) {
+        interleave<4>(lanes, *length, next_column, next_value);
+      } else {
+        interleave<2>(lanes, *length, next_column, next_value);
       }
       next_column += *length * group;
       next_value += *length * group * width;
