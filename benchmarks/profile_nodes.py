@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -20,7 +19,9 @@ _PRODUCTS = {"MatMul", "Gemm", "FusedGemm"}
 
 
 def node_times(file: SessionFile, inputs: ExampleInputs, runs: int = RUNS) -> dict[str, float]:
-    """Kind of operator -> seconds of one run, one thread; the sum over nodes of their medians over the runs.
+    """Kind of operator -> seconds of one run, one thread: the sum over nodes of their shortest time.
+
+    The shortest, because profiles are by the clock, and other processes make some runs longer.
 
     ``linear`` is what multiplies by stored weights: sparse layers, and products by a matrix, or by weights that onnxruntime has
     brought into a layout of its own (the profile then lists one input). ``MatMul`` is what multiplies two computed values.
@@ -44,7 +45,7 @@ def node_times(file: SessionFile, inputs: ExampleInputs, runs: int = RUNS) -> di
     found: dict[str, float] = {"linear": 0.0}
     for (kind, _), seconds in times.items():
         per_run = len(seconds) / (runs + 1)
-        found[kind] = found.get(kind, 0.0) + statistics.median(seconds[round(per_run) :]) * per_run
+        found[kind] = found.get(kind, 0.0) + min(seconds) * per_run
     return found
 
 
