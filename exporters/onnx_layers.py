@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from mfcompile.exporters.onnx_splicing import Chunk
+from mfcompile.exporters.onnx_splicing import Chunk, as_array
 from mfcompile.exporters.sparse_linear import DOMAIN, VERSION, sparse_linear_function, sparse_linear_node
 from mfcompile.exporters.split_build import dimension_sizes
 from mfcompile.exporters.stored_weights import StoredWeight
-from mfcompile.exporters.weight_placement import Placement, PlacementOptions, decide
+from mfcompile.exporters.weight_placement import MaskedWeight, Placement, PlacementOptions, decide
 from mfcompile.inputs import ExampleInputs
+from mfcompile.masks import MaskSet
 from mfcompile.onnx_file import OnnxFile, inferred_types, is_injected
 from mfcompile.onnx_wire import skeleton
 
@@ -32,7 +31,7 @@ class StoredGraph:
     """
 
     def __init__(self, file: OnnxFile, example: ExampleInputs) -> None:
-        record = file.record
+        self._file, record = file, file.record
         proto = onnx.ModelProto.FromString(
             skeleton(record, frozenset(name for name, item in record.tensors.items() if is_injected(item)))
         )
@@ -44,16 +43,20 @@ class StoredGraph:
                 proto.graph.value_info.add(name=name, type=kind)
         self.model = ir.from_proto(proto)
         self.sizes = dimension_sizes(self.model, example.tensors())
-        self.weight_bytes = sum(int(np.prod(item.dims)) * _item_bytes(item.data_type) for item in record.tensors.values())
         self.is_extended = DOMAIN in {item.domain for item in proto.opset_import}
         self._places = {node: index for index, node in enumerate(self.model.graph)}
         self._values = {value.name: value for node in self.model.graph for value in node.outputs}
         self._values |= dict(self.model.graph.initializers)
 
-    def decide(self, name: str, mask: NDArray[np.bool_], options: PlacementOptions) -> Placement:
-        """How a stored weight is encoded, and whether SparseLinear nodes read it; none do in a file that has some already."""
+    def decide(self, masks: MaskSet, options: PlacementOptions) -> dict[str, Placement]:
+        """How masked weights are encoded, and which SparseLinear nodes read; none do in a file that has some already."""
         options = replace(options, inline=options.inline or self.is_extended)
-        return decide(self.model, self._values[name], mask, options, self.weight_bytes)
+        weights = []
+        for fqn in masks.packed:
+            name = self._file.stored_names[fqn]
+            tensor = ir.tensor(as_array(self._file.get_parameter(fqn)), name=name)
+            weights.append(MaskedWeight(fqn, self._values[name], tensor, masks))
+        return decide(self.model, weights, options)
 
     def place(self, node: ir.Node) -> int:
         """Which node of the graph it is."""
@@ -119,7 +122,3 @@ class PackedParts:
     fields: list[Chunk] = field(default_factory=list)
     changes: NodeChanges = field(default_factory=NodeChanges)
     weights: dict[str, StoredWeight] = field(default_factory=dict)
-
-
-def _item_bytes(data_type: int) -> float:
-    return float(ir.DataType(data_type).itemsize)

@@ -9,7 +9,7 @@ external data moves together, and entries of metadata are added.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,8 +104,9 @@ def rewrite_onnx(
     _check(file, path, format, values)
     masks = captured.masks if captured.masks is not None else MaskSet({})
     graph = StoredGraph(file, captured.example_inputs)
-    options = PlacementOptions(format, values, inline, graph.sizes)
-    masked = [_plan(file, graph, fqn, masks, options) for fqn in masks.packed]
+    tensors = {fqn: _find(file, fqn, masks) for fqn in masks.packed}
+    placed = graph.decide(masks, PlacementOptions(format, values, inline, sizes=graph.sizes))
+    masked = [_Masked(fqn, tensor, placed[fqn]) for fqn, tensor in tensors.items()]
     replaced = [item for item in masked if item.is_replaced]
     if replaced:
         _check_packable(file, path)
@@ -161,13 +162,13 @@ def _opset(file: OnnxFile) -> int:
     return next((int(item.version) for item in file.proto.opset_import if item.domain in ("", "ai.onnx")), 1)
 
 
-def _plan(file: OnnxFile, graph: StoredGraph, fqn: str, masks: MaskSet, options: PlacementOptions) -> _Masked:
+def _find(file: OnnxFile, fqn: str, masks: MaskSet) -> TensorRecord:
     if fqn not in file.stored_names:
         raise InputError(f"the masks name {fqn}, but {file.path} has no such tensor. Use the masks of this file")
     tensor = file.record.tensors[file.stored_names[fqn]]
     if tensor.dims != masks.packed[fqn].shape:
         raise InputError(f"the mask of {fqn} has shape {masks.packed[fqn].shape}, the tensor has {tensor.dims}")
-    return _Masked(fqn, tensor, graph.decide(tensor.name, masks[fqn].numpy(), options))
+    return tensor
 
 
 class _Rewriter:
@@ -178,6 +179,7 @@ class _Rewriter:
     ) -> None:
         self._file, self._graph, self._masks, self._buffer = file, graph, masks, buffer
         self._record: FileRecord = file.record
+        self._by_start = {item.outer.start: item for item in self._record.tensors.values()}
         self._masked = {item.tensor.name: item for item in masked}
         self._replaced = {item.tensor.name for item in masked if item.is_replaced}
         moves = any(self._record.tensors[name].external for name in self._replaced)
@@ -252,12 +254,6 @@ class _Rewriter:
             length = tensor.values[1] - tensor.values[0]
             return [(start, tensor.values[0]), Later(length, lambda: self._values(tensor) or b""), (tensor.values[1], end)]
         return [self._other_form(tensor)]
-
-    @property
-    def _by_start(self) -> Mapping[int, TensorRecord]:
-        if not hasattr(self, "_starts"):
-            self._starts = {item.outer.start: item for item in self._record.tensors.values()}
-        return self._starts
 
     def _body(self, start: int, end: int) -> bytes:
         (field,) = read_fields(self._buffer, start, end)

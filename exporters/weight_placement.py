@@ -66,15 +66,15 @@ class PlacementOptions:
         format: "packed" or "dense".
         values: "fp32" or "fp16".
         inline: plain nodes only, for runtimes that refuse model-local functions.
-        load_budget: see ``LOAD_BUDGET``; for less, encodings are taken that are decoded with less memory and store more bytes.
         sizes: named dimension -> its size in the example inputs.
+        load_budget: see ``LOAD_BUDGET``; for less, encodings are taken that are decoded with less memory and store more bytes.
     """
 
     format: str
     values: str
     inline: bool = False
-    load_budget: float = LOAD_BUDGET
     sizes: Mapping[str, int] | None = None
+    load_budget: float = LOAD_BUDGET
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,8 @@ def decide(model: ir.Model, weights: Sequence[MaskedWeight], options: PlacementO
             layer = find_linear(weight.initializer, model.graph)
             reason = INLINE if options.inline else _why_dense(model, layer, mask, options, size)
         allowed = ENCODINGS if options.format == "packed" else ("dense",)
+        if len(layer.uses) > 1 and not reason:  # stock onnxruntime would decode a mask once for each
+            allowed = tuple(encoding for encoding in allowed if encoding != "mask")
         is_swapped = layer.is_transposed and not reason
         possible[weight.fqn] = possible_encodings(mask.T if is_swapped else mask, dtype, options.values, allowed=allowed)
         layers[weight.fqn] = (layer, reason)

@@ -122,7 +122,8 @@ CASES = {
             node("MatMul", ["x", "v"], ["other"]),
             node("If", ["is_positive"], ["y"], then_branch=THEN, else_branch=ELSE),
         ],
-        (K, N), refusal="MatMul reads it", inputs=MATRIX, tensors={"zero": np.float32(0), "v": np.ones((K, N), np.float32)},
+        (K, N), refusal="MatMul reads it", inputs=MATRIX,
+        tensors={"zero": np.zeros((), np.float32), "v": np.ones((K, N), np.float32)},
     ),
     "three axes": Case([node("MatMul", ["x", "w"], ["y"])], (2, K, N), refusal="no float32 matrix", inputs={"x": [2, 9, K]}),
 }  # fmt: skip
@@ -138,7 +139,7 @@ def build(case: Case, density: float = 0.25) -> Packed:
 def feeds(case: Case) -> dict[str, Array]:
     rng = np.random.default_rng(2)
     return {
-        name: rng.standard_normal([10 if size == "batch" else size for size in shape]).astype(np.float32)
+        name: rng.standard_normal([10 if isinstance(size, str) else size for size in shape]).astype(np.float32)
         for name, shape in case.inputs.items()
     }
 
