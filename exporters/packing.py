@@ -185,17 +185,6 @@ def choose_encoding(plans: Sequence[EncodingPlan]) -> EncodingPlan:
     return min((plan for plan in plans if plan.stored_bytes <= limit), key=lambda plan: (plan.folded_bytes, plan.stored_bytes))
 
 
-def plan_encoding(
-    mask: NDArray[np.bool_], dtype: DTypeLike, values: str, *, allowed: tuple[str, ...] = ENCODINGS
-) -> EncodingPlan:
-    """The encoding for one weight where no load budget is known, so that none is decoded at a high price: anything but mask.
-
-    Arguments are those of ``possible_encodings``.
-    """
-    cheap = tuple(encoding for encoding in allowed if encoding != "mask")
-    return choose_encoding(possible_encodings(mask, dtype, values, allowed=cheap))
-
-
 def choose_encodings(
     possible: Mapping[str, Sequence[EncodingPlan]], load_bytes: Callable[[EncodingPlan], int], budget_bytes: float
 ) -> dict[str, EncodingPlan]:
