@@ -56,7 +56,7 @@ def measure_cost(file: SessionFile, inputs: ExampleInputs, *, threads: int, proc
         first_run_seconds=statistics.median(item["first_run_seconds"] for item in found),
         second_run_seconds=statistics.median(item["second_run_seconds"] for item in found),
         resident_bytes=_median([item["resident_bytes"] for item in found]),
-        run_bytes=_median([_difference(item["resident_bytes"], item["created_bytes"]) for item in found]),
+        run_bytes=_median([item["run_bytes"] for item in found]),
         peak_bytes=_median([item["peak_bytes"] for item in found]),
     )
 
@@ -93,7 +93,3 @@ def _last(text: str) -> str:
 def _median(values: Sequence[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return int(statistics.median(known)) if known else None
-
-
-def _difference(whole: int | None, part: int | None) -> int | None:
-    return None if whole is None or part is None else max(0, whole - part)

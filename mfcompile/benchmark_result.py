@@ -52,7 +52,7 @@ class SessionCost:
         second_run_seconds: of the run after that.
         resident_bytes: memory that session and runs hold: resident set after the runs, less that of the process before it
             opened the file, onnxruntime and a session of a trivial graph in it. None where the system does not tell.
-        run_bytes: how much of it came with the runs: buffers of activations, and what the sparse runtime converts.
+        run_bytes: how much came with the runs, mapped files apart: buffers of activations, and what the runtime converts.
         peak_bytes: highest resident set while the session was created and run, less the same start. None as above.
     """
 
