@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mfcompile.region import PruneSite, RegionMap
     from mfcompile.statistics import CalibrationStatistics
     from mfcompile.steps import apply_masks, calibrate, capture, infer_regions, select_masks
+    from mfcompile.tokens import TokenEvidence, find_token_sites, prune_tokens, token_schedule, with_token_program
     from mfcompile.training.files import load, mask_module, save
     from mfcompile.training.lora import add_lora, merge_lora
     from mfcompile.training.trainer import MaskCallback
@@ -75,6 +76,7 @@ __all__ = [
     "RegionError",
     "RegionMap",
     "SiteData",
+    "TokenEvidence",
     "__version__",
     "add_lora",
     "apply_masks",
@@ -84,6 +86,7 @@ __all__ = [
     "compare",
     "compile_pruned",
     "export_onnx",
+    "find_token_sites",
     "infer_regions",
     "load",
     "load_parts",
@@ -91,13 +94,16 @@ __all__ = [
     "mask_module",
     "masks_of",
     "merge_lora",
+    "prune_tokens",
     "save",
     "select_masks",
     "strip",
+    "token_schedule",
     "transfer_masks",
     "unpack",
     "verify",
     "verify_masks",
+    "with_token_program",
 ]
 
 _HOMES = {
@@ -116,6 +122,7 @@ _HOMES = {
     "mfcompile.region": ("PruneSite", "RegionMap"),
     "mfcompile.statistics": ("CalibrationStatistics",),
     "mfcompile.steps": ("apply_masks", "calibrate", "capture", "infer_regions", "select_masks"),
+    "mfcompile.tokens": ("TokenEvidence", "find_token_sites", "prune_tokens", "token_schedule", "with_token_program"),
     "mfcompile.training.files": ("load", "mask_module", "save"),
     "mfcompile.training.lora": ("add_lora", "merge_lora"),
     "mfcompile.training.trainer": ("MaskCallback",),

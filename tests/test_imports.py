@@ -15,7 +15,7 @@ STAGES = ("frontends", "passes", "exporters", "runtime")
 TOP = {"mfcompile.compile", "mfcompile.exporting", "mfcompile.steps", "mfcompile.onnx_ladder", "mfcompile.cli"}
 ABOVE_CORE = {
     "compile.py", "comparison.py", "comparison_result.py", "exporting.py", "steps.py", "onnx_ladder.py", "onnx_entry.py",
-    "__init__.py", "__main__.py", "benchmark.py", "benchmark_child.py", "benchmark_variants.py", "loading.py",
+    "tokens.py", "__init__.py", "__main__.py", "benchmark.py", "benchmark_child.py", "benchmark_variants.py", "loading.py",
 }  # fmt: skip
 
 

@@ -7,14 +7,14 @@ import inspect
 import mfcompile
 
 PUBLIC = {
-    "Benchmark", "bench",
-    "CalibrationError", "CalibrationStatistics", "CaptureError", "CapturedGraph", "Comparison", "CompiledModel",
-    "Criterion", "ExportError", "ExportedArtifact", "InputError", "MaskCallback", "MaskError", "MaskSet", "MaskTransfer",
-    "MaskVerification", "MfcompileError", "Need", "ParityError", "ParityReport", "PassError", "PostconditionError",
-    "PreconditionError", "PruneSite", "RegionError", "RegionMap", "SiteData", "__version__", "add_lora", "apply_masks",
-    "calibrate", "capture", "compare", "compile_pruned", "export_onnx", "infer_regions", "load", "load_parts", "load_session",
-    "mask_module", "masks_of", "merge_lora", "save", "select_masks", "strip", "transfer_masks", "unpack", "verify",
-    "verify_masks",
+    "Benchmark", "bench", "CalibrationError", "CalibrationStatistics", "CaptureError", "CapturedGraph", "Comparison",
+    "CompiledModel", "Criterion", "ExportError", "ExportedArtifact", "InputError", "MaskCallback", "MaskError", "MaskSet",
+    "MaskTransfer", "MaskVerification", "MfcompileError", "Need", "ParityError", "ParityReport", "PassError",
+    "PostconditionError", "PreconditionError", "PruneSite", "RegionError", "RegionMap", "SiteData", "TokenEvidence",
+    "__version__", "add_lora", "apply_masks", "calibrate", "capture", "compare", "compile_pruned", "export_onnx",
+    "find_token_sites", "infer_regions", "load", "load_parts", "load_session", "mask_module", "masks_of", "merge_lora",
+    "prune_tokens", "save", "select_masks", "strip", "token_schedule", "transfer_masks", "unpack", "verify", "verify_masks",
+    "with_token_program",
 }  # fmt: skip
 
 

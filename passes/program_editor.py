@@ -1,0 +1,194 @@
+"""Editing the graph of a torch.export program: functions of tensors put in, sizes computed again, nodes sorted, made whole.
+
+What is put in is written as plain torch code and traced over the values of the graph, so that it is made of the same
+operators as the rest, with free sizes where the rest has them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    TensorArgument,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from mfcompile.errors import PreconditionError
+
+_STACKS = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
+
+
+class ProgramEditor:
+    """A copy of a program's graph that can be changed; the program is not.
+
+    Attributes:
+        graph: the copy.
+        nodes: name of a node of the program -> its copy.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.graph: fx.Graph = copy.deepcopy(program.graph)
+        for original, node in zip(program.graph.nodes, self.graph.nodes, strict=True):
+            node.name = original.name  # copying renames nodes called like a Python builtin; the signature does not
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self._constants: dict[str, Tensor] = {}
+        values = [node.meta.get("val") for node in self.graph.nodes if node.op == "placeholder"]
+        modes = [value.fake_mode for value in values if hasattr(value, "fake_mode")]
+        if not modes:
+            raise PreconditionError("the program's placeholders hold no fake tensors: export the model again")
+        self._mode: Any = modes[0]
+
+    @property
+    def output(self) -> fx.Node:
+        """The output node."""
+        found: fx.Node = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        return found
+
+    def order(self) -> dict[fx.Node, int]:
+        """Position of every node."""
+        return {node: position for position, node in enumerate(self.graph.nodes)}
+
+    def insert(self, function: Callable[..., Any], operands: Sequence[fx.Node], after: fx.Node) -> list[fx.Node]:
+        """Put in what a function of tensors computes.
+
+        Args:
+            function: takes one tensor per operand, gives a tensor or a tuple of them; of torch operators alone. Tensors that
+                it brings along become constants of the program.
+            operands: nodes that it is applied to.
+            after: whose submodule the new nodes count as; they stand behind it until the nodes are sorted.
+
+        Returns:
+            One node per tensor that it gives.
+        """
+        values = [node.meta["val"] for node in operands]
+
+        def traced(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with self._mode:
+                found = function(*tensors)
+            return (found,) if isinstance(found, Tensor) else tuple(found)
+
+        lenient, self._mode.allow_non_fake_inputs = self._mode.allow_non_fake_inputs, True
+        try:
+            module = make_fx(traced, tracing_mode="real", pre_dispatch=True)(*values)
+        finally:
+            self._mode.allow_non_fake_inputs = lenient
+        meta = {key: after.meta[key] for key in _STACKS if key in after.meta}
+        return self._inline(module, operands, after, meta)
+
+    def _inline(
+        self, module: fx.GraphModule, operands: Sequence[fx.Node], after: fx.Node, meta: Mapping[str, Any]
+    ) -> list[fx.Node]:
+        copies: dict[fx.Node, fx.Node] = {}
+        given = iter(operands)
+        module.graph.eliminate_dead_code()
+        last = after
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(given)
+            elif node.op == "get_attr":
+                copies[node] = self.add_constant(getattr(module, str(node.target)))
+            elif node.op == "output":
+                return [copies[item] for item in node.args[0]]
+            else:
+                with self.graph.inserting_after(last):
+                    last = copies[node] = self.graph.node_copy(node, copies.__getitem__)
+                last.meta = {"val": node.meta["val"], **meta}
+        raise AssertionError("a traced graph ends with an output")
+
+    def add_constant(self, tensor: Tensor) -> fx.Node:
+        """A placeholder that holds a constant of the program."""
+        taken = {*self.program.constants, *self._constants, *(node.name for node in self.graph.nodes)}
+        number = next(index for index in range(len(taken) + 1) if f"mfcompile_tokens_{index}" not in taken)
+        specs = self.program.graph_signature.input_specs
+        users = {spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT}
+        first_input = next(item for item in self._placeholders() if item.name in users)
+        with self.graph.inserting_before(first_input):
+            node = self.graph.placeholder(f"mfcompile_tokens_{number}")
+        self._mode.allow_non_fake_inputs, before = True, self._mode.allow_non_fake_inputs
+        try:
+            node.meta["val"] = self._mode.from_tensor(tensor.detach(), static_shapes=True)
+        finally:
+            self._mode.allow_non_fake_inputs = before
+        self._constants[node.name] = tensor.detach()
+        return node
+
+    def _placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def refresh(self, node: fx.Node) -> None:
+        """Compute the sizes of a node's result again from those of its operands.
+
+        Raises:
+            RuntimeError and others: what the operator raises for sizes that do not fit.
+        """
+        args, kwargs = pytree.tree_map_only(fx.Node, lambda item: item.meta["val"], (node.args, node.kwargs))
+        with self._mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta.pop("tensor_meta", None)
+
+    def sort(self) -> None:
+        """Put every node behind what it reads, and otherwise leave the order."""
+        done: set[fx.Node] = set()
+        last: fx.Node | None = None
+        for first in list(self.graph.nodes):
+            pending = [first]
+            while pending:
+                node = pending[-1]
+                missing = [item for item in node.all_input_nodes if item not in done]
+                if node in done:
+                    pending.pop()
+                elif missing:
+                    pending += missing
+                else:
+                    pending.pop()
+                    done.add(node)
+                    if last is not None:
+                        last.append(node)
+                    last = node
+
+    def finish(self) -> ExportedProgram:
+        """The changed graph as a program over the same weights.
+
+        Returns:
+            A program with the same inputs, and outputs in the same order.
+        """
+        self.graph.lint()
+        program = self.program
+        signature = program.graph_signature
+        new = [InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name), name) for name in self._constants]
+        known = {spec.arg.name: spec for spec in (*signature.input_specs, *new)}
+        inputs = [known[node.name] for node in self._placeholders()]
+        (values,) = self.output.args
+        outputs = [
+            replace(spec, arg=TensorArgument(value.name))
+            if isinstance(value, fx.Node) and isinstance(spec.arg, TensorArgument)
+            else spec
+            for spec, value in zip(signature.output_specs, values, strict=True)  # type: ignore[arg-type]
+        ]
+        users = [spec.arg for spec in outputs if spec.kind is OutputKind.USER_OUTPUT]
+        calls = copy.deepcopy(program.module_call_graph)
+        if calls[0].signature is not None:
+            calls[0].signature = replace(calls[0].signature, outputs=users)
+        return ExportedProgram(
+            root=fx.GraphModule(program.graph_module, self.graph),
+            graph=self.graph,
+            graph_signature=ExportGraphSignature(input_specs=inputs, output_specs=outputs),
+            state_dict=program.state_dict,
+            range_constraints=dict(program.range_constraints),
+            module_call_graph=calls,
+            example_inputs=program.example_inputs,
+            constants={**program.constants, **self._constants},
+            verifiers=program.verifiers,
+        )

@@ -1,0 +1,77 @@
+"""Cutting tensors along the token axis and putting them back: plain functions of tensors, traced into the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mfcompile.passes.token_places import Place
+
+
+def take(tensor: Tensor, kept: Tensor, axes: Sequence[int], batch: Place, lead: int = 0) -> Tensor:
+    """The kept tokens of a tensor, along one axis or along several.
+
+    Args:
+        tensor: any tensor with a token axis.
+        kept: (batch, kept) positions.
+        axes: token axes, counted after ``lead`` axes of size one are put in front.
+        batch: batch axis, likewise; with an inner factor where samples and heads share the axis. Of size one it is repeated.
+        lead: axes to put in front.
+    """
+    for _ in range(lead):
+        tensor = tensor.unsqueeze(0)
+    rows = kept
+    inner = batch.inner
+    if inner != 1:
+        rows = kept[:, None, :].expand(-1, inner, -1).reshape(-1, kept.shape[1])
+    if isinstance(tensor.shape[batch.axis], int) and tensor.shape[batch.axis] == 1:
+        tensor = tensor.expand([rows.shape[0] if axis == batch.axis else -1 for axis in range(tensor.ndim)])
+    for axis in axes:
+        tensor = tensor.gather(axis, _index(tensor, rows, axis, batch.axis))
+    return tensor
+
+
+def put_back(tensor: Tensor, kept: Tensor, axes: Sequence[int], batch: Place, size: int, onto: Tensor | None = None) -> Tensor:
+    """Kept tokens at their old places among ``size``; the others are zero, or those of ``onto``.
+
+    Args:
+        tensor: cut along ``axes``.
+        kept: (batch, kept) positions.
+        axes: its token axes.
+        batch: its batch axis.
+        size: tokens before the cut.
+        onto: what the others hold; of the result's sizes.
+    """
+    for axis in axes:
+        sizes = [size if at == axis else tensor.shape[at] for at in range(tensor.ndim)]
+        base = torch.zeros(sizes, dtype=tensor.dtype) if onto is None else onto
+        tensor = base.scatter(axis, _index(tensor, kept, axis, batch.axis), tensor)
+    return tensor
+
+
+def merge_rest(states: Tensor, kept: Tensor, score: Tensor, valid: Tensor) -> Tensor:
+    """The mean of the tokens that are dropped, weighted by their scores: one more token, as in MADTP (CVPR 2024).
+
+    Args:
+        states: (batch, tokens, width).
+        kept: (batch, kept) positions.
+        score: (batch, tokens), not negative.
+        valid: (batch, tokens) bool.
+
+    Returns:
+        (batch, 1, width).
+    """
+    weights = (score.clamp(min=0.0) * valid).scatter(1, kept, 0.0)
+    total = weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weights / total).to(states.dtype)[:, None, :] @ states
+
+
+def _index(tensor: Tensor, kept: Tensor, axis: int, batch: int) -> Tensor:
+    """``kept`` as an index of the tensor's sizes, but for the token axis."""
+    shape = [1] * tensor.ndim
+    rows = kept if batch < axis else kept.transpose(0, 1)
+    for at, size in ((batch, kept.shape[0]), (axis, kept.shape[1])):
+        shape[at] = size
+    return rows.reshape(shape).expand([-1 if at in (axis, batch) else tensor.shape[at] for at in range(tensor.ndim)])

@@ -1,0 +1,361 @@
+"""Token sites: where a graph lets tokens be cut, which of them must stay, and why other places are refused.
+
+A site is a self-attention whose queries and keys are the tokens of one residual stream; tokens are cut at the first
+residual add behind it, between attention and MLP (MADTP, CVPR 2024; CoMP, CVPR 2026).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mfcompile.graph import Diagnostic
+from mfcompile.passes.modalities import TEXT
+from mfcompile.passes.operators import CONTENT_FREE, argument, operator_name
+from mfcompile.passes.token_attention import Attention, ancestors, at_axis, find_attentions, first_place, residual_add
+from mfcompile.passes.token_axis import Flow, Kept, TokenAxisError, follow
+from mfcompile.passes.token_places import Place, node_sizes
+from mfcompile.passes.token_spread import VIEWS, sources_of, spread
+from mfcompile.region import FUSION
+
+UNTAGGED_TOKENS = "tokens"
+"""Region of a site that no named modality reaches."""
+
+
+@dataclass(frozen=True)
+class TokenSite:
+    """A place where tokens can be cut.
+
+    Attributes:
+        name: the submodule of the attention, with "@1" for its second call.
+        region: modality of the tokens, "fusion" where several reach them.
+        tokens: tokens that arrive.
+        protected: how many of them always stay (CLS, the read-out position, text of a decoder).
+        node: the residual add behind whose result tokens are cut.
+        keeps: what is protected, in words.
+    """
+
+    name: str
+    region: str
+    tokens: int
+    protected: int
+    node: str
+    keeps: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        stay = f", of which {self.protected} stay ({'; '.join(self.keeps)})" if self.keeps else ""
+        return f"{self.name}: {self.tokens} {self.region} tokens{stay}, cut behind {self.node}"
+
+
+@dataclass(frozen=True)
+class TokenSites:
+    """What ``find_token_sites`` found.
+
+    Attributes:
+        sites: places where tokens can be cut, in the order of computation.
+        refused: attentions where they cannot, each with node and reason.
+    """
+
+    sites: tuple[TokenSite, ...]
+    refused: tuple[Diagnostic, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.sites)} token sites", *(f"  {site}" for site in self.sites)]
+        lines += [f"{len(self.refused)} refused", *(f"  {item}" for item in self.refused)] if self.refused else []
+        return "\n".join(lines)
+
+
+@dataclass
+class SitePlan:
+    """A site as the transform needs it; nodes are those of one graph.
+
+    Attributes:
+        attention: whose weights score the tokens.
+        point: the residual add.
+        token: its token axis.
+        batch: its batch axis.
+        region: see ``TokenSite``.
+        static: protected positions that every sample has, from the front.
+        image_mask: (batch, tokens, ...) bool, True where a token may be cut; None where any may.
+        protected_by_mask: tokens that ``image_mask`` protects, once it is known.
+    """
+
+    attention: Attention
+    point: fx.Node
+    token: int
+    batch: int
+    region: str
+    static: frozenset[int] = frozenset()
+    image_mask: fx.Node | None = None
+    protected_by_mask: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that arrive, in the graph as it is now."""
+        return int(node_sizes(self.point)[self.token])
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What of a site stays, and what the cut reaches.
+
+    Attributes:
+        flow: of the token axis.
+        kept: protected ends.
+        middle: static positions that are not at an end.
+        indices: nodes of (batch,) positions that read-outs take.
+        count: protected tokens of a sample at most.
+        words: what they are.
+    """
+
+    flow: Flow
+    kept: Kept
+    middle: frozenset[int]
+    indices: tuple[fx.Node, ...]
+    count: int
+    words: tuple[str, ...]
+
+
+class _RefusedError(Exception):
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+
+
+def plan_sites(graph: fx.Graph, modalities: Mapping[str, str]) -> tuple[list[SitePlan], list[Diagnostic]]:
+    """Every place where tokens can be cut, and the attentions where they cannot be.
+
+    Args:
+        graph: of a program.
+        modalities: placeholder -> modality, for inputs with content.
+
+    Returns:
+        (sites in order, one diagnostic per refused attention).
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    labels = _content(graph, modalities)
+    attentions = find_attentions(graph.nodes)
+    results = {item.node for item in attentions}
+    cached = _returned_keys(graph, attentions)
+    used = ancestors(next(node for node in reversed(graph.nodes) if node.op == "output"))
+    plans: list[SitePlan] = []
+    refused: list[Diagnostic] = []
+    for attention in attentions:
+        try:
+            if attention.node not in used:
+                raise _RefusedError(attention.node, "no output depends on it")
+            plan = _plan(attention, order, labels, results - {attention.node})
+            if plan.point in {other.point for other in plans}:
+                raise _RefusedError(plan.point, "another attention's residual add is the same node")
+            if cached is not None:
+                raise _RefusedError(cached, "the program returns keys or values (a cache), whose length a cut would change")
+            protect(plan, order)
+            plans.append(plan)
+        except (_RefusedError, TokenAxisError) as error:
+            where = f"{attention.name} at {error.node.name} ({operator_name(error.node) or error.node.op})"
+            refused.append(Diagnostic(where, error.reason if isinstance(error, TokenAxisError) else str(error)))
+    return plans, refused
+
+
+def protect(plan: SitePlan, order: Mapping[fx.Node, int]) -> Protection:
+    """Follow the tokens of a site and gather what must stay.
+
+    Raises:
+        TokenAxisError: the tokens cannot be followed.
+    """
+    size = plan.tokens
+    free = follow(plan.point, plan.token, plan.batch, Kept(), order)
+    reads = {position % size for position in free.positions if -size <= position < size}
+    static = plan.static | reads
+    kept = Kept(_run(static, range(size)), _run(static, range(size - 1, -1, -1)))
+    flow = follow(plan.point, plan.token, plan.batch, kept, order)
+    indices = tuple(dict.fromkeys(index for _, index in flow.indices.values()))
+    if plan.region == TEXT and plan.image_mask is None and not (reads or indices):
+        raise TokenAxisError(plan.point, "every text position is read, none is a read-out that stands for the others")
+    ends = {*range(kept.prefix), *range(size - kept.suffix, size)}
+    words = [f"{len(static)} at fixed positions"] if static else []
+    words += [f"{index.name} of each sample" for index in indices]
+    words += [f"{plan.protected_by_mask} that are no image"] if plan.image_mask is not None else []
+    count = len(static) + len(indices) + plan.protected_by_mask
+    return Protection(flow, kept, static - ends, indices, count, tuple(words))
+
+
+def _run(positions: Iterable[int], along: range) -> int:
+    """How many of the first positions along a range are in a set."""
+    known = set(positions)
+    return next((count for count, position in enumerate(along) if position not in known), len(along))
+
+
+def _content(graph: fx.Graph, modalities: Mapping[str, str]) -> dict[fx.Node, frozenset[str]]:
+    """Node -> modalities whose inputs it depends on."""
+    labels: dict[fx.Node, frozenset[str]] = {}
+    for node in graph.nodes:
+        own = frozenset({modalities[node.name]}) if node.op == "placeholder" and node.name in modalities else frozenset()
+        is_content = operator_name(node) not in CONTENT_FREE  # sizes and comparisons of an input are not its content
+        labels[node] = own.union(*(labels[item] for item in node.all_input_nodes if is_content))
+    return labels
+
+
+def _returned_keys(graph: fx.Graph, attentions: Sequence[Attention]) -> fx.Node | None:
+    """An output that is a key or a value of an attention."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    returned = set(output.all_input_nodes)
+    for attention in attentions:
+        operands = attention.node.args[1:3] if attention.fused else attention.node.args[1:2]
+        for operand in operands:
+            current = operand
+            for _ in range(12):
+                if not isinstance(current, fx.Node):
+                    break
+                if current in returned:
+                    return current
+                moves = operator_name(current) in VIEWS | {"transpose", "expand", "unsqueeze", "slice", "permute", "to"}
+                current = current.args[0] if moves and current.args else None
+    return None
+
+
+def _plan(
+    attention: Attention,
+    order: Mapping[fx.Node, int],
+    labels: Mapping[fx.Node, frozenset[str]],
+    others: set[fx.Node],
+) -> SitePlan:
+    found = residual_add(attention, order, others)
+    if found is None:
+        raise _RefusedError(
+            attention.node, "no residual add of its queries' tokens behind the attention (pooling, or tokens of another kind)"
+        )
+    point, stream = found
+    token, batch = _axes(attention, point, stream, order)
+    if not isinstance(node_sizes(point)[token], int):
+        raise _RefusedError(
+            point, f"its number of tokens is free ({node_sizes(point)[token]}): a cut to a fixed number needs a fixed length"
+        )
+    plan = SitePlan(attention, point, token, batch, _region(labels[stream]))
+    return _with_origins(plan, stream, labels)
+
+
+def _axes(attention: Attention, point: fx.Node, stream: fx.Node, order: Mapping[fx.Node, int]) -> tuple[int, int]:
+    """Token and batch axis of the stream: the one that becomes queries and keys, and the one in front of both."""
+    (query, at_query), (key, at_key) = attention.query_and_key
+    within = [node for node in order if order[stream] < order[node] <= order[point]]
+    places = {axis: spread(stream, axis, within) for axis in range(len(node_sizes(stream)))}
+
+    def reaches(axis: int, node: fx.Node, wanted: int) -> bool:
+        return at_axis(places[axis].get(node, ()), wanted)
+
+    queries = [axis for axis in places if reaches(axis, query, at_query) and reaches(axis, point, axis)]
+    if not queries:
+        raise _RefusedError(*_where_lost(places, within, query))
+    tokens = [axis for axis in queries if reaches(axis, key, at_key)]
+    if not tokens:
+        raise _RefusedError(key, "keys are other tokens than queries (cross-attention, or keys of a cache)")
+    batches = [
+        axis
+        for axis in places
+        if axis not in tokens and reaches(axis, point, axis) and first_place(places[axis].get(query, ()), 0) is not None
+    ]
+    if len(tokens) != 1 or len(batches) != 1:
+        raise _RefusedError(point, f"of its axes {list(places)} the token axis and the batch axis cannot be told")
+    return tokens[0], batches[0]
+
+
+def _where_lost(
+    places: Mapping[int, Mapping[fx.Node, frozenset[Place]]], within: Sequence[fx.Node], query: fx.Node
+) -> tuple[fx.Node, str]:
+    upstream = ancestors(query)
+    for node in within:
+        for axis, reached in list(places.items())[:-1]:
+            source = node.args[0] if node.args else None
+            if node in upstream and node not in reached and isinstance(source, fx.Node) and source in reached and axis:
+                sizes = f"{node_sizes(source)} to {node_sizes(node)}"
+                return node, f"tokens are rearranged here before they attend ({sizes}; windows or shifts?)"
+    return query, "the queries' tokens are not those of the residual stream"
+
+
+def _region(labels: frozenset[str]) -> str:
+    return UNTAGGED_TOKENS if not labels else next(iter(labels)) if len(labels) == 1 else FUSION
+
+
+def _with_origins(plan: SitePlan, stream: fx.Node, labels: Mapping[fx.Node, frozenset[str]]) -> SitePlan:
+    """Protect what the tokens were put together from, besides the image: learned tokens, text between image tokens."""
+    size = plan.tokens
+    origins = _origins(stream, Place(plan.token), size, labels)
+    if not any(labels[node] for node, _ in origins):
+        raise _RefusedError(stream, f"its {size} tokens are learned queries, a fixed number that the model was built for")
+    masks: list[fx.Node] = []
+    for node, place in origins:
+        if operator_name(node) in {"cat", "concat"} and labels[node]:
+            plan.static |= _learned_or_text(node, labels)
+        elif _image_mask(node, labels) is not None:
+            masks.append(_placed_by(node, place, _image_mask(node, labels)))
+    if len(set(masks)) > 1:
+        raise _RefusedError(stream, f"image tokens are placed by several masks ({', '.join(item.name for item in masks)})")
+    plan.image_mask = masks[0] if masks else None
+    return plan
+
+
+def _origins(start: fx.Node, place: Place, size: int, labels: Mapping[fx.Node, frozenset[str]]) -> list[tuple[fx.Node, Place]]:
+    """Where a followed axis comes from, backwards."""
+    seen, pending, found = {(start, place)}, [(start, place)], []
+    while pending:
+        node, at = pending.pop()
+        sources = [] if _image_mask(node, labels) is not None else sources_of(node, at, size)
+        if not sources:
+            found.append((node, at))
+        for item in sources:
+            if item not in seen:
+                seen.add(item)
+                pending.append(item)
+    return found
+
+
+def _is_image(labels: frozenset[str]) -> bool:
+    return bool(labels - {TEXT})
+
+
+def _image_mask(node: fx.Node, labels: Mapping[fx.Node, frozenset[str]]) -> fx.Node | None:
+    """The mask by which an operator puts image tokens among text tokens."""
+    name = operator_name(node)
+    if name == "masked_scatter":
+        base, mask, source = (argument(node, key, at) for at, key in enumerate(("self", "mask", "source")))
+    elif name == "where":
+        mask, source, base = (argument(node, key, at) for at, key in enumerate(("condition", "self", "other")))
+    elif name == "index_put":
+        base, source = argument(node, "self", 0), argument(node, "values", 2)
+        indices = argument(node, "indices", 1)
+        mask = indices[0] if len(indices) == 1 else None
+    else:
+        return None
+    nodes = [item for item in (base, mask, source) if isinstance(item, fx.Node)]
+    if len(nodes) != 3 or getattr(mask.meta.get("val"), "dtype", None) != torch.bool:
+        return None
+    return mask if _is_image(labels[source]) and not _is_image(labels[base]) else None
+
+
+def _placed_by(node: fx.Node, place: Place, mask: fx.Node | None) -> fx.Node:
+    assert mask is not None  # the caller looked
+    sizes, whole = node_sizes(mask), node_sizes(node)
+    if place != Place(1) or len(sizes) < 2 or sizes[1] != whole[1] or (operator_name(node) != "index_put" and len(sizes) != 3):
+        raise _RefusedError(node, f"image tokens are placed by a mask of sizes {sizes}, which is not (batch, tokens, ...)")
+    return mask
+
+
+def _learned_or_text(node: fx.Node, labels: Mapping[fx.Node, frozenset[str]]) -> frozenset[int]:
+    """Positions of the parts of a concatenation that hold no image: all of it if no part does, but for learned ones."""
+    parts = [item for item in argument(node, "tensors", 0) if isinstance(item, fx.Node)]
+    axis = int(argument(node, "dim", 1, 0)) % len(node_sizes(node))
+    has_image = any(_is_image(labels[item]) for item in parts)
+    protected: set[int] = set()
+    start = 0
+    for item in parts:
+        size = node_sizes(item)[axis]
+        if not isinstance(size, int):
+            raise _RefusedError(node, "it joins tokens of which one part has a free number")
+        if not labels[item] or (has_image and not _is_image(labels[item])):
+            protected |= set(range(start, start + size))
+        start += size
+    return frozenset(protected)
