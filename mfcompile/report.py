@@ -347,8 +347,8 @@ def parity_rows(parity: ParityReport) -> dict[str, Any]:
 
 
 def with_latency(report: Report, latency: Mapping[str, Any]) -> Report:
-    """The report with measured latencies: ``{"medians_ms": {name: ms}, "ratio": pruned / dense, ...}``; of a split model
-    also ``{"parts_ms": {part: ms}}``."""
+    """The report with measured latencies: ``{"medians_ms": {name: ms}, "ratio": pruned / dense, ...}``; with the library of
+    ``mfcompile.runtime`` also "sparse" and ``sparse_ratio``; of a split model also ``{"parts_ms": {part: ms}}``."""
     return {**report, "latency": dict(latency)}
 
 

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from mfcompile.report import parity_rows, with_export
 
     export = with_export({}, artifact)["export"]
-    for line in results.size_lines(export):
+    for line in (*results.size_lines(export), *results.sparse_lines(export)):
         terminal.say(line)
     terminal.out.print()
     if artifact.parts:

@@ -168,46 +168,59 @@ def _export(
 
 
 def measure_latency(artifact: ExportedArtifact, pruned: CapturedGraph, scratch: Path) -> dict[str, Any]:
-    """Time the artefact against the unpruned model in dense format, in onnxruntime, on the example inputs."""
-    from mfcompile.onnx_file import OnnxFile
-    from mfcompile.onnx_ladder import export_accepted
+    """Time the artefact against the unpruned model in dense format, in onnxruntime, on the example inputs.
 
+    Where it has sparse layers and ``mfcompile.runtime`` is available, it is timed with its library registered as well.
+    """
+    from mfcompile.onnx_file import OnnxFile
+    from mfcompile.onnx_ladder import export_accepted, find_library
+
+    is_sparse = any(item.is_sparse for item in artifact.encodings)
+    library, missing = find_library() if is_sparse else (None, None)
+    reason = {"sparse_missing": missing} if missing else {}
     if isinstance(pruned.module, OnnxFile):
-        return compare({"dense": pruned.module.path, "pruned": artifact.path}, pruned.example_inputs)
+        return {**compare(pruned.module.path, artifact.path, pruned.example_inputs, library), **reason}
     with tempfile.TemporaryDirectory(prefix=".latency-", dir=scratch) as folder:
         plain = replace(pruned, masks=None)
         dense, _ = export_accepted(plain, Path(folder) / "dense.onnx", format="dense", first=artifact.route)
-        latency = compare({"dense": dense.path, "pruned": artifact.path}, pruned.example_inputs)
-    return {**latency, "parts_ms": time_parts(artifact, pruned.example_inputs)} if artifact.parts else latency
+        latency = {**compare(dense.path, artifact.path, pruned.example_inputs, library), **reason}
+    return {**latency, **time_parts(artifact, pruned.example_inputs, library)} if artifact.parts else latency
 
 
-def time_parts(artifact: ExportedArtifact, inputs: ExampleInputs) -> dict[str, float]:
-    """Median milliseconds of every part of a split model."""
+def time_parts(artifact: ExportedArtifact, inputs: ExampleInputs, library: str | None) -> dict[str, dict[str, float]]:
+    """Median milliseconds of every part of a split model, in stock onnxruntime and, where there is a library, with it."""
     from mfcompile.exporters.latency import part_latency
 
-    pilot = part_latency(artifact.path, inputs, repeats=1)
-    repeats = min(MOST_REPEATS, max(PILOT_REPEATS, int(LATENCY_SECONDS / max(sum(pilot.values()), 1e-6))))
-    seconds = part_latency(artifact.path, inputs, repeats=repeats)
-    return {name: round(1000 * median, 4) for name, median in seconds.items()}
+    ways: dict[str, str | None] = {"parts_ms": None} if library is None else {"parts_ms": None, "sparse_parts_ms": library}
+    pilot = part_latency(artifact.path, inputs, repeats=1, libraries=ways)
+    slowest = sum(sum(parts.values()) for parts in pilot.values())
+    repeats = min(MOST_REPEATS, max(PILOT_REPEATS, int(LATENCY_SECONDS / max(slowest, 1e-6))))
+    found = part_latency(artifact.path, inputs, repeats=repeats, libraries=ways)
+    return {way: {name: round(1000 * median, 4) for name, median in parts.items()} for way, parts in found.items()}
 
 
-def compare(paths: dict[str, Path], inputs: ExampleInputs) -> dict[str, Any]:
-    """Paired latencies of the pruned file and the dense one, and how long each takes to load."""
+def compare(dense: Path, pruned: Path, inputs: ExampleInputs, library: str | None) -> dict[str, Any]:
+    """Paired latencies of the pruned file and the dense one, and how long each takes to load.
+
+    With a library, the pruned file is measured a third time with it: "sparse", and ``sparse_ratio`` to dense.
+    """
     import onnxruntime
 
     from mfcompile.exporters.latency import compare_latency
     from mfcompile.exporters.session import open_session
 
+    paths = {"dense": dense, "pruned": pruned} | ({"sparse": pruned} if library is not None else {})
+    libraries = {"sparse": library} if library is not None else {}
     load_ms = {}
     for name, path in paths.items():
         start = time.perf_counter()
-        open_session(path)
+        open_session(path, library=libraries.get(name))
         load_ms[name] = round(1000 * (time.perf_counter() - start), 1)
-    result = compare_latency(paths, inputs, repeats=PILOT_REPEATS, warmup=1)
+    result = compare_latency(paths, inputs, repeats=PILOT_REPEATS, warmup=1, libraries=libraries)
     slowest = sum(result.median(name) for name in paths)
     repeats = min(MOST_REPEATS, int(LATENCY_SECONDS / max(slowest, 1e-6)))
     if repeats > PILOT_REPEATS:
-        result = compare_latency(paths, inputs, repeats=repeats, warmup=2)
+        result = compare_latency(paths, inputs, repeats=repeats, warmup=2, libraries=libraries)
     return {
         "runtime": f"onnxruntime {onnxruntime.__version__}, CPU",
         "batch_size": inputs.batch_size(),
@@ -215,4 +228,4 @@ def compare(paths: dict[str, Path], inputs: ExampleInputs) -> dict[str, Any]:
         "medians_ms": {name: round(1000 * result.median(name), 4) for name in paths},
         "ratio": round(result.ratio("pruned", "dense"), 4),
         "load_ms": load_ms,
-    }
+    } | ({"sparse_ratio": round(result.ratio("sparse", "dense"), 4)} if library is not None else {})

@@ -24,7 +24,7 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
     for line in tables.note_lines(report["diagnostics"]):
         terminal.say(line)
     if report["export"] is not None:
-        for line in size_lines(report["export"]):
+        for line in (*size_lines(report["export"]), *sparse_lines(report["export"])):
             terminal.say(line)
         if report["export"].get("parts"):
             out.print()
@@ -78,13 +78,49 @@ def latency_lines(latency: Mapping[str, Any]) -> list[str]:
     """What was measured, and what zeros do for speed."""
     medians, load = latency["medians_ms"], latency["load_ms"]
     batch = "" if latency["batch_size"] is None else f", batch {latency['batch_size']}"
-    return [
-        f"Latency, measured here and now ({latency['runtime']}{batch}, {latency['repeats']} pairs of runs): dense "
+    lines = [
+        f"Latency, measured here and now ({latency['runtime']}{batch}, {latency['repeats']} turns): dense "
         f"{medians['dense']:.3g} ms, pruned {medians['pruned']:.3g} ms, pruned / dense = {latency['ratio']:.2f}.",
         "  Stock onnxruntime multiplies zeros like any other number: pruning gives no speed there, it makes the file smaller.",
-        f"  Loading takes {load['dense']:.3g} ms dense and {load['pruned']:.3g} ms pruned (packed weights are decoded "
-        f"once, when the session is created).",
     ]
+    if "sparse" in medians:
+        lines.append(
+            f"  With the library of mfcompile.runtime, which skips them: {medians['sparse']:.3g} ms, "
+            f"{_speed(latency['sparse_ratio'])}."
+        )
+    elif latency.get("sparse_missing"):
+        lines.append(f"  Not measured with mfcompile.runtime, which skips zeros: {latency['sparse_missing']}")
+    with_runtime = f", {load['sparse']:.3g} ms with mfcompile.runtime (these are not)" if "sparse" in load else ""
+    lines.append(
+        f"  Loading takes {load['dense']:.3g} ms dense and {load['pruned']:.3g} ms pruned (packed weights are decoded "
+        f"once, when the session is created){with_runtime}."
+    )
+    return lines
+
+
+def _speed(ratio: float) -> str:
+    """In words, from seconds / seconds of the dense model; differences of 5 % are left to the noise of the machine."""
+    if 0.95 <= ratio <= 1.05:
+        return "as fast as dense"
+    return f"{1 / ratio:.2f}x as fast as dense" if ratio < 1 else f"slower than dense ({ratio:.2f} of its time)"
+
+
+def sparse_lines(export: Mapping[str, Any]) -> list[str]:
+    """Which pruned weights are multiplied without their zeros where the runtime is, and why others are not."""
+    sparse, dense = export.get("sparse_layers", []), export.get("dense_layers", {})
+    if not sparse and not dense:
+        return []
+    lines = [
+        f"Sparse: {len(sparse):,} of {len(sparse) + len(dense):,} pruned weights are computed without their zeros where the "
+        f"library of mfcompile.runtime is registered; everywhere else, and all others, as dense ones."
+    ]
+    reasons: dict[str, list[str]] = {}
+    for fqn, reason in dense.items():
+        reasons.setdefault(reason, []).append(fqn)
+    for reason, names in reasons.items():
+        shown = ", ".join(names[:2]) + (f" and {len(names) - 2:,} more" if len(names) > 2 else "")
+        lines.append(f"  dense: {shown}: {reason}")
+    return lines
 
 
 def next_steps(report: Mapping[str, Any], directory: Path, source: Path) -> list[str]:

@@ -218,19 +218,21 @@ def parity_table(parity: Mapping[str, Any]) -> RenderableType:
 
 def parts_table(export: Mapping[str, Any], latency: Mapping[str, Any] | None = None) -> RenderableType:
     """The files of a split model: what each reads and gives, how large it is, how long it takes."""
-    times = (latency or {}).get("parts_ms", {})
+    times, sparse = ((latency or {}).get(key, {}) for key in ("parts_ms", "sparse_parts_ms"))
     rows = [
         (
             item["file"],
             size(item["size_bytes"]),
             size(item["dense_size_bytes"]),
             f"{times[item['name']]:.3g} ms" if item["name"] in times else "-",
+            *([f"{sparse[item['name']]:.3g} ms"] if sparse else []),
             ", ".join(item["input_names"]),
             ", ".join(item["output_names"]),
         )
         for item in export["parts"]
     ]
-    columns = ("part", ">size", ">dense", ">latency", "reads", "gives")
+    with_kernels = [">with mfcompile.runtime"] if sparse else []
+    columns = ("part", ">size", ">dense", ">latency", *with_kernels, "reads", "gives")
     return table("Parts, in running order", columns, rows)
 
 

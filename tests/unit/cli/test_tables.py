@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from mfcompile.cli import tables
-from mfcompile.cli.results import latency_lines, size_lines
+from mfcompile.cli.results import latency_lines, size_lines, sparse_lines
 
 
 def _text(view: RenderableType | None) -> str:
@@ -109,7 +109,38 @@ def test_latency_is_stated_plainly() -> None:
     text = "\n".join(latency_lines(latency))
     assert "dense 10 ms, pruned 10.2 ms, pruned / dense = 1.02" in text
     assert "pruning gives no speed there" in text
-    assert "batch 2, 20 pairs" in text
+    assert "batch 2, 20 turns" in text
+    assert "mfcompile.runtime" not in text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [(0.5, "5 ms, 2.00x as fast as dense."), (0.99, "as fast as dense."), (1.6, "slower than dense (1.60 of its time).")],
+)
+def test_latency_with_the_sparse_kernels_says_which_is_faster(ratio: float, words: str) -> None:
+    latency = {
+        "runtime": "onnxruntime 1.31, CPU",
+        "batch_size": None,
+        "repeats": 3,
+        "medians_ms": {"dense": 10.0, "pruned": 10.0, "sparse": 10 * ratio},
+        "ratio": 1.0,
+        "sparse_ratio": ratio,
+        "load_ms": {"dense": 5.0, "pruned": 50.0, "sparse": 7.0},
+    }
+    text = "\n".join(latency_lines(latency))
+    assert f"{10 * ratio:.3g} ms, {words.removeprefix('5 ms, ')}" in text
+    assert "7 ms with mfcompile.runtime" in text
+    del latency["medians_ms"]["sparse"], latency["load_ms"]["sparse"]  # type: ignore[attr-defined]
+    text = "\n".join(latency_lines({**latency, "sparse_missing": "no compiler. Install one"}))
+    assert "Not measured with mfcompile.runtime, which skips zeros: no compiler. Install one" in text
+
+
+def test_layers_that_run_sparse_and_those_that_do_not() -> None:
+    export = {"sparse_layers": ["a", "b"], "dense_layers": {"c": "Gather reads it", "d": "asked", "e": "asked", "f": "asked"}}
+    lines = sparse_lines(export)
+    assert lines[0].startswith("Sparse: 2 of 6 pruned weights")
+    assert lines[1:] == ["  dense: c: Gather reads it", "  dense: d, e and 1 more: asked"]
+    assert sparse_lines({"sparse_layers": [], "dense_layers": {}}) == []
 
 
 def test_a_dense_file_is_said_to_hold_zeros() -> None:
