@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from mfcompile.cli import bench, compare, export, inspect, prune, verify
+from mfcompile.cli import bench, compare, export, inspect, prune, unpack, verify
 from mfcompile.cli.console import Terminal
 from mfcompile.cli.parser import build_parser
 from mfcompile.errors import MfcompileError, ParityError
@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": compare.add_parser,
     "inspect": inspect.add_parser,
     "export": export.add_parser,
+    "unpack": unpack.add_parser,
     "verify": verify.add_parser,
     "bench": bench.add_parser,
 }

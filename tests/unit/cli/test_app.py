@@ -13,7 +13,7 @@ import pytest
 from mfcompile.errors import CalibrationError, InputError, ParityError
 from mfcompile.recipe import ReproductionError
 
-COMMANDS = ("prune", "inspect", "export", "verify")
+COMMANDS = ("prune", "inspect", "export", "unpack", "verify")
 
 
 @pytest.fixture
