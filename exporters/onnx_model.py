@@ -14,6 +14,7 @@ from mfcompile._version import __version__
 from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters.conversion import RefusedProgramError, convert_program
+from mfcompile.exporters.int8_placement import describe_int8, place_int8
 from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, publish_files
 from mfcompile.exporters.onnx_names import Interface, describe_interface, name_interface
@@ -28,6 +29,7 @@ from mfcompile.masks import MaskSet
 from mfcompile.split import SplitRequest
 
 FORMATS = ("packed", "dense")
+INT8 = "int8"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def export_onnx(
         path: the .onnx file, or the directory of a split model; an existing model is replaced.
         format: "packed" or "dense".
         values: "fp32" keeps the precision of the parameters; "fp16" stores masked weights as float16 and computes in
-            the parameters' own dtype.
+            the parameters' own dtype; "int8" computes every linear layer in int8, with activations quantized as they come.
         external_data: write tensors to ``<path>.data``; None: only when they exceed 1.5 GB.
         accept: called with the path of the written file before it gets its name; what it raises, nothing is kept of.
         split: write one file per modality and one for their fusion, with a manifest; None writes one file.
@@ -100,7 +102,7 @@ def export_onnx(
     model = convert_program(exported)
     interface = _name(model, exported)
     weights, unread = _find_weights(model, exported, captured)
-    options = PlacementOptions(format, values, inline, dimension_sizes(model, captured.example_inputs.tensors()))
+    options = PlacementOptions(format, values, inline, sizes=dimension_sizes(model, captured.example_inputs.tensors()))
     storage = Storage(options, external_data, captured.masks, exported.metadata)
     notes = (*exported.notes, *interface.notes, *_describe_unread(unread))
     if split is None:
@@ -150,8 +152,10 @@ def _write_model(
 ) -> ExportedArtifact:
     """Write one .onnx file with these masked weights."""
     dense_size = _dense_size(model, path, storage)
-    placed, stored = place_weights(model, weights, storage.options)
+    place = place_int8 if storage.options.values == INT8 else place_weights
+    placed, stored = place(model, weights, storage.options)
     storage.describe(model, stored)
+    model.metadata_props.update(describe_int8(placed))
     has_data_file = _is_external(model, storage.external_data)
     layout = plan_files(model, f"{path.name}.data" if has_data_file else None)
     files = _write(layout, path, has_data_file=has_data_file, accept=accept)
@@ -192,8 +196,8 @@ def load_peak_bytes(layout: FileLayout, plans: Iterable[EncodingPlan]) -> int:
 def _check(captured: CapturedGraph, format: str, values: str) -> ExportedModel:
     if format not in FORMATS:
         raise InputError(f"format={format!r} is not known; choose one of {', '.join(FORMATS)}")
-    if values not in VALUES:
-        raise InputError(f"values={values!r} is not known; choose one of {', '.join(VALUES)}")
+    if values not in (*VALUES, INT8):
+        raise InputError(f"values={values!r} is not known; choose one of {', '.join((*VALUES, INT8))}")
     if captured.exported is None:
         tried = "; ".join(f"{attempt.frontend}: {attempt.detail}" for attempt in captured.attempts if not attempt.succeeded)
         raise ExportError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from mfcompile import session
 from mfcompile.exporters.split_session import SplitSession, load_parts
-from mfcompile.exporters.stored_weights import read_weights
+from mfcompile.exporters.stored_weights import INT8_KEY, read_weights
 from mfcompile.session import TORCH_DTYPES, make_feeds, run_session
 
 __all__ = ["TORCH_DTYPES", "make_feeds", "open_session", "reads_sparsely", "run_session"]
@@ -34,4 +34,4 @@ def reads_sparsely(session: Any) -> bool:
     """Whether any file of a session has layers that a registered library would compute, as the file says itself."""
     files = session.parts.values() if isinstance(session, SplitSession) else (session,)
     metadata = (file.get_modelmeta().custom_metadata_map for file in files)
-    return any(weight.is_sparse for item in metadata for weight in read_weights(item).values())
+    return any(INT8_KEY in item or any(weight.is_sparse for weight in read_weights(item).values()) for item in metadata)

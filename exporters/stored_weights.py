@@ -17,6 +17,10 @@ from dataclasses import asdict, dataclass
 WEIGHTS_KEY = "mfcompile.weights"
 """Metadata: JSON of FQN -> the fields of its StoredWeight."""
 
+INT8_KEY = "mfcompile.int8_weights"
+"""Metadata: JSON of FQN -> the encoding, block (inputs of a place) and shape (N, K) of every weight that SparseLinearInt8 nodes
+read; of its initializers ``<fqn>.gaps``, ``<fqn>.values`` and ``<fqn>.scales``, see ``quantization``."""
+
 
 @dataclass(frozen=True)
 class StoredWeight:

@@ -85,7 +85,7 @@ def verify(
         artifact: what ``export_onnx`` gave, or the path of an .onnx file or of a split model.
         pruned: the masked graph that the file was made from.
         example_inputs: inputs to draw the comparison from; None uses those of the capture.
-        values: "fp32" or "fp16", how the file stores values; None takes it from the artefact.
+        values: "fp32", "fp16" or "int8", how the file stores values; None takes it from the artefact.
         seed: seed of the held-out inputs.
 
     Returns:
@@ -105,4 +105,5 @@ def verify(
     rtol, atol = parity.default_tolerance(stored)
     cases = parity.runnable_cases(artifact, module, inputs, seed=seed)
     library, missing = find_library()
-    return parity.verify(artifact, module, cases, rtol=rtol, atol=atol, library=library, missing=missing)
+    of_range = parity.is_of_range(stored)
+    return parity.verify(artifact, module, cases, rtol=rtol, atol=atol, of_range=of_range, library=library, missing=missing)

@@ -172,7 +172,8 @@ def _disagreement(file: Path, module: nn.Module, example: ExampleInputs, values:
     rtol, atol = parity.default_tolerance(values)
     try:
         cases = parity.runnable_cases(file, module, example, seed=_SEED, least=LEAST_CASES)
-        report = parity.verify(file, module, cases, rtol=rtol, atol=atol, library=find_library()[0])
+        of_range = parity.is_of_range(values)
+        report = parity.verify(file, module, cases, rtol=rtol, atol=atol, of_range=of_range, library=find_library()[0])
         parity.raise_on_failure(report)
     except InputError as error:  # onnxruntime does not load it, or it needs another input
         return str(error)

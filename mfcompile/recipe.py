@@ -21,7 +21,7 @@ from mfcompile.files import write_atomically
 RECIPE_VERSION = 1
 
 FORMATS = ("packed", "dense")
-VALUES = ("fp32", "fp16")
+VALUES = ("fp32", "fp16", "int8")
 SPLITS = ("regions",)
 ROUNDINGS = ("exact", "official")
 PRECISIONS = ("model", "float64")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mfcompile.passes.criteria.base import Pruner
     from mfcompile.region import RegionMap
 
-VALUE_BYTES = {"fp32": 4, "fp16": 2}
+VALUE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 SHARED_BY_ALL = ("magnitude-global", "score-global", "erk")
 """Allocations of which a region does not know its share before scores are known."""
 

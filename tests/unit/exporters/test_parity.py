@@ -14,6 +14,8 @@ from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import InputError, ParityError
 from mfcompile.exporters.onnx_model import export_onnx
 from mfcompile.exporters.parity import (
+    INT8_SHARE,
+    WORLDS_SHARE,
     _compare,
     _Comparison,
     comparable_batch_sizes,
@@ -229,8 +231,10 @@ def test_tolerances_are_ordered_and_named() -> None:
     (rtol, atol), (rtol16, atol16) = default_tolerance("fp32"), default_tolerance("fp16")
     assert 0 < rtol < rtol16 < 0.1
     assert 0 < atol < atol16 < 0.1
-    with pytest.raises(InputError, match="values='int8'"):
-        default_tolerance("int8")
+    assert default_tolerance("int8") == (0.0, INT8_SHARE)
+    assert WORLDS_SHARE < INT8_SHARE < 0.1
+    with pytest.raises(InputError, match="values='int4'"):
+        default_tolerance("int4")
 
 
 def test_fp16_values_need_the_wider_tolerance(
