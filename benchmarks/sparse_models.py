@@ -49,7 +49,7 @@ from mfcompile.masks import MaskSet
 RESULT = Path(__file__).resolve().parent / "results" / "sparse.json"
 SPARSITIES = (0.63, 0.75, 0.9)
 PATTERNS = ("unstructured", "16x1", "4x1")
-LAYERS, WIDTH = 6, 768
+LAYERS, DECODE_LAYERS, WIDTH = 6, 12, 768
 GOALS = {"unstructured": (1.3, 1.7, 2.5), "16x1": (1.5, 2.0, 3.2)}
 """Pattern -> speed over dense fp32 at the three sparsities, one thread, 197 tokens or more."""
 
@@ -124,12 +124,12 @@ class Pruner:
     statistics: mfcompile.CalibrationStatistics
 
     @classmethod
-    def of(cls, subject: Subject) -> Pruner:
-        """Capture, calibrate and make the program that every file is written from."""
+    def of(cls, subject: Subject, *, is_exported: bool = True) -> Pruner:
+        """Capture, calibrate and make the program that every file is written from, where there will be files."""
         captured = mfcompile.capture(subject.module, subject.examples)
         regions = mfcompile.infer_regions(captured)
         statistics = mfcompile.calibrate(captured, subject.batches, regions=regions)
-        return cls(with_export(captured), regions, statistics)
+        return cls(with_export(captured) if is_exported else captured, regions, statistics)
 
     def masks(self, sparsity: float, pattern: str) -> MaskSet:
         """Masks of MULTIFLOW."""
@@ -146,11 +146,21 @@ def _tell(text: str) -> None:
     Console(stderr=True).log(text, highlight=False)
 
 
-def measure_subject(subject: Subject, folder: Path, rounds: int, library: str) -> dict[str, list[dict[str, Any]]]:
-    """Speed, files, memory, and where the time goes, of one model with every mask."""
+def measure_subject(
+    subject: Subject, folder: Path, rounds: int, library: str, found: dict[str, Any], keep: Callable[[], None]
+) -> None:
+    """Add rows of speed, files, memory, and where the time goes, of one model with every mask.
+
+    Args:
+        subject: the model.
+        folder: where its files are written.
+        rounds: how often every form has its turn.
+        library: the sparse runtime.
+        found: lists of rows by part, which are added to.
+        keep: called after every mask.
+    """
     pruner = Pruner.of(subject)
     dense = SessionFile("dense", pruner.export(folder / "unpruned.onnx", None, format="dense").path)
-    found: dict[str, list[dict[str, Any]]] = {"speed": [], "files": [], "memory": [], "operators": []}
     examples = ExampleInputs((), subject.examples, tuple(subject.examples))
     axes = free_axes(declared_shapes(dense.open(1)))
     usual = node_times(dense, examples)
@@ -165,14 +175,13 @@ def measure_subject(subject: Subject, folder: Path, rounds: int, library: str) -
             packed = SessionFile("runtime", artifact.path, library)
             dense = SessionFile("dense", mfcompile.unpack(artifact.path, folder / "dense.onnx", overwrite=True)[0])
             head = {"model": subject.name, "pattern": pattern, "sparsity": sparsity}
-            found["speed"] += [
-                {**head, **row} for row in _speed(subject, pattern, (dense, packed), examples, axes, rounds, usual, masks)
-            ]  # fmt: skip
+            timed = _speed(subject, pattern, (dense, packed), examples, axes, rounds, usual, masks)
+            found["speed"] += [{**head, **row} for row in timed]
             found["files"].append({**head, **_file_figures(artifact)})
             if pattern == "unstructured":
                 found["memory"] += [{**head, **row} for row in _memory(pruner, masks, packed, examples, costs)]
             found["operators"].append({**head, "form": "runtime", **_shares(node_times(packed, examples))})
-    return found
+            keep()
 
 
 def _speed(
@@ -185,13 +194,14 @@ def _speed(
     usual: Mapping[str, float],
     masks: MaskSet,
 ) -> list[dict[str, Any]]:
-    """Rows of every size with one thread, larger batches unstructured only, and of the first with many tokens with two."""
+    """Rows of every size with one thread; with unstructured masks larger batches and two threads as well."""
+    is_usual = pattern == "unstructured"
     sizes: list[SizedInputs] = []
-    for batch, tokens in subject.sizes if pattern == "unstructured" else [size for size in subject.sizes if size[0] == 1]:
+    for batch, tokens in subject.sizes if is_usual else [size for size in subject.sizes if size[0] == 1]:
         sizes += sized_inputs(examples, axes, (batch,), () if tokens is None else (tokens,))[0]
     rows = []
     many = next(sized for sized in sizes if _rows(sized) >= MANY_TOKENS)
-    for threads, chosen in ((1, sizes), (2, [many])):
+    for threads, chosen in ((1, sizes), (2, [many] if is_usual else [])):
         found = measure(forms, chosen, baseline="dense", threads=threads, rounds=rounds, clock=Clock())
         wrong = [item for item in found.timings if (item.max_error or 0) > MOST_ERROR]
         if found.failures or wrong:
@@ -271,10 +281,10 @@ def _memory(
     return rows
 
 
-def measure_decode(layers: int, rounds: int, library: str) -> list[dict[str, Any]]:
+def measure_decode(rounds: int, library: str) -> list[dict[str, Any]]:
     """One token through the pruned feed-forward layers of the BERT-like model in turn: weights come from memory."""
-    subject = bert(layers)
-    pruner, rows = Pruner.of(subject), []
+    subject = bert(DECODE_LAYERS)
+    pruner, rows = Pruner.of(subject, is_exported=False), []
     state = dict(subject.module.named_parameters())
     for pattern in ("unstructured", "16x1"):
         for sparsity in SPARSITIES:
@@ -325,8 +335,13 @@ def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def sparse_models(layers: int = LAYERS, rounds: int = 9, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything, as it is kept in JSON."""
+def sparse_models(
+    layers: int = LAYERS,
+    rounds: int = 9,
+    only: Sequence[str] = (),
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Everything, as it is kept in JSON; ``keep`` is called with what there is so far."""
     library = runtime.library_path()
     torch.set_num_threads(1)
     result: dict[str, Any] = {
@@ -337,10 +352,9 @@ def sparse_models(layers: int = LAYERS, rounds: int = 9, only: Sequence[str] = (
     for name, build in SUBJECTS.items():
         if not only or name in only:
             with tempfile.TemporaryDirectory(prefix="mfcompile-") as folder:
-                for part, rows in measure_subject(build(layers), Path(folder), rounds, library).items():
-                    result[part] += rows
+                measure_subject(build(layers), Path(folder), rounds, library, result, lambda: keep(result))
     if not only or "decode" in only:
-        result["decode"] = measure_decode(layers, rounds, library)
+        result["decode"] = measure_decode(rounds, library)
     result["goals"] = judge(result)
     return result
 
@@ -363,11 +377,13 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=[*SUBJECTS, "decode"], default=[])
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    result = sparse_models(options.layers, options.rounds, options.only)
-    if options.only and options.output.exists():
-        result = joined(json.loads(options.output.read_text()), result)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    for part, figures in result.items():
+    before = json.loads(options.output.read_text()) if options.only and options.output.exists() else {}
+
+    def keep(result: dict[str, Any]) -> None:
+        options.output.write_text(json.dumps(joined(before, result), indent=1) + "\n")
+
+    keep(sparse_models(options.layers, options.rounds, options.only, keep))
+    for part, figures in json.loads(options.output.read_text()).items():
         Console(width=200).print(as_table(part, figures))
 
 
