@@ -57,7 +57,7 @@ class Choice:
 
 
 def cells(choice: Choice, families: Iterable[str]) -> Iterator[Cell]:
-    """The wanted cells, those first that say most: one seed of one task of all families, first rows first."""
+    """The wanted cells, those first that say most: one seed of one task, first rows first, high sparsities first."""
     wanted = choice.pruners or tuple(row.name for row in ROWS)
     first = [name for name in FIRST_ROWS if name in wanted]
     rest = [name for name in wanted if name not in FIRST_ROWS]
@@ -65,7 +65,7 @@ def cells(choice: Choice, families: Iterable[str]) -> Iterator[Cell]:
         for group, family in product((first, rest), choice.families or tuple(families)):
             if "dense" in group:
                 yield Cell(family, task, "dense", 0.0, seed)
-            for sparsity, pruner in product(choice.sparsities or SPARSITIES, group):
+            for sparsity, pruner in product(choice.sparsities or reversed(SPARSITIES), group):
                 if pruner != "dense":
                     yield Cell(family, task, pruner, sparsity, seed)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from emoji_xvlm.scenes import GROUNDS, IMAGE_PX, Scene, Split, load_atlas, sample_scenes
+from emoji_xvlm.scenes import GROUNDS, IMAGE_PX, KINDS, Scene, Split, compose_scene, load_atlas, sample_scenes
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -36,6 +36,26 @@ class SceneSet:
         return len(self.captions)
 
 
+def domain_set(seed: int, count: int, split: Split, things: int) -> SceneSet:
+    """The scenes of a seed that show a part of all things only, as a task of a narrow domain would.
+
+    Args:
+        seed: decides everything.
+        count: how many.
+        split: as in `scene_set`.
+        things: how many different ones there are, spread over all that pretraining knows.
+    """
+    rng, atlas = np.random.default_rng(seed), load_atlas()
+    known = np.linspace(0, len(atlas.names) - 1, things).round().astype(int)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        kinds = int(rng.choice(len(KINDS[split]), p=KINDS[split])) + 1
+        chosen = rng.choice(known, size=kinds, replace=False)
+        if bool(atlas.held_out_pairs[np.ix_(chosen, chosen)].any()) == (split == "test"):
+            scenes.append(compose_scene(rng, atlas, [int(index) for index in chosen]))
+    return _drawn(rng, scenes)
+
+
 def scene_set(seed: int, count: int, split: Split, twins: float = 0.0) -> SceneSet:
     """The scenes of a seed.
 
@@ -47,6 +67,10 @@ def scene_set(seed: int, count: int, split: Split, twins: float = 0.0) -> SceneS
     """
     rng = np.random.default_rng(seed)
     scenes = sample_scenes(rng, count, split, twins)
+    return _drawn(rng, scenes)
+
+
+def _drawn(rng: np.random.Generator, scenes: Sequence[Scene]) -> SceneSet:
     return SceneSet(draw(rng, scenes), tuple(scene.caption for scene in scenes), tuple(scene.sentences for scene in scenes))
 
 
