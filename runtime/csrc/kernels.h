@@ -9,7 +9,8 @@ namespace mfcompile {
 
 constexpr int kStripRows = 16;      // rows of a block of the pattern 16x1
 constexpr int kGroupRows = 8;       // single rows whose entries lie side by side
-constexpr int kBlockColumns = 64;   // columns of a block of Cells: the activations of a token fit four vectors of AVX-512
+constexpr int kBlockColumns = 64;   // columns of a block of Cells: the activations of a token fit four vectors of AVX-512,
+constexpr int kWideColumns = 96;    // and six where few are kept: sums go to y once for each block
 constexpr int kBlockTokens = 16;    // tokens of one tile of block_strip
 constexpr size_t kReadBehind = 16;  // entries behind the last one that kernels may read
 
@@ -25,9 +26,10 @@ struct Cell {
   size_t group_count;
   const uint8_t* counts;   // of each group: entries of every unit
   const uint8_t* units;    // (groups, group units) unit inside the chunk
-  const uint8_t* columns;  // four times the column inside the block: a byte names a float, and addresses need no shift
+  const uint8_t* columns;  // column inside the block
   const void* values;      // (entries, rows of a unit), floats or halves
   bool has_halves;
+  int block_columns;
 };
 
 // Tiles of activations are token-minor: x_tile (columns, vectors * lanes), y_tile (rows, vectors * lanes).
@@ -43,7 +45,7 @@ struct Kernels {
   void (*pack_tile)(const float* x, size_t columns, size_t tokens, int vectors, float* x_tile, float* suspect);
   // y_tile += W x_tile for one cell; a unit is one row in groups of kGroupRows, or 4 rows in groups of one unit.
   void (*multiply_cell)(int vectors, int unit_rows, const Cell& cell, const float* x_block, float* y_tile);
-  // y (tokens, rows) += W x for one cell, x (tokens, kBlockColumns), for few tokens; strides of a token are in floats.
+  // y (tokens, rows) += W x for one cell, x (tokens, block columns), for few tokens; strides of a token are in floats.
   void (*multiply_cell_by_token)(int unit_rows, const Cell& cell, const float* x, size_t x_stride, size_t tokens, float* y,
                                  size_t y_stride);
   // y (tokens, stride) = y_tile transposed + bias (rows,) or null.

@@ -33,17 +33,17 @@ inline __m512 load_values(const uint16_t* from) {
 
 constexpr size_t kAhead = 512;  // entries
 
-// Two entries of eight rows at a time: the activations of a block are held in four registers for each token, and permutes look up
+// Two entries of eight rows at a time: the activations of a block are held in registers, four or six for each token, and permutes look up
 // those that the columns name.
-template <int Tokens, class Value>
+template <int Tokens, int Parts, class Value>
 void multiply_rows_by_tokens(const Cell& cell, const float* x, size_t x_stride, float* y, size_t y_stride) {
-  __m512 block[Tokens][4];
+  __m512 block[Tokens][Parts];
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) {
-#pragma GCC unroll 4
-    for (int part = 0; part < 4; ++part) block[t][part] = _mm512_loadu_ps(x + static_cast<size_t>(t) * x_stride + part * 16);
+#pragma GCC unroll 6
+    for (int part = 0; part < Parts; ++part) block[t][part] = _mm512_loadu_ps(x + static_cast<size_t>(t) * x_stride + part * 16);
   }
-  const __m512i bit5 = _mm512_set1_epi32(32);
+  const __m512i bit5 = _mm512_set1_epi32(32), bit6 = _mm512_set1_epi32(64);
   const uint8_t* units = cell.units;
   const uint8_t* columns = cell.columns;
   const auto* values = static_cast<const Value*>(cell.values);
@@ -53,15 +53,15 @@ void multiply_rows_by_tokens(const Cell& cell, const float* x, size_t x_stride, 
 #pragma GCC unroll 4
     for (int t = 0; t < Tokens; ++t) sums[t] = _mm512_setzero_ps();
     const auto add = [&](__mmask16 lanes, __m512 weight) __attribute__((always_inline)) {
-      // The shift leaves bits of a neighbour above bit 5, which nothing looks at.
-      const __m128i shifted = _mm_srli_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)), 2);
-      const __m512i column = _mm512_cvtepu8_epi32(shifted);
-      const __mmask16 is_second_half = _mm512_test_epi32_mask(column, bit5);
+      const __m512i column = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
+      const __mmask16 is_second = _mm512_test_epi32_mask(column, bit5), is_third = _mm512_test_epi32_mask(column, bit6);
 #pragma GCC unroll 4
       for (int t = 0; t < Tokens; ++t) {
-        const __m512 first = _mm512_permutex2var_ps(block[t][0], column, block[t][1]);
-        const __m512 second = _mm512_permutex2var_ps(block[t][2], column, block[t][3]);
-        const __m512 found = _mm512_mask_mov_ps(first, is_second_half, second);
+        __m512 found = _mm512_permutex2var_ps(block[t][0], column, block[t][1]);
+        found = _mm512_mask_mov_ps(found, is_second, _mm512_permutex2var_ps(block[t][2], column, block[t][3]));
+        if (Parts == 6) {
+          found = _mm512_mask_mov_ps(found, is_third, _mm512_permutex2var_ps(block[t][Parts - 2], column, block[t][Parts - 1]));
+        }
         sums[t] = lanes == 0xffff ? _mm512_fmadd_ps(weight, found, sums[t]) : _mm512_mask3_fmadd_ps(weight, found, sums[t], lanes);
       }
     };
@@ -84,20 +84,20 @@ void multiply_rows_by_tokens(const Cell& cell, const float* x, size_t x_stride, 
   }
 }
 
-template <class Value>
+template <int Parts, class Value>
 void multiply_rows_of(const Cell& cell, const float* x, size_t x_stride, size_t tokens, float* y, size_t y_stride) {
-  for (; tokens > 4 || tokens == 3; tokens -= 3, x += 3 * x_stride, y += 3 * y_stride) {
-    multiply_rows_by_tokens<3, Value>(cell, x, x_stride, y, y_stride);
+  for (; tokens >= 2; tokens -= 2, x += 2 * x_stride, y += 2 * y_stride) {
+    multiply_rows_by_tokens<2, Parts, Value>(cell, x, x_stride, y, y_stride);
   }
-  if (tokens == 4) multiply_rows_by_tokens<4, Value>(cell, x, x_stride, y, y_stride);
-  if (tokens == 2) multiply_rows_by_tokens<2, Value>(cell, x, x_stride, y, y_stride);
-  if (tokens == 1) multiply_rows_by_tokens<1, Value>(cell, x, x_stride, y, y_stride);
+  if (tokens) multiply_rows_by_tokens<1, Parts, Value>(cell, x, x_stride, y, y_stride);
 }
 
 void multiply_cell_by_token(int unit_rows, const Cell& cell, const float* x, size_t x_stride, size_t tokens, float* y,
                             size_t y_stride) {
   if (unit_rows == 1) {
-    return (cell.has_halves ? multiply_rows_of<uint16_t> : multiply_rows_of<float>)(cell, x, x_stride, tokens, y, y_stride);
+    const auto narrow = cell.has_halves ? multiply_rows_of<4, uint16_t> : multiply_rows_of<4, float>;
+    const auto wide = cell.has_halves ? multiply_rows_of<6, uint16_t> : multiply_rows_of<6, float>;
+    return (cell.block_columns <= 64 ? narrow : wide)(cell, x, x_stride, tokens, y, y_stride);
   }
   for (size_t token = 0; token < tokens; ++token) multiply_strips_by_token(cell, x + token * x_stride, y + token * y_stride);
 }

@@ -16,8 +16,8 @@ inline Vector widen(const uint16_t* from) {
 }
 
 inline Vector look_up(const float* x, const uint8_t* columns) {
-  return Vector{x[columns[0] / 4], x[columns[1] / 4], x[columns[2] / 4], x[columns[3] / 4],
-                x[columns[4] / 4], x[columns[5] / 4], x[columns[6] / 4], x[columns[7] / 4]};
+  return Vector{x[columns[0]], x[columns[1]], x[columns[2]], x[columns[3]],
+                x[columns[4]], x[columns[5]], x[columns[6]], x[columns[7]]};
 }
 
 #include "transpose_avx2.h"
@@ -29,13 +29,12 @@ inline __attribute__((always_inline)) void multiply_group(size_t count, const ui
   __m256 sums[8];
 #pragma GCC unroll 8
   for (int row = 0; row < 8; ++row) sums[row] = _mm256_setzero_ps();
-  const char* x = reinterpret_cast<const char*>(x_block);
   do {
     const __m256 weights = _mm256_loadu_ps(values);
 #pragma GCC unroll 8
     for (int row = 0; row < 8; ++row) {
       const __m256 weight = _mm256_permutexvar_ps(_mm256_set1_epi32(row), weights);
-      sums[row] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(reinterpret_cast<const float*>(x + size_t{columns[row]} * 8)), sums[row]);
+      sums[row] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x_block + size_t{columns[row]} * 8), sums[row]);
     }
     columns += 8, values += 8;
   } while (--count);

@@ -9,10 +9,6 @@ inline Vector widen(const float* from) { return load(from); }
 #define MFCOMPILE_UNROLL _Pragma("GCC unroll 16")
 #define MFCOMPILE_INLINE inline __attribute__((always_inline))
 
-MFCOMPILE_INLINE const float* floats_at(const float* first, size_t bytes) {
-  return reinterpret_cast<const float*>(reinterpret_cast<const char*>(first) + bytes);
-}
-
 constexpr int kWidened = 256 * kGroupRows;
 
 // `count` values as floats: where they lie, or widened into the buffer.
@@ -32,7 +28,7 @@ MFCOMPILE_INLINE void multiply_rows(size_t count, const uint8_t* columns, const 
   do {
     MFCOMPILE_UNROLL
     for (int row = 0; row < Rows; ++row) {
-      const float* x = floats_at(x_block, static_cast<size_t>(columns[row]) * kWidth);
+      const float* x = x_block + columns[row] * kWidth;
       const float value = values[row];
       MFCOMPILE_UNROLL
       for (int v = 0; v < V; ++v) sums[row][v] += load(x + v * kLanes) * value;
@@ -55,7 +51,7 @@ MFCOMPILE_INLINE void multiply_strip_of_4(size_t count, const uint8_t* columns, 
   Vector sums[4][V] = {};
   size_t entry = 0;
   do {
-    const float* x = floats_at(x_block, static_cast<size_t>(columns[entry]) * kWidth);
+    const float* x = x_block + columns[entry] * kWidth;
     const float* value = values + 4 * entry;
     MFCOMPILE_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -137,10 +133,10 @@ void multiply_strips_by_token(const Cell& cell, const float* x, float* y) {
     for (; entry + 4 <= count; entry += 4) {
       MFCOMPILE_UNROLL
       for (int way = 0; way < 4; ++way) {
-        sums[way] += *reinterpret_cast<const Four*>(values + 4 * (entry + way)) * *floats_at(x, columns[entry + way]);
+        sums[way] += *reinterpret_cast<const Four*>(values + 4 * (entry + way)) * x[columns[entry + way]];
       }
     }
-    for (; entry < count; ++entry) sums[0] += *reinterpret_cast<const Four*>(values + 4 * entry) * *floats_at(x, columns[entry]);
+    for (; entry < count; ++entry) sums[0] += *reinterpret_cast<const Four*>(values + 4 * entry) * x[columns[entry]];
     Four* to = reinterpret_cast<Four*>(y + static_cast<size_t>(cell.units[group]) * 4);
     *to = *to + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
     columns += count;

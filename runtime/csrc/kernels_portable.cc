@@ -14,7 +14,7 @@ inline Vector widen(const uint16_t* from) {
 }
 
 inline Vector look_up(const float* x, const uint8_t* columns) {
-  return Vector{x[columns[0] / 4], x[columns[1] / 4], x[columns[2] / 4], x[columns[3] / 4]};
+  return Vector{x[columns[0]], x[columns[1]], x[columns[2]], x[columns[3]]};
 }
 
 inline void transpose_square(const float* from, size_t from_stride, float* to, size_t to_stride) {

@@ -95,7 +95,7 @@ Lane find_lane(const Entries& entries, const void* values, size_t width, size_t 
 }
 
 void copy_lane(const Lane& lane, size_t length, size_t width, uint8_t* columns, char* values) {
-  for (size_t entry = 0; entry < length; ++entry) columns[entry] = static_cast<uint8_t>(4 * lane.columns[entry]);
+  std::memcpy(columns, lane.columns, length);
   std::memcpy(values, lane.values, length * width);
 }
 
@@ -111,7 +111,7 @@ void interleave(const Lane* lanes, size_t length, uint8_t* columns, char* values
     uint8_t slot_columns[kRows];
     char slot_values[kRows * kWidth];
     for (size_t row = 0; row < kRows; ++row) {
-      slot_columns[row] = static_cast<uint8_t>(4 * own[row].columns[entry]);
+      slot_columns[row] = own[row].columns[entry];
       std::memcpy(slot_values + row * kWidth, own[row].values + entry * kWidth, kWidth);
     }
     std::memcpy(columns + entry * kRows, slot_columns, sizeof slot_columns);
@@ -122,7 +122,7 @@ void interleave(const Lane* lanes, size_t length, uint8_t* columns, char* values
     const uint8_t pruned = lane.count < length ? find_pruned_column(lane.columns, lane.count) : 0;
     for (size_t entry = shortest; entry < length; ++entry) {
       const bool exists = entry < lane.count;
-      columns[entry * kRows + row] = static_cast<uint8_t>(4 * (exists ? lane.columns[entry] : pruned));
+      columns[entry * kRows + row] = exists ? lane.columns[entry] : pruned;
       char* to = values + (entry * kRows + row) * kWidth;
       exists ? std::memcpy(to, lane.values + entry * kWidth, kWidth) : std::memset(to, 0, kWidth);
     }
@@ -190,7 +190,8 @@ Cell CellLayout::cell(size_t chunk, size_t block) const {
           units.data() + group * static_cast<size_t>(group_units),
           columns.data() + first_entry[index],
           values.data() + first_entry[index] * static_cast<size_t>(unit_rows) * bytes_of(value_type),
-          value_type == ValueType::kHalf};
+          value_type == ValueType::kHalf,
+          static_cast<int>(block_columns)};
 }
 
 size_t CellLayout::bytes() const {

@@ -72,7 +72,7 @@ void CellLayout::for_each_kept(size_t rows, Visit visit) const {
       const size_t row = index / blocks * chunk_rows + of.units[unit] * height;
       for (size_t e = entry + unit % group, end = entry + of.counts[unit / group] * group; e < end; e += group) {
         for (size_t r = 0; r < height && row + r < rows; ++r) {
-          if (!is_zero(of.values, value_type, e * height + r)) visit(row + r, index % blocks * block_columns + of.columns[e] / 4);
+          if (!is_zero(of.values, value_type, e * height + r)) visit(row + r, index % blocks * block_columns + of.columns[e]);
         }
       }
     }

@@ -68,7 +68,9 @@ const Kernels& choose_narrow(const Kernels& kernels) {
 
 SparseLinear::SparseLinear(const PackedWeight& weight, const Kernels& kernels)
     : rows_(0), columns_(0), kernels_(kernels), narrow_kernels_(choose_narrow(kernels)) {
-  const Entries entries = decode(weight, kBlockColumns);
+  // Sizes are checked by decode.
+  const bool keeps_few = 5.0 * static_cast<double>(weight.entries) < static_cast<double>(weight.rows) * static_cast<double>(weight.columns);
+  const Entries entries = decode(weight, keeps_few ? kWideColumns : kBlockColumns);
   rows_ = static_cast<size_t>(weight.rows), columns_ = static_cast<size_t>(weight.columns);
   unit_rows_ = find_unit_rows(entries, weight);
   if (unit_rows_ == 1) {
