@@ -129,8 +129,7 @@ def next_steps(report: Mapping[str, Any], directory: Path, source: Path) -> list
     if report["export"] is not None:
         split = bool(report["export"].get("parts"))
         written = directory if split else directory / report["export"]["file"]
-        loader = "mfcompile.load_parts" if split else "onnxruntime.InferenceSession"
-        lines.append(f"  {loader}('{written}')      run it")
+        lines.append(f"  mfcompile.load_session('{written}')      run it, with the sparse kernels where they are available")
         masks = directory / "masks.safetensors"
         lines.append(f"  {shlex.join(['mfcompile', 'verify', str(written), str(source), '--masks', str(masks)])}")
     again = shlex.join(["mfcompile", "prune", str(directory / "recipe.yaml")])
