@@ -13,6 +13,7 @@ import onnx_ir as ir
 from mfcompile._version import __version__
 from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import ExportError, InputError
+from mfcompile.exporters import sparse_initializers
 from mfcompile.exporters.conversion import RefusedProgramError, convert_program
 from mfcompile.exporters.int8_placement import describe_int8, place_int8
 from mfcompile.exporters.messages import first_line
@@ -28,7 +29,7 @@ from mfcompile.graph import CapturedGraph, ExportedModel
 from mfcompile.masks import MaskSet
 from mfcompile.split import SplitRequest
 
-FORMATS = ("packed", "dense")
+FORMATS = ("packed", "dense", "onnx-sparse")
 INT8 = "int8"
 
 
@@ -79,7 +80,7 @@ def export_onnx(
     Args:
         captured: with ``exported``; ``masks`` of None is a model that is not pruned.
         path: the .onnx file, or the directory of a split model; an existing model is replaced.
-        format: "packed" or "dense".
+        format: "packed", "dense", or "onnx-sparse" (see ``sparse_initializers``).
         values: "fp32" keeps the precision of the parameters; "fp16" stores masked weights as float16 and computes in
             the parameters' own dtype; "int8" computes every linear layer in int8, with activations quantized as they come.
         external_data: write tensors to ``<path>.data``; None: only when they exceed 1.5 GB.
@@ -152,13 +153,22 @@ def _write_model(
 ) -> ExportedArtifact:
     """Write one .onnx file with these masked weights."""
     dense_size = _dense_size(model, path, storage)
-    place = place_int8 if storage.options.values == INT8 else place_weights
-    placed, stored = place(model, weights, storage.options)
+    fields = b""
+    if storage.options.format == sparse_initializers.ENCODING:
+        placed, fields = sparse_initializers.place_sparse(model, weights, storage.options.values)
+        stored: dict[str, StoredWeight] = {}
+    else:
+        place = place_int8 if storage.options.values == INT8 else place_weights
+        placed, stored = place(model, weights, storage.options)
     storage.describe(model, stored)
     model.metadata_props.update(describe_int8(placed))
     has_data_file = _is_external(model, storage.external_data)
     layout = plan_files(model, f"{path.name}.data" if has_data_file else None)
-    files = _write(layout, path, has_data_file=has_data_file, accept=accept)
+    if fields:
+        sparse_initializers.check_graph(layout, weights)
+        layout = replace(layout, graph_proto=layout.graph_proto + fields)
+        sparse_initializers.check_size(layout, path.name)
+    files = _write(layout, path, has_data_file=has_data_file, accept=accept, is_full=not fields)
     interface = describe_interface(model)
     return ExportedArtifact(
         path=path,
@@ -276,20 +286,22 @@ def _is_external(model: ir.Model, external_data: bool | None) -> bool:
     return needs_external_data(tensor for tensor in tensors if tensor is not None)
 
 
-def _write(layout: FileLayout, path: Path, *, has_data_file: bool, accept: Callable[[Path], None] | None) -> tuple[Path, ...]:
+def _write(
+    layout: FileLayout, path: Path, *, has_data_file: bool, accept: Callable[[Path], None] | None, is_full: bool
+) -> tuple[Path, ...]:
     """Write and check under a temporary folder beside the path, then rename."""
 
     def check(staged: Path) -> None:
-        _check_file(staged)
+        _check_file(staged, is_full=is_full)
         if accept is not None:
             accept(staged)
 
     return publish_files(layout, path, has_data_file=has_data_file, check=check)
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, *, is_full: bool) -> None:
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(str(path), full_check=is_full)
     except Exception as error:
         raise RefusedProgramError(
             f"the written file does not pass onnx.checker: {first_line(error)}. Nothing was kept; this is a bug",
