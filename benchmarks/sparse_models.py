@@ -1,6 +1,6 @@
 """Pruned transformers end to end: dense onnxruntime against the sparse runtime, with masks that MULTIFLOW chose.
 
-python -m benchmarks.sparse_models [--layers 6] [--rounds 9] [--only speed] [--only decode] ...
+python -m benchmarks.sparse_models [--layers 6] [--rounds 9] [--only BERT-like] [--pattern 16x1] [--sparsity 0.75] ...
 
 A ViT-B-like encoder (197 tokens) and a BERT-like one (any number), built from the configurations of transformers with random
 weights: every matrix is a product of two normal draws, heavy-tailed as trained weights are, times a scale of its own between
@@ -18,127 +18,36 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 import mfcompile
 from benchmarks import sparse_kernels
-from benchmarks.models import heavy_tailed
 from benchmarks.profile_nodes import node_times
 from benchmarks.result_tables import as_table
+from benchmarks.sparse_goals import MANY_TOKENS, joined, judge
+from benchmarks.sparse_subjects import PATTERNS, SPARSITIES, SUBJECTS, WIDTH, Pruner, Subject, bert, vit
 from mfcompile import runtime
 from mfcompile.artifact import ExportedArtifact
 from mfcompile.benchmark_cost import measure_cost
 from mfcompile.benchmark_machine import describe_machine
-from mfcompile.benchmark_result import SessionCost, Timing
+from mfcompile.benchmark_result import Timing
 from mfcompile.benchmark_sizes import FreeAxes, SizedInputs, declared_shapes, free_axes, sized_inputs
 from mfcompile.benchmark_timing import Clock, SessionFile, measure
 from mfcompile.benchmark_variants import size_of
-from mfcompile.exporters.onnx_model import export_onnx
-from mfcompile.frontends.capture import with_export
-from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import ExampleInputs
 from mfcompile.masks import MaskSet
 
 RESULT = Path(__file__).resolve().parent / "results" / "sparse.json"
-SPARSITIES = (0.63, 0.75, 0.9)
-PATTERNS = ("unstructured", "16x1", "4x1")
-LAYERS, DECODE_LAYERS, WIDTH = 6, 12, 768
-GOALS = {"unstructured": (1.3, 1.7, 2.5), "16x1": (1.5, 2.0, 3.2)}
-"""Pattern -> speed over dense fp32 at the three sparsities, one thread, 197 tokens or more."""
-
-MANY_TOKENS = 197
-"""From this many the goals are set."""
-
-DECODE_GOALS = (2.4, 3.3, 5.0)
+LAYERS, DECODE_LAYERS = 6, 12
+MEMORY_SPARSITY = 0.75
 MOST_ERROR = 1e-3
 """Of outputs, against dense onnxruntime; kernels that compute something else are not timed."""
-
-FILE_GOAL, MEMORY_GOAL = 1.05, 1.1
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model that is measured.
-
-    Attributes:
-        name: what it is like.
-        module: in eval mode.
-        examples: inputs that it is exported with.
-        batches: calibration data.
-        sizes: (batch, tokens) that are measured with one thread; tokens of None where they are fixed.
-        patterns: of the masks.
-    """
-
-    name: str
-    module: nn.Module
-    examples: dict[str, Tensor]
-    batches: list[dict[str, Tensor]]
-    sizes: tuple[tuple[int, int | None], ...]
-    patterns: tuple[str, ...]
-
-
-def vit(layers: int) -> Subject:
-    """The encoder of ViT-B/16 at 224 pixels: 196 patches and one more token."""
-    from transformers import ViTConfig, ViTModel
-
-    torch.manual_seed(0)
-    config = ViTConfig(num_hidden_layers=layers, hidden_size=WIDTH, intermediate_size=4 * WIDTH)
-    module = heavy_tailed(ViTModel(config, add_pooling_layer=False))
-    pixels = torch.randn(9, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    batches = [{"pixel_values": pixels[1 + index : 5 + index]} for index in (0, 4)]
-    return Subject("ViT-B-like", module, {"pixel_values": pixels[:1]}, batches, ((1, None), (4, None)), PATTERNS)
-
-
-def bert(layers: int) -> Subject:
-    """The encoder of BERT base."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(num_hidden_layers=layers, hidden_size=WIDTH, intermediate_size=4 * WIDTH)
-    module = heavy_tailed(BertModel(config, add_pooling_layer=False))
-    ids = torch.randint(1000, 30000, (9, 128), generator=torch.Generator().manual_seed(1))
-
-    def inputs(rows: Tensor) -> dict[str, Tensor]:
-        return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
-
-    sizes = ((1, 1), (1, 8), (1, 32), (1, 197), (4, 32))
-    return Subject("BERT-like", module, inputs(ids[:1]), [inputs(ids[1:])], sizes, ("unstructured", "16x1"))
-
-
-SUBJECTS: dict[str, Callable[[int], Subject]] = {"ViT-B-like": vit, "BERT-like": bert}
-
-
-@dataclass(frozen=True)
-class Pruner:
-    """A model captured and calibrated once, to be pruned and exported in many ways."""
-
-    captured: CapturedGraph
-    regions: mfcompile.RegionMap
-    statistics: mfcompile.CalibrationStatistics
-
-    @classmethod
-    def of(cls, subject: Subject, *, is_exported: bool = True) -> Pruner:
-        """Capture, calibrate and make the program that every file is written from, where there will be files."""
-        captured = mfcompile.capture(subject.module, subject.examples)
-        regions = mfcompile.infer_regions(captured)
-        statistics = mfcompile.calibrate(captured, subject.batches, regions=regions)
-        return cls(with_export(captured) if is_exported else captured, regions, statistics)
-
-    def masks(self, sparsity: float, pattern: str) -> MaskSet:
-        """Masks of MULTIFLOW."""
-        return mfcompile.select_masks(self.captured, self.regions, self.statistics, sparsity=sparsity, pattern=pattern)
-
-    def export(self, path: Path, masks: MaskSet | None, **options: Any) -> ExportedArtifact:
-        """Write one file; what it computes is compared when it is measured."""
-        pruned = self.captured if masks is None else mfcompile.apply_masks(self.captured, masks)
-        return export_onnx(pruned, path, **options)
 
 
 def _tell(text: str) -> None:
@@ -147,7 +56,13 @@ def _tell(text: str) -> None:
 
 
 def measure_subject(
-    subject: Subject, folder: Path, rounds: int, library: str, found: dict[str, Any], keep: Callable[[], None]
+    subject: Subject,
+    folder: Path,
+    rounds: int,
+    library: str,
+    sparsities: Sequence[float],
+    found: dict[str, Any],
+    keep: Callable[[], None],
 ) -> None:
     """Add rows of speed, files, memory, and where the time goes, of one model with every mask.
 
@@ -156,6 +71,7 @@ def measure_subject(
         folder: where its files are written.
         rounds: how often every form has its turn.
         library: the sparse runtime.
+        sparsities: of the masks.
         found: lists of rows by part, which are added to.
         keep: called after every mask.
     """
@@ -166,9 +82,9 @@ def measure_subject(
     usual = node_times(dense, examples)
     found["operators"].append({"model": subject.name, "form": "dense", **_shares(usual)})
     mapped = SessionFile("dense", pruner.export(folder / "mapped.onnx", None, format="dense", external_data=True).path)
-    costs = [measure_cost(file, examples, threads=1) for file in (dense, mapped)]
+    unpruned = (dense, mapped)
     for pattern in subject.patterns:
-        for sparsity in SPARSITIES:
+        for sparsity in sparsities:
             _tell(f"{subject.name}, {pattern}, {sparsity:.0%}")
             masks = pruner.masks(sparsity, pattern)
             artifact = pruner.export(folder / "packed.onnx", masks, format="packed")
@@ -178,8 +94,8 @@ def measure_subject(
             timed = _speed(subject, pattern, (dense, packed), examples, axes, rounds, usual, masks)
             found["speed"] += [{**head, **row} for row in timed]
             found["files"].append({**head, **_file_figures(artifact)})
-            if pattern == "unstructured":
-                found["memory"] += [{**head, **row} for row in _memory(pruner, masks, packed, examples, costs)]
+            if pattern == "unstructured" and sparsity == MEMORY_SPARSITY:
+                found["memory"] += [{**head, **row} for row in _memory(pruner, masks, packed, examples, unpruned)]
             found["operators"].append({**head, "form": "runtime", **_shares(node_times(packed, examples))})
             keep()
 
@@ -254,13 +170,14 @@ def _counts(words: Sequence[str]) -> dict[str, int]:
 
 
 def _memory(
-    pruner: Pruner, masks: MaskSet, packed: SessionFile, examples: ExampleInputs, dense: Sequence[SessionCost]
+    pruner: Pruner, masks: MaskSet, packed: SessionFile, examples: ExampleInputs, unpruned: Sequence[SessionFile]
 ) -> list[dict[str, Any]]:
     """Memory and loading with the packed weights inside of the .onnx file, and in a file of external data beside it.
 
     Activations are what the first run adds to a dense session whose weights are external data: where they are inside of the
     file, loading leaves free memory behind, which hides it.
     """
+    dense = [measure_cost(file, examples, threads=1) for file in unpruned]
     outside = pruner.export(packed.path.with_name("external.onnx"), masks, format="packed", external_data=True).path
     rows = []
     for place, path, usual in (("inside", packed.path, dense[0]), ("external data", outside, dense[1])):
@@ -307,31 +224,37 @@ def measure_decode(rounds: int, library: str) -> list[dict[str, Any]]:
     return rows
 
 
-def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every goal with what was measured, beside its limit, and whether it was reached."""
-    rows: list[dict[str, Any]] = []
-
-    def add(goal: str, wanted: float, row: Mapping[str, Any], key: str, *, at_most: bool = False) -> None:
-        reached = row[key] <= wanted if at_most else row[key] >= wanted
-        rows.append(
-            {"goal": goal, "wanted": wanted, "found": row[key], "low": row.get("low"), "high": row.get("high"),
-             "limit": row.get("limit"), "is_reached": reached}
-        )  # fmt: skip
-
-    for row in result.get("speed", ()):
-        if row["pattern"] in GOALS and row["threads"] == 1 and row["tokens"] >= MANY_TOKENS:
-            wanted = GOALS[row["pattern"]][SPARSITIES.index(row["sparsity"])]
-            add(f"speed, {row['model']}, {row['size']}, {row['pattern']}, {row['sparsity']:.0%}", wanted, row, "speedup")
-    for row in result.get("decode", ()):
-        wanted = DECODE_GOALS[SPARSITIES.index(row["sparsity"])]
-        add(f"one token, linear layers, {row['pattern']}, {row['sparsity']:.0%}", wanted, row, "speedup")
-    for row in result.get("files", ()):
-        head = f"{row['model']}, {row['pattern']}, {row['sparsity']:.0%}"
-        add(f"file over kept weights and one bit per place, {head}", FILE_GOAL, row, "over_ideal", at_most=True)
-    for row in result.get("memory", ()):
-        head = f"{row['model']}, {row['pattern']}, {row['sparsity']:.0%}, weights {row['weights']}"
-        add(f"memory over file, activations apart, {head}", MEMORY_GOAL, row, "over_file", at_most=True)
-        add(f"time to load in ms, {head}", row["dense_load_ms"], row, "load_ms", at_most=True)
+def measure_int8(layers: int, rounds: int, library: str, sparsities: Sequence[float]) -> list[dict[str, Any]]:
+    """The ViT-B-like model in int8: dense in stock onnxruntime, and sparse, with masks in blocks of four inputs and without."""
+    subject = vit(layers)
+    pruner, rows = Pruner.of(subject), []
+    examples = ExampleInputs((), subject.examples, tuple(subject.examples))
+    with tempfile.TemporaryDirectory(prefix="mfcompile-") as name:
+        folder = Path(name)
+        for pattern, sparsity in [("1x4", sparsity) for sparsity in sparsities] + [("unstructured", sparsities[-1])]:
+            _tell(f"int8, {pattern}, {sparsity:.0%}")
+            masks = pruner.masks(sparsity, pattern)
+            forms = [
+                SessionFile("int8", pruner.export(folder / "int8.onnx", masks, format="dense", values="int8").path),
+                SessionFile("dense", pruner.export(folder / "dense.onnx", masks, format="dense").path),
+                SessionFile("sparse", pruner.export(folder / "sparse.onnx", masks, values="int8").path, library),
+            ]
+            sizes = sized_inputs(examples, free_axes(declared_shapes(forms[0].open(1))), (1,), ())[0]
+            found = measure(forms, sizes, baseline="int8", threads=1, rounds=rounds, clock=Clock())
+            if found.failures:
+                raise SystemExit(f"int8: {found.failures}")
+            timings = {item.variant: item for item in found.timings}
+            ratio = {name: timings[name].speedup or 0.0 for name in ("dense", "sparse")}
+            error = measure(forms[1::-1], sizes, baseline="dense", threads=1, rounds=1, clock=Clock()).timings[1].max_error
+            rows.append(
+                {"model": subject.name, "pattern": pattern, "sparsity": sparsity, "size": sizes[0].size.label,
+                 "ms": {name: round(1e3 * timing.seconds, 2) for name, timing in timings.items()},
+                 "int8": round(1 / ratio["dense"], 3), "int8_runtime": round(ratio["sparse"] / ratio["dense"], 3),
+                 "over_int8": round(ratio["sparse"], 3), "low": round(timings["sparse"].speedup_low or 0.0, 3),
+                 "high": round(timings["sparse"].speedup_high or 0.0, 3), "int8_error": error,
+                 "kernel_error": timings["sparse"].max_error,
+                 "file_mb": {file.name: round(size_of(file.path) / 1e6, 2) for file in forms}}
+            )  # fmt: skip
     return rows
 
 
@@ -339,6 +262,8 @@ def sparse_models(
     layers: int = LAYERS,
     rounds: int = 9,
     only: Sequence[str] = (),
+    patterns: Sequence[str] = PATTERNS,
+    sparsities: Sequence[float] = SPARSITIES,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Everything, as it is kept in JSON; ``keep`` is called with what there is so far."""
@@ -352,21 +277,15 @@ def sparse_models(
     for name, build in SUBJECTS.items():
         if not only or name in only:
             with tempfile.TemporaryDirectory(prefix="mfcompile-") as folder:
-                measure_subject(build(layers), Path(folder), rounds, library, result, lambda: keep(result))
+                subject = build(layers)
+                subject = replace(subject, patterns=tuple(name for name in subject.patterns if name in patterns))
+                measure_subject(subject, Path(folder), rounds, library, sparsities, result, lambda: keep(result))
     if not only or "decode" in only:
         result["decode"] = measure_decode(rounds, library)
+    if not only or "int8" in only:
+        result["int8"] = measure_int8(layers, rounds, library, sparsities)
     result["goals"] = judge(result)
     return result
-
-
-def joined(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """An earlier result with the rows of models and parts that were measured again in place of its own."""
-    models = {row["model"] for row in now["files"]}
-    result = {**before, **{part: now[part] for part in ("machine", "options")}}
-    for part in ("speed", "files", "memory", "operators"):
-        result[part] = [row for row in before.get(part, ()) if row["model"] not in models] + now[part]
-    result |= {part: now[part] for part in ("decode", "int8") if part in now}
-    return {**result, "goals": judge(result)}
 
 
 def main() -> None:
@@ -374,15 +293,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", action="append", choices=[*SUBJECTS, "decode"], default=[])
+    parser.add_argument("--only", action="append", choices=[*SUBJECTS, "decode", "int8"], default=[])
+    parser.add_argument("--pattern", action="append", choices=PATTERNS, help="of the masks (default: all)")
+    parser.add_argument("--sparsity", action="append", type=float, choices=SPARSITIES, help="of the masks (default: all)")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    before = json.loads(options.output.read_text()) if options.only and options.output.exists() else {}
+    is_part = bool(options.only or options.pattern or options.sparsity)
+    before = json.loads(options.output.read_text()) if is_part and options.output.exists() else {}
+    patterns, sparsities = options.pattern or PATTERNS, options.sparsity or SPARSITIES
 
     def keep(result: dict[str, Any]) -> None:
         options.output.write_text(json.dumps(joined(before, result), indent=1) + "\n")
 
-    keep(sparse_models(options.layers, options.rounds, options.only, keep))
+    keep(sparse_models(options.layers, options.rounds, options.only, patterns, sparsities, keep))
     for part, figures in json.loads(options.output.read_text()).items():
         Console(width=200).print(as_table(part, figures))
 

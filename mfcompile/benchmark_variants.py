@@ -130,7 +130,14 @@ class FileForms:
             return self._unpacked()
         if self._exported is None:
             self._exported = CapturedForms(self._pruned(), self._folder)
-        return self._exported.file(format, values)
+        try:
+            return self._exported.file(format, values)
+        except InputError as error:
+            if values != "int8":
+                raise
+            raise InputError(
+                f"it is written from a PyTorch model, not from an .onnx file ({error}): bench model.py with --masks"
+            ) from error
 
     def _unpacked(self) -> Path:
         if self._format == "dense":
