@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tavlp.cells import Cell, Choice, cells, run_cell
+from benchmarks.tavlp.cells import Cell, Choice, cells, run_cell, run_untuned, untuned_config, untuned_path
 from benchmarks.tavlp.configuration import SCALES, Scale, config_hash
 from benchmarks.tavlp.families import FAMILIES
 from benchmarks.tavlp.pruners import PRUNERS
@@ -27,7 +27,9 @@ def folders_of(scale: Scale) -> Folders:
     return Folders(RESULTS / scale.name, MASKS / scale.name)
 
 
-def run(choice: Choice, scale: Scale, device: torch.device, time_limit_s: float = float("inf")) -> list[Cell]:
+def run(
+    choice: Choice, scale: Scale, device: torch.device, time_limit_s: float = float("inf"), *, is_tuned: bool = True
+) -> list[Cell]:
     """Make the wanted cells that are missing or stale; print a line for each.
 
     Args:
@@ -35,26 +37,30 @@ def run(choice: Choice, scale: Scale, device: torch.device, time_limit_s: float 
         scale: their size.
         device: where models are fine-tuned.
         time_limit_s: no cell is begun after that many seconds.
+        is_tuned: False for the figures before fine-tuning alone, of tasks that have any.
 
     Returns:
         Cells that are still missing.
     """
     folders = folders_of(scale)
-    left = [cell for cell in cells(choice, FAMILIES) if not _is_done(cell, scale, folders)]
+    wanted = [cell for cell in cells(choice, FAMILIES) if is_tuned or TASKS[cell.task].has_zero_shot]
+    left = [cell for cell in wanted if not _is_done(cell, scale, folders, is_tuned)]
     print(f"{len(left)} cells to do", flush=True)
     started = time.monotonic()
     while left and time.monotonic() - started < time_limit_s:
         cell = left.pop(0)
-        if _is_done(cell, scale, folders):  # by another process
+        if _is_done(cell, scale, folders, is_tuned):  # by another process, or with another seed
             continue
         begun = time.monotonic()
-        metrics = run_cell(cell, scale, folders, device)
+        metrics = (run_cell if is_tuned else run_untuned)(cell, scale, folders, device)
         shown = " ".join(f"{name} {metrics[name]:.1f}" for name in TASKS[cell.task].metrics)
         print(f"{cell}: {shown} ({time.monotonic() - begun:.0f} s, {len(left)} left)", flush=True)
     return left
 
 
-def _is_done(cell: Cell, scale: Scale, folders: Folders) -> bool:
+def _is_done(cell: Cell, scale: Scale, folders: Folders, is_tuned: bool) -> bool:
+    if not is_tuned:
+        return read_record(untuned_path(cell, folders), config_hash(untuned_config(cell, scale))) is not None
     return read_record(cell.path(folders.results), config_hash(cell.config(scale))) is not None
 
 
@@ -75,7 +81,8 @@ def main() -> None:
         tuple(arguments.seed),
     )
     torch.set_num_threads(arguments.threads)
-    left = run(choice, scale, torch.device(arguments.device), arguments.time_limit * 60)
+    device = torch.device(arguments.device)
+    left = run(choice, scale, device, arguments.time_limit * 60, is_tuned=not arguments.untuned)
     if left:
         print(f"{len(left)} cells are left, the next is {left[0]}")
         sys.exit(3)
@@ -93,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--time-limit", type=float, default=float("inf"), metavar="MINUTES", help="begin no cell after that")
     runs.add_argument("--device", default="cpu", help="where models are fine-tuned; masks are made on the CPU")
     runs.add_argument("--threads", type=int, default=torch.get_num_threads())
+    runs.add_argument("--untuned", action="store_true", help="only the figures of pruned models before fine-tuning")
     tables = commands.add_parser("tables", help="write docs/benchmark_tables.md and its figures from the results")
     for command in (runs, tables):
         command.add_argument("--scale", choices=sorted(SCALES), default="small")

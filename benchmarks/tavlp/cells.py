@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 import mfcompile
-from benchmarks.tavlp.configuration import Scale, cell_config, config_hash
+from benchmarks.tavlp.configuration import Scale, cell_config, config_hash, mask_seed
 from benchmarks.tavlp.families import family as family_of
+from benchmarks.tavlp.families.contract import TaskModel
 from benchmarks.tavlp.finetuning import clock, fine_tune
 from benchmarks.tavlp.pruners import PRUNERS, ROWS, SEEDS, SPARSITIES
 from benchmarks.tavlp.pruning import Folders, masks_of, region_sparsity
@@ -89,43 +90,83 @@ def run_cell(cell: Cell, scale: Scale, folders: Folders, device: torch.device) -
     return metrics
 
 
+def run_untuned(cell: Cell, scale: Scale, folders: Folders, device: torch.device) -> dict[str, Any]:
+    """The metrics of a pruned model before any fine-tuning, from their file or made now; cells share them.
+
+    Args:
+        cell: which; its task must have a test without fine-tuning.
+        scale, folders, device: as of `run_cell`.
+    """
+    config, path = untuned_config(cell, scale), untuned_path(cell, folders)
+    record = read_record(path, config_hash(config))
+    if record is None:
+        model, _ = _pruned(cell, scale, folders, device)
+        metrics = _tested(model, cell, scale, device)
+        write_record(path, config, {"metrics": metrics, "device": device.type})
+        return metrics
+    found: dict[str, Any] = record["metrics"]
+    return found
+
+
+def untuned_path(cell: Cell, folders: Folders) -> Path:
+    """The file of the figures before fine-tuning; pruners without a seed have one for all."""
+    seed = mask_seed(PRUNERS[cell.pruner], cell.seed)
+    name = f"{cell.pruner}-{cell.sparsity:g}-{'any' if seed is None else seed}.json"
+    return folders.results / cell.family / f"{cell.task}-untuned" / name
+
+
+def untuned_config(cell: Cell, scale: Scale) -> dict[str, Any]:
+    """All that figures before fine-tuning depend on."""
+    config = cell.config(scale)
+    kept = ("masks", "family", "checkpoint", "task", "task_version")
+    return {**{key: config[key] for key in kept}, "test_size": scale.recipes[cell.task].test_size}
+
+
 def _measured(cell: Cell, scale: Scale, folders: Folders, device: torch.device) -> dict[str, Any]:
     family, task, recipe = family_of(cell.family), TASKS[cell.task], scale.recipes[cell.task]
-    row = PRUNERS[cell.pruner]
-    masks = None
-    if row.criterion is not None:
-        masks = masks_of(family, row, cell.sparsity, cell.seed, scale, folders)
-    torch.manual_seed(cell.seed)
-    model = task.model(family)
-    result: dict[str, Any] = {"sparsity": 0.0, "region_sparsity": {}, "dense_matrices": 0}
-    if masks is not None:
-        moved = mfcompile.transfer_masks(masks, model, family.mask_names(cell.task))
-        lost = [name for name in moved.unmatched if not name.startswith(tuple(family.left_behind(cell.task)))]
-        if lost:
-            raise RuntimeError(f"{cell}: masks found no place in the task's model: {moved}")
-        model = mfcompile.mask_module(model, moved.masks)  # type: ignore[assignment]
-        result = {
-            "sparsity": 1 - moved.masks.kept_count / moved.masks.weight_count,
-            "region_sparsity": region_sparsity(moved.masks),
-            "dense_matrices": len(moved.dense),
-        }
-    model = model.to(device).eval()
-    before = None
-    if task.has_zero_shot:
-        with torch.inference_mode():
-            before = task.evaluate(model, family, recipe, device)
+    before = run_untuned(cell, scale, folders, device) if task.has_zero_shot else None
+    model, achieved = _pruned(cell, scale, folders, device)
     tuning = fine_tune(model, task, family, recipe, cell.seed, device)
-    if masks is not None:
+    if achieved["region_sparsity"]:
         mfcompile.verify_masks(model)
     started = clock(device)
-    with torch.inference_mode():
-        metrics = task.evaluate(model, family, recipe, device)
+    metrics = _tested(model, cell, scale, device)
     return {
         "metrics": metrics,
         "metrics_before": before,
-        **result,
+        **achieved,
         "tuning_s": round(tuning.seconds, 1),
         "test_s": round(clock(device) - started, 1),
         "losses": [round(value, 4) for value in tuning.losses],
         "device": device.type,
     }
+
+
+def _pruned(cell: Cell, scale: Scale, folders: Folders, device: torch.device) -> tuple[TaskModel, dict[str, Any]]:
+    """The model of the task with its masks in force, in eval mode, and the sparsity that was achieved.
+
+    Raises:
+        RuntimeError: a mask found no place in the model of the task.
+    """
+    family, task, row = family_of(cell.family), TASKS[cell.task], PRUNERS[cell.pruner]
+    masks = None if row.criterion is None else masks_of(family, row, cell.sparsity, cell.seed, scale, folders)
+    torch.manual_seed(cell.seed)
+    model: Any = task.model(family)
+    achieved: dict[str, Any] = {"sparsity": 0.0, "region_sparsity": {}, "dense_matrices": 0}
+    if masks is not None:
+        moved = mfcompile.transfer_masks(masks, model, family.mask_names(cell.task))
+        lost = [name for name in moved.unmatched if not name.startswith(tuple(family.left_behind(cell.task)))]
+        if lost:
+            raise RuntimeError(f"{cell}: masks found no place in the task's model: {moved}")
+        model = mfcompile.mask_module(model, moved.masks)
+        achieved = {
+            "sparsity": 1 - moved.masks.kept_count / moved.masks.weight_count,
+            "region_sparsity": region_sparsity(moved.masks),
+            "dense_matrices": len(moved.dense),
+        }
+    return model.to(device).eval(), achieved
+
+
+def _tested(model: TaskModel, cell: Cell, scale: Scale, device: torch.device) -> dict[str, float]:
+    with torch.inference_mode():
+        return TASKS[cell.task].evaluate(model, family_of(cell.family), scale.recipes[cell.task], device)

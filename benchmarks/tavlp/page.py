@@ -114,8 +114,7 @@ def before(results: Results) -> str:
     columns = [(name, sparsity) for name in FAMILIES for sparsity in SPARSITIES]
     pruners = ["dense", *(row.name for row in ROWS if row.criterion)]
     figures = [
-        [results.figure(name, "retrieval", pruner, sparsity, "tr1", part="metrics_before") for pruner in pruners]
-        for name, sparsity in columns
+        [results.untuned(name, "retrieval", pruner, sparsity, "tr1") for pruner in pruners] for name, sparsity in columns
     ]
     rows = [[title(pruner), *map(_text, shown)] for pruner, shown in zip(pruners, zip(*figures, strict=True), strict=True)]
     return table(["TR@1", *(f"{name} {100 * sparsity:.0f} %" for name, sparsity in columns)], rows)

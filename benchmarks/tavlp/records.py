@@ -19,10 +19,13 @@ from mfcompile.files import write_atomically
 
 
 def read_record(path: Path, expected_hash: str) -> dict[str, Any] | None:
-    """The record of a file; None where there is none, or it is of another configuration."""
+    """The record of a file; None where there is none, it is damaged, or it is of another configuration."""
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # a file that somebody cut or merged by hand: it is made again
+        return None
     return record if record.get("config_hash") == expected_hash else None
 
 
@@ -38,6 +41,7 @@ def write_record(path: Path, config: Mapping[str, Any], result: Mapping[str, Any
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
+        "threads": torch.get_num_threads(),
         "command": shlex.join(["python", "-m", "benchmarks.tavlp", *sys.argv[1:]]),
     }
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())

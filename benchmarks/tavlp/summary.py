@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.tavlp.cells import Cell
+from benchmarks.tavlp.cells import Cell, untuned_config, untuned_path
 from benchmarks.tavlp.configuration import Scale, config_hash, mask_config, mask_seed
 from benchmarks.tavlp.families import family as family_of
 from benchmarks.tavlp.pruners import PRUNERS, SEEDS, PrunerRow
@@ -62,9 +62,7 @@ class Results:
         """The record of a cell; None where it is missing or stale."""
         return read_record(cell.path(self.folders.results), config_hash(cell.config(self.scale)))
 
-    def figure(
-        self, family: str, task: str, pruner: str, sparsity: float, metric: str, *, part: str = "metrics"
-    ) -> Figure | None:
+    def figure(self, family: str, task: str, pruner: str, sparsity: float, metric: str) -> Figure | None:
         """A metric over the seeds.
 
         Args:
@@ -73,11 +71,20 @@ class Results:
             pruner: name; the dense row has one sparsity, whichever is asked for.
             sparsity: fraction removed.
             metric: name.
-            part: "metrics", or "metrics_before" for those before fine-tuning.
         """
         at = 0.0 if pruner == "dense" else sparsity
         records = [self.cell(Cell(family, task, pruner, at, seed)) for seed in self.seeds]
-        return Figure.of([record[part][metric] for record in records if record is not None and record[part]])
+        return Figure.of([record["metrics"][metric] for record in records if record is not None])
+
+    def untuned(self, family: str, task: str, pruner: str, sparsity: float, metric: str) -> Figure | None:
+        """A metric before fine-tuning over the seeds; one value for pruners without a seed. Arguments as of `figure`."""
+        at = 0.0 if pruner == "dense" else sparsity
+        seeds = self.seeds if PRUNERS[pruner].is_seeded else self.seeds[:1]
+        records = []
+        for cell in (Cell(family, task, pruner, at, seed) for seed in seeds):
+            expected = config_hash(untuned_config(cell, self.scale))
+            records.append(read_record(untuned_path(cell, self.folders), expected))
+        return Figure.of([record["metrics"][metric] for record in records if record is not None])
 
     def masks(self, family: str, row: PrunerRow, sparsity: float, seed: int) -> dict[str, Any] | None:
         """The record of masks: what they cost and what is left where."""

@@ -21,6 +21,8 @@ from benchmarks.tavlp.tasks.retrieval import TEST_BATCH
 TRAIN_SEED, TEST_SEED = 12_000_001, 12_000_002
 THINGS = 48
 """Different things in the scenes, of the 553 of pretraining: its own fine-tuning set can name no more in a few steps."""
+SENTENCES_AN_IMAGE = 3
+"""True sentences of a training image in a step, where it has as many; they share its image states."""
 LABEL_SMOOTHING = 0.1
 LONGEST = 32
 """Tokens of a sentence that is written, at most; true ones have 30."""
@@ -35,9 +37,10 @@ def scenes(split: str, count: int) -> SceneSet:
 
 @dataclass(frozen=True)
 class Captioned:
-    """pixel_values (B, 3, 64, 64), input_ids and attention_mask (B, L) of a true sentence each."""
+    """pixel_values (B, 3, 64, 64); image_rows (S), input_ids and attention_mask (S, L) of S true sentences about them."""
 
     pixel_values: Tensor
+    image_rows: Tensor
     input_ids: Tensor
     attention_mask: Tensor
 
@@ -57,11 +60,19 @@ class Captioning:
         data, tokenizer = scenes("train", recipe.train_size), family.tokenizer()
         rng = np.random.default_rng(seed)
         for rows in epochs(len(data), recipe.batch_size, seed):
-            ids, mask = tokenizer.encode_batch([str(rng.choice(data.sentences[row])) for row in rows])
-            yield Captioned(torch.from_numpy(data.pixel_values[rows]), torch.from_numpy(ids), torch.from_numpy(mask))
+            chosen = [rng.permutation(data.sentences[row])[:SENTENCES_AN_IMAGE] for row in rows]
+            image_rows = np.repeat(np.arange(len(rows)), [len(texts) for texts in chosen])
+            ids, mask = tokenizer.encode_batch([str(text) for texts in chosen for text in texts])
+            yield Captioned(
+                torch.from_numpy(data.pixel_values[rows]),
+                torch.from_numpy(image_rows),
+                torch.from_numpy(ids),
+                torch.from_numpy(mask),
+            )
 
     def loss(self, model: CaptioningModel, batch: Captioned, generator: torch.Generator) -> Tensor:
-        logits = model.next_words(model.encode_image(batch.pixel_values), batch.input_ids[:, :-1], batch.attention_mask[:, :-1])
+        images = model.encode_image(batch.pixel_values)[batch.image_rows]
+        logits = model.next_words(images, batch.input_ids[:, :-1], batch.attention_mask[:, :-1])
         targets = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, IGNORED)
         return F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, label_smoothing=LABEL_SMOOTHING

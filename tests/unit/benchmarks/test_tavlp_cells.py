@@ -17,6 +17,7 @@ from benchmarks.tavlp.configuration import config_hash
 from benchmarks.tavlp.families import FAMILIES, family
 from benchmarks.tavlp.pruners import PRUNERS
 from benchmarks.tavlp.pruning import masks_of
+from benchmarks.tavlp.summary import Figure, Results
 from tests.unit.benchmarks.tavlp_runs import TINY, folders, other_recipe
 
 CPU = torch.device("cpu")
@@ -76,6 +77,21 @@ def test_an_interrupted_run_leaves_whole_cells_and_goes_on(tmp_path: Path, monke
     assert [path.name for path in there.parent.iterdir()] == [there.name]
     run_cell(second, TINY, folders(tmp_path), CPU)
     assert record_of(second, tmp_path)["config"]["seed"] == 1
+
+
+def test_figures_before_fine_tuning_are_made_once_for_all_seeds_of_a_pruner_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Cell("xvlm", "retrieval", "omp", 0.9, seed) for seed in (0, 1))
+    metrics = runner.run_untuned(first, TINY, folders(tmp_path), CPU)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("these figures are there")
+
+    monkeypatch.setattr(runner, "masks_of", refuse)
+    assert runner.run_untuned(second, TINY, folders(tmp_path), CPU) == metrics
+    found = Results(folders(tmp_path), TINY).untuned("xvlm", "retrieval", "omp", 0.9, "tr1")
+    assert found == Figure(metrics["tr1"], None, 1)
 
 
 def test_masks_are_made_once_for_all_tasks_and_without_a_seed_for_all_seeds(
