@@ -44,22 +44,33 @@ VERSION = 1
 OP_TYPES = {"gap8": "SparseLinear", "gap4": "SparseLinearGap4", "mask": "SparseLinearMask"}
 """Operator for each encoding, of layers with a bias."""
 
+ACTIVATIONS = {"": "", "relu": "Relu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "quick_gelu": "QuickGelu", "silu": "Silu"}
+"""What may follow a layer inside its operator, and how the operator's name says so.
+
+gelu: x (1 + erf(x / sqrt 2)) / 2; gelu_tanh: x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2; quick_gelu:
+x sigmoid(1.702 x); silu: x sigmoid(x).
+"""
+
 INT32_PLACES = 2**31 - 1
 
 
-def operator_type(encoding: str, *, has_bias: bool) -> str:
-    """The operator that multiplies by a weight of this encoding.
+def operator_type(encoding: str, *, has_bias: bool, activation: str = "") -> str:
+    """The operator that multiplies by a weight of this encoding, and applies one of ``ACTIVATIONS`` to the sums.
 
     Raises:
-        ExportError: the encoding has none.
+        ExportError: the encoding or the activation has none.
     """
+    if activation not in ACTIVATIONS:
+        raise ExportError(
+            f"{activation!r} is no activation of a sparse operator; there are {', '.join(filter(None, ACTIVATIONS))}"
+        )
     if encoding not in OP_TYPES:
         raise ExportError(f"{encoding!r} has no sparse operator; there is one for {' and '.join(OP_TYPES)}")
-    return OP_TYPES[encoding] if has_bias else f"{OP_TYPES[encoding]}NoBias"
+    return f"{OP_TYPES[encoding]}{ACTIVATIONS[activation]}{'' if has_bias else 'NoBias'}"
 
 
 def sparse_linear_node(
-    encoding: str, inputs: Sequence[str], output: str, shape: tuple[int, int], name: str = ""
+    encoding: str, inputs: Sequence[str], output: str, shape: tuple[int, int], name: str = "", *, activation: str = ""
 ) -> onnx.NodeProto:
     """A node that multiplies by a packed weight.
 
@@ -70,6 +81,7 @@ def sparse_linear_node(
         output: name of Y (..., N) float32.
         shape: (N, K) of the weight.
         name: name of the node.
+        activation: one of ``ACTIVATIONS``, applied to Y.
 
     Raises:
         ExportError: the encoding has no operator, an input is missing, the weight has 2^31 places or more, or those of a mask
@@ -88,24 +100,26 @@ def sparse_linear_node(
         raise ExportError(f"{name or output}: a weight of shape {shape} has 2^31 places or more; leave it dense")
     if encoding == "mask" and rows * columns % 8:
         raise ExportError(f"{name or output}: the {rows * columns} places of a mask do not fill whole bytes; encode it as gap8")
-    op_type = operator_type(encoding, has_bias=len(inputs) == 4)
+    op_type = operator_type(encoding, has_bias=len(inputs) == 4, activation=activation)
     return helper.make_node(
         op_type, list(inputs), [output], name=name, domain=DOMAIN, shape=[rows, columns], length=[rows * columns]
     )
 
 
-def sparse_linear_function(encoding: str, opset: int, *, has_bias: bool = True) -> onnx.FunctionProto:
+def sparse_linear_function(encoding: str, opset: int, *, has_bias: bool = True, activation: str = "") -> onnx.FunctionProto:
     """The model-local function of one encoding's operator.
 
     Args:
         encoding: "gap8", "gap4" or "mask".
         opset: version of the standard operators that the model imports, 13 or later.
         has_bias: the operator with a bias, or the one without.
+        activation: one of ``ACTIVATIONS``.
 
     Raises:
-        ExportError: the encoding has no operator.
+        ExportError: the encoding or the activation has no operator.
     """
-    op_type = operator_type(encoding, has_bias=has_bias)
+    op_type = operator_type(encoding, has_bias=has_bias, activation=activation)
+    result = "sums" if activation else "Y"
     nodes = [
         _attribute_constant("shape"),
         _attribute_constant("length"),
@@ -114,14 +128,41 @@ def sparse_linear_function(encoding: str, opset: int, *, has_bias: bool = True) 
         *(_mask_nodes() if encoding == "mask" else _gap_nodes(encoding)),
         helper.make_node("Reshape", ["flat", "shape"], ["weight"]),
         helper.make_node("Transpose", ["weight"], ["weight_t"], perm=[1, 0]),
-        helper.make_node("MatMul", ["X", "weight_t"], ["product" if has_bias else "Y"]),
-        *([helper.make_node("Add", ["product", "bias"], ["Y"])] if has_bias else []),
+        helper.make_node("MatMul", ["X", "weight_t"], ["product" if has_bias else result]),
+        *([helper.make_node("Add", ["product", "bias"], [result])] if has_bias else []),
+        *_activation_nodes(activation),
     ]
     inputs = ["X", "mask" if encoding == "mask" else "gaps", "values", *(["bias"] if has_bias else [])]
     return helper.make_function(
         DOMAIN, op_type, inputs, ["Y"], nodes, [helper.make_opsetid("", opset)], attributes=["shape", "length"],
-        doc_string=f"Y = X W^T{' + bias' if has_bias else ''}, W stored as {encoding}",
+        doc_string=f"Y = {activation or 'identity'}(X W^T{' + bias' if has_bias else ''}), W stored as {encoding}",
     )  # fmt: skip
+
+
+def _activation_nodes(activation: str) -> list[onnx.NodeProto]:
+    """From sums to Y, in the operators of opset 13, which onnxruntime fuses."""
+    number = lambda name, value: _constant(name, np.array(value, np.float32))  # noqa: E731 - short
+    node = helper.make_node
+    if activation == "relu":
+        return [node("Relu", ["sums"], ["Y"])]
+    if activation == "gelu":
+        return [
+            number("root", 2**0.5), number("one", 1), number("half", 0.5),
+            node("Div", ["sums", "root"], ["scaled"]), node("Erf", ["scaled"], ["erf"]), node("Add", ["erf", "one"], ["gate"]),
+            node("Mul", ["sums", "gate"], ["gated"]), node("Mul", ["gated", "half"], ["Y"]),
+        ]  # fmt: skip
+    if activation in ("gelu_tanh", "quick_gelu", "silu"):  # (1 + tanh u) / 2 = sigmoid(2 u)
+        slopes = {
+            "silu": [], "quick_gelu": [number("slope", 1.702), node("Mul", ["sums", "slope"], ["scaled"])],
+            "gelu_tanh": [
+                number("cubic", 2 * (2 / np.pi) ** 0.5 * 0.044715), number("linear", 2 * (2 / np.pi) ** 0.5),
+                node("Mul", ["sums", "sums"], ["squares"]), node("Mul", ["squares", "cubic"], ["curve"]),
+                node("Add", ["curve", "linear"], ["slope"]), node("Mul", ["sums", "slope"], ["scaled"]),
+            ],
+        }[activation]  # fmt: skip
+        inner = "sums" if activation == "silu" else "scaled"
+        return [*slopes, node("Sigmoid", [inner], ["gate"]), node("Mul", ["sums", "gate"], ["Y"])]
+    return []
 
 
 def _gap_nodes(encoding: str) -> list[onnx.NodeProto]:

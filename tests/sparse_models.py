@@ -35,8 +35,9 @@ def sparse_model(
     attributes: dict[str, Any] | None = None,
     opset: int = OPSET,
     rank: int = 2,
+    activation: str = "",
 ) -> onnx.ModelProto:
-    """Y = X W^T + bias of one packed weight; ``replaced`` overwrites stored tensors, ``attributes`` those of the node."""
+    """Y = activation(X W^T + bias), W packed; ``replaced`` overwrites stored tensors, ``attributes`` those of the node."""
     encoded = encode(weight, weight != 0, values, encoding=encoding)
     assert encoded.gaps is not None
     rows, columns = weight.shape
@@ -44,7 +45,9 @@ def sparse_model(
         "gaps": encoded.gaps, "values": encoded.values, "bias": np.zeros(rows, np.float32) if bias is None else bias,
         **(replaced or {}),
     }  # fmt: skip
-    node = sparse_linear_node(encoding, ["X", *("gaps", "values", "bias")], "Y", (rows, columns), name="layer")
+    node = sparse_linear_node(
+        encoding, ["X", *("gaps", "values", "bias")], "Y", (rows, columns), name="layer", activation=activation
+    )
     for name, value in (attributes or {}).items():
         node.attribute.remove(next(item for item in node.attribute if item.name == name))
         node.attribute.append(helper.make_attribute(name, value))
@@ -54,7 +57,7 @@ def sparse_model(
         [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [*leading, rows])],
         [numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )  # fmt: skip
-    functions = [sparse_linear_function(encoding, opset)] if with_function else []
+    functions = [sparse_linear_function(encoding, opset, activation=activation)] if with_function else []
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
     return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=8)
 

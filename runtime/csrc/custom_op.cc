@@ -1,13 +1,15 @@
 // mfcompile::SparseLinear, mfcompile::SparseLinearGap4 and mfcompile::SparseLinearMask as custom operators of onnxruntime.
 //
 // Inputs: X (..., K) float32; gaps or mask (bytes,) uint8 and values (entries,) float32 or float16, both constant; bias (N,)
-// float32, optional. Attribute shape = [N, K]. Output: (..., N) float32 = X W^T + bias. The operators named NoBias are the same kernels:
-// a function that stands in for an operator cannot have an optional input, so files name those without a bias differently.
+// float32, optional. Attribute shape = [N, K]. Output: (..., N) float32 = X W^T + bias. The operators named NoBias are the same
+// kernels: a function that stands in for an operator cannot have an optional input, so files name those without a bias
+// differently.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "file_pages.h"
@@ -19,7 +21,8 @@ namespace {
 
 class Kernel {
  public:
-  Kernel(const KernelInfo* info, Encoding encoding) : name_("SparseLinear node '" + name_of(info) + "'") {
+  Kernel(const KernelInfo* info, Encoding encoding, Activation activation)
+      : name_("SparseLinear node '" + name_of(info) + "'") {
     int64_t shape[2] = {};
     size_t rank = 2;
     Status* status = g_api.get_attribute_ints.call(info, "shape", shape, &rank);
@@ -50,7 +53,7 @@ class Kernel {
     rows_ = shape[0];
     columns_ = shape[1];
     try {
-      linear_ = std::make_unique<SparseLinear>(weight, *kernels);
+      linear_ = std::make_unique<SparseLinear>(weight, *kernels, activation);
     } catch (const DamagedWeight& damage) {
       refuse(std::string("has a packed weight that is damaged: ") + damage.what() + ". Export the model again");
     }
@@ -115,23 +118,25 @@ class Kernel {
 };
 
 struct Operator : CustomOp {
-  const char* name;
+  std::string name;
   Encoding encoding;
+  Activation activation;
 };
 
 const Operator& as_operator(const CustomOp* op) { return *static_cast<const Operator*>(op); }
 
-Operator make_operator(const char* name, Encoding encoding) {
+Operator make_operator(const std::string& name, Encoding encoding, Activation activation) {
   Operator op{};
   op.name = name;
   op.encoding = encoding;
+  op.activation = activation;
   set_common_fields<Kernel>(op);
-  op.get_name = [](const CustomOp* self) { return as_operator(self).name; };
+  op.get_name = [](const CustomOp* self) { return as_operator(self).name.c_str(); };
   op.get_input_type = [](const CustomOp*, size_t index) { return index == 1 ? kUint8 : index == 2 ? kUndefined : kFloat; };
   op.get_input_count = [](const CustomOp*) -> size_t { return 4; };
   op.get_input_characteristic = [](const CustomOp*, size_t index) { return index == 3 ? kOptional : kRequired; };
   op.create_kernel_status = [](const CustomOp* self, const void*, const KernelInfo* info, void** kernel) -> Status* {
-    return guard([&] { *kernel = new Kernel(info, as_operator(self).encoding); });
+    return guard([&] { *kernel = new Kernel(info, as_operator(self).encoding, as_operator(self).activation); });
   };
   return op;
 }
@@ -163,13 +168,29 @@ const void* const* find_table(const ApiBase* base) {
   return table ? table : base->get_api(1);  // an onnxruntime that is too old still makes a status to say so
 }
 
+// Every encoding with every activation, with a bias and without.
+std::vector<Operator> make_operators() {
+  const std::pair<const char*, Encoding> encodings[] = {
+      {"SparseLinear", Encoding::kGap8}, {"SparseLinearGap4", Encoding::kGap4}, {"SparseLinearMask", Encoding::kMask}};
+  const std::pair<const char*, Activation> activations[] = {{"", Activation::kNone},
+                                                            {"Relu", Activation::kRelu},
+                                                            {"Gelu", Activation::kGelu},
+                                                            {"GeluTanh", Activation::kGeluTanh},
+                                                            {"QuickGelu", Activation::kQuickGelu},
+                                                            {"Silu", Activation::kSilu}};
+  std::vector<Operator> operators;
+  for (const auto& [base, encoding] : encodings) {
+    for (const auto& [suffix, activation] : activations) {
+      for (const char* ending : {"", "NoBias"}) {
+        operators.push_back(make_operator(std::string(base) + suffix + ending, encoding, activation));
+      }
+    }
+  }
+  return operators;
+}
+
 Domain* make_domain() {
-  static const Operator operators[] = {make_operator("SparseLinear", Encoding::kGap8),
-                                       make_operator("SparseLinearGap4", Encoding::kGap4),
-                                       make_operator("SparseLinearMask", Encoding::kMask),
-                                       make_operator("SparseLinearNoBias", Encoding::kGap8),
-                                       make_operator("SparseLinearGap4NoBias", Encoding::kGap4),
-                                       make_operator("SparseLinearMaskNoBias", Encoding::kMask)};
+  static const std::vector<Operator> operators = make_operators();
   Domain* domain = nullptr;
   check(g_api.create_domain.call("mfcompile", &domain));
   for (const Operator& op : operators) check(g_api.add_op.call(domain, &op));

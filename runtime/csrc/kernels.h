@@ -14,6 +14,10 @@ constexpr int kWideColumns = 96;    // and six where few are kept: sums go to y 
 constexpr int kBlockTokens = 16;    // tokens of one tile of block_strip
 constexpr size_t kReadBehind = 16;  // entries behind the last one that kernels may read
 
+// What follows a linear layer: nothing, max(x, 0), x (1 + erf(x / sqrt 2)) / 2, the same with tanh, x sigmoid(1.702 x), and
+// x sigmoid(x).
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kQuickGelu, kSilu };
+
 // `units` rows that keep `count` groups each (int8_kernels.h).
 struct Run {
   uint16_t count;
@@ -53,6 +57,7 @@ struct Kernels {
   // y16 (tokens, 16) of 16 rows: `count` columns with 16 values each; x (all columns, width), width 1, 2, 4, 8 or 16.
   void (*block_strip)(const uint32_t* columns, const void* values, bool has_halves, size_t count, const float* x, int width,
                       float* y16);
+  void (*activate)(Activation activation, float* y, size_t count);  // y (count,) in place
 };
 
 // Kernels of an instruction set, or null where this build or this machine has none.

@@ -27,7 +27,10 @@ constexpr int kRowsAtOnce1 = 1, kRowsAtOnce2 = 2;
 
 #include "kernels_impl.h"
 
-const Kernels kTable = {"avx2", kLanes, 6, 3, 1, pack_tile, multiply_cell, multiply_cell_by_token, store_tile, block_strip};
+#include "activation_impl.h"
+
+const Kernels kTable = {"avx2",     kLanes,      6,       3, 1, pack_tile, multiply_cell, multiply_cell_by_token,
+                        store_tile, block_strip, activate};
 
 // __builtin_cpu_supports does not know F16C in every compiler.
 bool has_f16c() {

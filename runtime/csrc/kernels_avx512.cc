@@ -22,6 +22,8 @@ constexpr int kRowsAtOnce1 = 1, kRowsAtOnce2 = 3;
 #define MFCOMPILE_ROWS_BY_TOKEN 1
 #include "kernels_impl.h"
 
+#include "activation_impl.h"
+
 inline __m512 load_values(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
 inline __m512 load_values(const uint16_t* from, __mmask16) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -33,15 +35,16 @@ inline __m512 load_values(const uint16_t* from) {
 
 constexpr size_t kAhead = 512;  // entries
 
-// Two entries of eight rows at a time: the activations of a block are held in registers, four or six for each token, and permutes look up
-// those that the columns name.
+// Two entries of eight rows at a time: the activations of a block are held in registers, four or six for each token, and
+// permutes look up those that the columns name.
 template <int Tokens, int Parts, class Value>
 void multiply_rows_by_tokens(const Cell& cell, const float* x, size_t x_stride, float* y, size_t y_stride) {
   __m512 block[Tokens][Parts];
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 6
-    for (int part = 0; part < Parts; ++part) block[t][part] = _mm512_loadu_ps(x + static_cast<size_t>(t) * x_stride + part * 16);
+    for (int part = 0; part < Parts; ++part)
+      block[t][part] = _mm512_loadu_ps(x + static_cast<size_t>(t) * x_stride + part * 16);
   }
   const __m512i bit5 = _mm512_set1_epi32(32), bit6 = _mm512_set1_epi32(64);
   const uint8_t* units = cell.units;
@@ -62,7 +65,8 @@ void multiply_rows_by_tokens(const Cell& cell, const float* x, size_t x_stride, 
         if (Parts == 6) {
           found = _mm512_mask_mov_ps(found, is_third, _mm512_permutex2var_ps(block[t][Parts - 2], column, block[t][Parts - 1]));
         }
-        sums[t] = lanes == 0xffff ? _mm512_fmadd_ps(weight, found, sums[t]) : _mm512_mask3_fmadd_ps(weight, found, sums[t], lanes);
+        sums[t] =
+            lanes == 0xffff ? _mm512_fmadd_ps(weight, found, sums[t]) : _mm512_mask3_fmadd_ps(weight, found, sums[t], lanes);
       }
     };
     for (; left >= 2; left -= 2, columns += 16, values += 16) {
@@ -102,7 +106,8 @@ void multiply_cell_by_token(int unit_rows, const Cell& cell, const float* x, siz
   for (size_t token = 0; token < tokens; ++token) multiply_strips_by_token(cell, x + token * x_stride, y + token * y_stride);
 }
 
-const Kernels kTable = {"avx512", kLanes, 7, 6, 2, pack_tile, multiply_cell, multiply_cell_by_token, store_tile, block_strip};
+const Kernels kTable = {"avx512",   kLanes,      7,       6, 2, pack_tile, multiply_cell, multiply_cell_by_token,
+                        store_tile, block_strip, activate};
 
 }  // namespace
 

@@ -50,7 +50,10 @@ constexpr int kRowsAtOnce1 = 1, kRowsAtOnce2 = 2;
 #define MFCOMPILE_GROUP_OF_8 1
 #include "kernels_impl.h"
 
-const Kernels kTable = {"avx512", kLanes, 6, 3, 1, pack_tile, multiply_cell, multiply_cell_by_token, store_tile, block_strip};
+#include "activation_impl.h"
+
+const Kernels kTable = {"avx512",   kLanes,      6,       3, 1, pack_tile, multiply_cell, multiply_cell_by_token,
+                        store_tile, block_strip, activate};
 
 }  // namespace
 

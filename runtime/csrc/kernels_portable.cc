@@ -27,7 +27,10 @@ constexpr int kRowsAtOnce1 = 0, kRowsAtOnce2 = 2;
 
 #include "kernels_impl.h"
 
-const Kernels kTable = {"portable", kLanes, 6, 2, 1, pack_tile, multiply_cell, multiply_cell_by_token, store_tile, block_strip};
+#include "activation_impl.h"
+
+const Kernels kTable = {"portable", kLanes,      6,       2, 1, pack_tile, multiply_cell, multiply_cell_by_token,
+                        store_tile, block_strip, activate};
 
 }  // namespace
 

@@ -14,7 +14,8 @@ size_t divide_up(size_t number, size_t by) { return (number + by - 1) / by; }
 // Calls visit(entry of the rows, row inside the strip, column inside the block) for every entry of one block of a strip that is
 // not zero: an encoding stores zeros between distant values.
 template <class Visit>
-void for_each_of_strip(const Entries& rows, const PackedWeight& weight, size_t strip, size_t height, size_t block, Visit visit) {
+void for_each_of_strip(const Entries& rows, const PackedWeight& weight, size_t strip, size_t height, size_t block,
+                       Visit visit) {
   const size_t end = std::min(rows.units, (strip + 1) * height);
   for (size_t row = strip * height; row < end; ++row) {
     const size_t cell = row * rows.blocks + block;
@@ -132,13 +133,17 @@ void interleave(const Lane* lanes, size_t length, uint8_t* columns, char* values
 }  // namespace
 
 CellLayout::CellLayout(const Entries& entries, const void* from, ValueType value_type, int unit_rows, size_t rows)
-    : unit_rows(unit_rows), group_units(unit_rows == 1 ? kGroupRows : 1), block_columns(entries.block_columns),
-      blocks(entries.blocks), value_type(value_type) {
+    : unit_rows(unit_rows),
+      group_units(unit_rows == 1 ? kGroupRows : 1),
+      block_columns(entries.block_columns),
+      blocks(entries.blocks),
+      value_type(value_type) {
   chunks = divide_up(rows, kChunkRows);
   chunk_rows = divide_up(divide_up(rows, chunks), kStripRows) * kStripRows;
   chunks = divide_up(rows, chunk_rows);
   const auto group = static_cast<size_t>(group_units);
-  const size_t chunk_units = chunk_rows / static_cast<size_t>(unit_rows), width = bytes_of(value_type) * static_cast<size_t>(unit_rows);
+  const size_t chunk_units = chunk_rows / static_cast<size_t>(unit_rows),
+               width = bytes_of(value_type) * static_cast<size_t>(unit_rows);
   UnitOrder order(chunk_units, group);
 
   first_group = WeightArray<size_t>(chunks * blocks + 1), first_entry = WeightArray<size_t>(chunks * blocks + 1);
@@ -167,7 +172,8 @@ CellLayout::CellLayout(const Entries& entries, const void* from, ValueType value
     const size_t first_unit = cell / blocks * chunk_units, block = cell % blocks;
     for (size_t index = first_group[cell]; index < first_group[cell + 1]; ++index, ++length, unit += group) {
       Lane lanes[kGroupRows];
-      for (size_t place = 0; place < group; ++place) lanes[place] = find_lane(entries, from, width, first_unit + unit[place], block);
+      for (size_t place = 0; place < group; ++place)
+        lanes[place] = find_lane(entries, from, width, first_unit + unit[place], block);
       if (group == 1) {
         copy_lane(lanes[0], *length, width, next_column, next_value);
       } else if (value_type == ValueType::kFloat) {
@@ -199,7 +205,10 @@ size_t CellLayout::bytes() const {
 }
 
 BlockLayout::BlockLayout(const Entries& entries, const void* from, ValueType value_type)
-    : strips(entries.units), value_type(value_type), first_block(strips + 1), columns(entries.columns.size()),
+    : strips(entries.units),
+      value_type(value_type),
+      first_block(strips + 1),
+      columns(entries.columns.size()),
       values(entries.columns.size() * kStripRows * bytes_of(value_type) + kReadBehind * sizeof(float)) {
   for (size_t strip = 0; strip <= strips; ++strip) first_block.write()[strip] = entries.starts[strip * entries.blocks];
   for (size_t cell = 0; cell < strips * entries.blocks; ++cell) {

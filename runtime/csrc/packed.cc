@@ -38,8 +38,10 @@ void check_sizes(const PackedWeight& weight) {
 class Walker {
  public:
   Walker(const PackedWeight& weight, size_t block_columns, Entries& entries)
-      : entries_(entries), columns_(static_cast<uint64_t>(weight.columns)),
-        places_(columns_ * static_cast<uint64_t>(weight.rows)), row_end_(columns_) {
+      : entries_(entries),
+        columns_(static_cast<uint64_t>(weight.columns)),
+        places_(columns_ * static_cast<uint64_t>(weight.rows)),
+        row_end_(columns_) {
     entries_.units = static_cast<size_t>(weight.rows);
     entries_.block_columns = block_columns;
     entries_.blocks = (static_cast<size_t>(weight.columns) + block_columns - 1) / block_columns;

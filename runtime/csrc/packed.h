@@ -11,8 +11,8 @@
 
 namespace mfcompile {
 
-// kGap8, kGap4: distances between stored values, one or two in a byte. kMask: one bit for each weight, lowest bit first, and one
-// value more than bits are set, a zero.
+// kGap8, kGap4: distances between stored values, one or two in a byte. kMask: one bit for each weight, lowest bit first, and
+// one value more than bits are set, a zero.
 enum class Encoding { kGap8, kGap4, kMask };
 enum class ValueType { kFloat, kHalf };
 
@@ -48,8 +48,8 @@ class DamagedWeight : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Where the values of a weight lie. Units are rows, or strips of rows that share columns; columns are cut into blocks. Block b of
-// unit u has the entries starts[u * blocks + b] .. starts[u * blocks + b + 1], in order of their columns.
+// Where the values of a weight lie. Units are rows, or strips of rows that share columns; columns are cut into blocks. Block b
+// of unit u has the entries starts[u * blocks + b] .. starts[u * blocks + b + 1], in order of their columns.
 struct Entries {
   size_t units;
   size_t blocks;

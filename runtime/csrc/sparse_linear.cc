@@ -66,10 +66,11 @@ const Kernels& choose_narrow(const Kernels& kernels) {
 
 }  // namespace
 
-SparseLinear::SparseLinear(const PackedWeight& weight, const Kernels& kernels)
-    : rows_(0), columns_(0), kernels_(kernels), narrow_kernels_(choose_narrow(kernels)) {
+SparseLinear::SparseLinear(const PackedWeight& weight, const Kernels& kernels, Activation activation)
+    : rows_(0), columns_(0), kernels_(kernels), narrow_kernels_(choose_narrow(kernels)), activation_(activation) {
   // Sizes are checked by decode.
-  const bool keeps_few = 5.0 * static_cast<double>(weight.entries) < static_cast<double>(weight.rows) * static_cast<double>(weight.columns);
+  const bool keeps_few =
+      5.0 * static_cast<double>(weight.entries) < static_cast<double>(weight.rows) * static_cast<double>(weight.columns);
   const Entries entries = decode(weight, keeps_few ? kWideColumns : kBlockColumns);
   rows_ = static_cast<size_t>(weight.rows), columns_ = static_cast<size_t>(weight.columns);
   unit_rows_ = find_unit_rows(entries, weight);
@@ -107,7 +108,8 @@ SparseLinear::Way SparseLinear::choose_way(size_t tokens) const {
   return tokens <= narrow_vectors * static_cast<size_t>(narrow_kernels_.lanes) ? Way::kNarrowCells : Way::kCells;
 }
 
-void SparseLinear::run_cells(const Kernels& kernels, const float* x, size_t tokens, const float* bias, float* y, const Parallel& parallel) const {
+void SparseLinear::run_cells(const Kernels& kernels, const float* x, size_t tokens, const float* bias, float* y,
+                             const Parallel& parallel) const {
   const CellLayout& layout = *cells_;
   const size_t lanes = static_cast<size_t>(kernels.lanes);
   const size_t most = static_cast<size_t>(unit_rows_ == 1 ? kernels.tile_vectors : kernels.tile_vectors_of_4);
@@ -120,7 +122,7 @@ void SparseLinear::run_cells(const Kernels& kernels, const float* x, size_t toke
     const size_t first = first_vector(tile), last = first_vector(tile + 1);
     const size_t token = first * lanes;
     kernels.pack_tile(x + token * columns_, columns_, std::min(tokens, last * lanes) - token, static_cast<int>(last - first),
-                       packed.data() + token * columns_, suspects.data() + token);
+                      packed.data() + token * columns_, suspects.data() + token);
   });
   run_tasks(parallel, tiles * layout.chunks, [&](size_t task) {
     const size_t tile = task / layout.chunks, chunk = task % layout.chunks;
@@ -131,10 +133,12 @@ void SparseLinear::run_cells(const Kernels& kernels, const float* x, size_t toke
     std::memset(y_tile.data(), 0, layout.chunk_rows * width * sizeof(float));
     for (size_t block = 0; block < layout.blocks; ++block) {
       kernels.multiply_cell(tile_vectors, unit_rows_, layout.cell(chunk, block),
-                             packed.data() + token * columns_ + block * layout.block_columns * width, y_tile.data());
+                            packed.data() + token * columns_ + block * layout.block_columns * width, y_tile.data());
     }
-    kernels.store_tile(y_tile.data(), tile_vectors, std::min(tokens, last * lanes) - token,
-                        std::min(layout.chunk_rows, rows_ - row), bias ? bias + row : nullptr, y + token * rows_ + row, rows_);
+    const size_t filled = std::min(tokens, last * lanes) - token, tall = std::min(layout.chunk_rows, rows_ - row);
+    float* to = y + token * rows_ + row;
+    kernels.store_tile(y_tile.data(), tile_vectors, filled, tall, bias ? bias + row : nullptr, to, rows_);
+    activate(to, filled, tall);
   });
   mark_suspects(x, tokens, suspects.data(), y);
 }
@@ -154,13 +158,14 @@ void SparseLinear::run_cells_by_token(const float* x, size_t tokens, const float
     std::memset(sums.data(), 0, tokens * layout.chunk_rows * sizeof(float));
     for (size_t block = 0; block < layout.blocks; ++block) {
       const Cell cell = layout.cell(chunk, block);
-      kernels_.multiply_cell_by_token(unit_rows_, cell, padded.data() + block * layout.block_columns, width, tokens, sums.data(),
-                                      layout.chunk_rows);
+      kernels_.multiply_cell_by_token(unit_rows_, cell, padded.data() + block * layout.block_columns, width, tokens,
+                                      sums.data(), layout.chunk_rows);
     }
     for (size_t token = 0; token < tokens; ++token) {
       const float* from = sums.data() + token * layout.chunk_rows;
       for (size_t r = row; r < end; ++r) y[token * rows_ + r] = from[r - row] + (bias ? bias[r] : 0.0f);
     }
+    activate(y + row, tokens, end - row);
   });
   const Scratch suspects(tokens);
   find_suspects(x, tokens, columns_, suspects.data());
@@ -193,17 +198,25 @@ void SparseLinear::run_blocks(const float* x, size_t tokens, const float* bias, 
   run_tasks(parallel, tiles * strip_tasks, [&](size_t task) {
     const size_t tile = task / strip_tasks, token = tile * width, filled = std::min(width, tokens - token);
     const float* tile_x = width == 1 ? x : packed.data() + token * columns;
-    const size_t end = std::min(layout.strips, (task % strip_tasks + 1) * strips_of_task);
-    for (size_t strip = task % strip_tasks * strips_of_task; strip < end; ++strip) {
+    const size_t begin = task % strip_tasks * strips_of_task, end = std::min(layout.strips, begin + strips_of_task);
+    for (size_t strip = begin; strip < end; ++strip) {
       alignas(64) float y16[kBlockTokens * kStripRows];
       const size_t row = strip * kStripRows, first = layout.first_block[strip];
-      kernels_.block_strip(layout.columns.data() + first, layout.values.data() + first * kStripRows * width_of_value, has_halves,
-                           layout.first_block[strip + 1] - first, tile_x, static_cast<int>(width), y16);
+      kernels_.block_strip(layout.columns.data() + first, layout.values.data() + first * kStripRows * width_of_value,
+                           has_halves, layout.first_block[strip + 1] - first, tile_x, static_cast<int>(width), y16);
       store_strip(y16, filled, std::min<size_t>(kStripRows, rows - row), bias ? bias + row : nullptr, y + token * rows + row,
                   rows);
     }
+    const size_t first_row = begin * kStripRows;
+    activate(y + token * rows + first_row, filled, std::min(rows, end * kStripRows) - first_row);
   });
   mark_suspects(x, tokens, suspects.data(), y);
+}
+
+// y (tokens, rows) of stride rows_, while it lies in a cache.
+void SparseLinear::activate(float* y, size_t tokens, size_t rows) const {
+  if (activation_ == Activation::kNone) return;
+  for (size_t token = 0; token < tokens; ++token) kernels_.activate(activation_, y + token * rows_, rows);
 }
 
 void SparseLinear::mark_suspects(const float* x, size_t tokens, const float* suspects, float* y) const {

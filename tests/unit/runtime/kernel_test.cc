@@ -1,6 +1,6 @@
-// Compares every kernel of every instruction set of this machine with plain loops, refuses damaged weights, and feeds it bytes at
-// random. Built with sanitizers by `make sanitize`; weights and activations are allocated to the byte, so that a read outside is
-// seen.
+// Compares every kernel of every instruction set of this machine with plain loops, refuses damaged weights, and feeds it bytes
+// at random. Built with sanitizers by `make sanitize`; weights and activations are allocated to the byte, so that a read
+// outside is seen.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "half.h"
+#include "packed_model.h"
 #include "scratch.h"
 #include "sparse_linear.h"
 
@@ -55,96 +55,6 @@ struct Case {
   bool has_bias;
   bool is_finite;
 };
-
-// Tensors to the byte: a vector may own more than its size.
-struct Stored {
-  std::unique_ptr<uint8_t[]> index;
-  size_t index_bytes;
-  std::unique_ptr<char[]> values;
-  size_t entries;
-  PackedWeight view(Encoding encoding, ValueType type, int64_t rows, int64_t columns) const {
-    return {encoding, type, index.get(), index_bytes, values.get(), entries, rows, columns};
-  }
-};
-
-Stored store(const std::vector<uint8_t>& index, const std::vector<uint16_t>& values, ValueType type) {
-  Stored stored{std::make_unique<uint8_t[]>(index.size()), index.size(),
-                std::make_unique<char[]>(values.size() * bytes_of(type)), values.size()};
-  std::copy(index.begin(), index.end(), stored.index.get());
-  for (size_t entry = 0; entry < values.size(); ++entry) {
-    const float value = half_to_float(values[entry]);
-    std::memcpy(stored.values.get() + entry * bytes_of(type), type == ValueType::kFloat ? static_cast<const void*>(&value) : &values[entry],
-                bytes_of(type));
-  }
-  return stored;
-}
-
-// The encodings as exporters/packing.py defines them, written again. Weights are halves.
-Stored pack(const std::vector<uint16_t>& dense, Encoding encoding, ValueType type) {
-  std::vector<uint8_t> gaps, mask((dense.size() + 7) / 8, 0);
-  std::vector<uint16_t> values;
-  if (encoding == Encoding::kMask) {
-    for (size_t place = 0; place < dense.size(); ++place) {
-      if (!dense[place]) continue;
-      mask[place / 8] = static_cast<uint8_t>(mask[place / 8] | 1u << place % 8);
-      values.push_back(dense[place]);
-    }
-    values.push_back(0);
-    return store(mask, values, type);
-  }
-  const size_t limit = encoding == Encoding::kGap8 ? 255 : 15;
-  size_t last = 0;
-  for (size_t place = 0; place < dense.size(); ++place) {
-    if (!dense[place]) continue;
-    for (; place - last > limit; last += limit) gaps.push_back(static_cast<uint8_t>(limit)), values.push_back(0);
-    gaps.push_back(static_cast<uint8_t>(place - last)), values.push_back(dense[place]);
-    last = place;
-  }
-  if (gaps.empty()) gaps.push_back(0), values.push_back(0);
-  if (encoding == Encoding::kGap8) return store(gaps, values, type);
-  if (gaps.size() % 2 && last + 1 < dense.size()) gaps.push_back(1), values.push_back(0);
-  if (gaps.size() % 2) gaps.pop_back(), values.pop_back();
-  std::vector<uint8_t> halves;
-  for (size_t index = 0; index < gaps.size(); index += 2) halves.push_back(static_cast<uint8_t>(gaps[index] << 4 | gaps[index + 1]));
-  return store(halves, values, type);
-}
-
-// The dense weight by the plainest of loops, or nothing where the weight is damaged.
-std::vector<float> decode_plainly(const PackedWeight& weight) {
-  const auto places = static_cast<size_t>(weight.rows * weight.columns);
-  std::vector<float> dense(places, 0.0f);
-  const auto value = [&](size_t entry) {
-    if (weight.value_type == ValueType::kHalf) {
-      uint16_t half;
-      std::memcpy(&half, static_cast<const char*>(weight.values) + entry * 2, 2);
-      return half_to_float(half);
-    }
-    float found;
-    std::memcpy(&found, static_cast<const char*>(weight.values) + entry * 4, 4);
-    return found;
-  };
-  if (weight.encoding == Encoding::kMask) {
-    if (weight.index_bytes != (places + 7) / 8 || weight.entries < 1) return {};
-    size_t entry = 0;
-    for (size_t place = 0; place < weight.index_bytes * 8; ++place) {
-      if (!(weight.index[place / 8] >> place % 8 & 1)) continue;
-      if (place >= places || entry + 1 >= weight.entries) return {};
-      dense[place] = value(entry++);
-    }
-    if (entry + 1 != weight.entries || value(entry) != 0.0f) return {};
-    return dense;
-  }
-  const bool is_gap8 = weight.encoding == Encoding::kGap8;
-  if (weight.entries < 1 || weight.index_bytes * (is_gap8 ? 1 : 2) != weight.entries) return {};
-  size_t place = 0;
-  for (size_t entry = 0; entry < weight.entries; ++entry) {
-    const unsigned gap = is_gap8 ? weight.index[entry] : entry % 2 ? weight.index[entry / 2] & 15u : weight.index[entry / 2] >> 4;
-    place += gap;
-    if ((entry && !gap) || place >= places) return {};
-    dense[place] = value(entry);
-  }
-  return dense;
-}
 
 // How many outputs are not those of a dense product with `dense` (rows, columns).
 size_t count_wrong(const std::vector<float>& dense, size_t rows, size_t columns, const std::vector<float>& x, const float* bias,
@@ -255,7 +165,8 @@ void test_random_cases(std::mt19937& random) {
     const auto encoding = static_cast<Encoding>(random() % 3);
     const auto type = random() % 2 ? ValueType::kHalf : ValueType::kFloat;
     const double density = random() % 3 ? uniform(random) : uniform(random) * uniform(random) * 0.1;
-    run_case({side() + 1, side(), random() % 40, density, block_rows[random() % 4], encoding, type, random() % 2 == 0, random() % 8 != 0},
+    run_case({side() + 1, side(), random() % 40, density, block_rows[random() % 4], encoding, type, random() % 2 == 0,
+              random() % 8 != 0},
              *kernels[random() % kernels.size()], random);
   }
 }
@@ -267,7 +178,15 @@ void test_random_bytes(std::mt19937& random) {
   for (int index = 0; index < 6000; ++index) {
     const auto encoding = static_cast<Encoding>(random() % 3);
     const auto type = random() % 2 ? ValueType::kHalf : ValueType::kFloat;
-    Case of{1 + static_cast<int64_t>(random() % 20), 1 + static_cast<int64_t>(random() % 70), 1, 0.3, 1, encoding, type, false, true};
+    Case of{1 + static_cast<int64_t>(random() % 20),
+            1 + static_cast<int64_t>(random() % 70),
+            1,
+            0.3,
+            1,
+            encoding,
+            type,
+            false,
+            true};
     Stored stored = pack(random_weight(of, random), encoding, type);
     switch (random() % 5) {
       case 0:
@@ -290,8 +209,8 @@ void test_random_bytes(std::mt19937& random) {
     std::copy_n(stored.index.get(), stored.index_bytes, index_copy.get());
     const auto values_copy = std::make_unique<char[]>(stored.entries * bytes_of(type));
     std::copy_n(stored.values.get(), stored.entries * bytes_of(type), values_copy.get());
-    const PackedWeight weight{encoding,        type,    index_copy.get(), stored.index_bytes, values_copy.get(), stored.entries,
-                              of.rows,         of.columns};
+    const PackedWeight weight{encoding,          type,           index_copy.get(), stored.index_bytes,
+                              values_copy.get(), stored.entries, of.rows,          of.columns};
     const std::vector<float> dense = of.rows > 0 && of.columns > 0 ? decode_plainly(weight) : std::vector<float>{};
     expect(dense.empty() == !find_fault(weight).empty(), "bytes " + std::to_string(index) + ": " + find_fault(weight));
     ++(dense.empty() ? refused : accepted);
@@ -315,11 +234,14 @@ void test_damage() {
     return find_fault(stored.view(encoding, ValueType::kFloat, of.rows, columns));
   };
   expect(fault_of({0, 255, 44, 255, 255, 90}, 6, Encoding::kGap8, 300).empty(), "the sound weight");
-  expect(fault_of({0, 255, 44, 255, 255, 255}, 6, Encoding::kGap8, 300).find("behind the last") != std::string::npos, "an entry behind the end");
-  expect(fault_of({0, 255, 0, 255}, 4, Encoding::kGap8, 300).find("one place") != std::string::npos, "two entries at one place");
+  expect(fault_of({0, 255, 44, 255, 255, 255}, 6, Encoding::kGap8, 300).find("behind the last") != std::string::npos,
+         "an entry behind the end");
+  expect(fault_of({0, 255, 0, 255}, 4, Encoding::kGap8, 300).find("one place") != std::string::npos,
+         "two entries at one place");
   expect(fault_of({0, 255}, 3, Encoding::kGap8, 300).find("as many of each") != std::string::npos, "fewer gaps than values");
   expect(fault_of({}, 0, Encoding::kGap8, 300).find("no value") != std::string::npos, "no entries");
-  expect(fault_of({0}, 1, Encoding::kGap8, int64_t{1} << 40).find("both sides") != std::string::npos, "a side that is too long");
+  expect(fault_of({0}, 1, Encoding::kGap8, int64_t{1} << 40).find("both sides") != std::string::npos,
+         "a side that is too long");
   expect(fault_of({0}, 1, Encoding::kGap8, -300).find("both sides") != std::string::npos, "a negative side");
   expect(fault_of({0}, 1, Encoding::kGap8, 1 << 30).find("places") != std::string::npos, "too many places");
   expect(fault_of({0}, 1, Encoding::kGap4, 300).find("two values for each byte") != std::string::npos, "half a byte of gap4");
@@ -330,13 +252,73 @@ void test_damage() {
   expect(fault_of({7, 0}, 3, Encoding::kMask, 4).find("more places") != std::string::npos, "fewer values than bits");
   expect(fault_of({7, 0}, 5, Encoding::kMask, 4).find("keeps 3 places") != std::string::npos, "more values than bits");
   const Stored ending = store({7, 0}, {1, 1, 1, 1}, ValueType::kFloat);
-  expect(find_fault(ending.view(Encoding::kMask, ValueType::kFloat, 3, 4)).find("no zero") != std::string::npos, "no zero at the end");
+  expect(find_fault(ending.view(Encoding::kMask, ValueType::kFloat, 3, 4)).find("no zero") != std::string::npos,
+         "no zero at the end");
 }
 
 void test_half() {
   expect(half_to_float(0x3c00) == 1.0f && half_to_float(0xc000) == -2.0f && half_to_float(0x0001) == 0x1p-24f, "halves");
   expect(half_to_float(0x7bff) == 65504.0f && half_to_float(0x0400) == 0x1p-14f && std::isinf(half_to_float(0xfc00)), "halves");
   expect(std::isnan(half_to_float(0x7e00)) && std::signbit(half_to_float(0x8000)), "halves");
+}
+
+double plain_activation(Activation activation, double x) {
+  switch (activation) {
+    case Activation::kRelu:
+      return x < 0 ? 0 : x;
+    case Activation::kGelu:
+      return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+    case Activation::kGeluTanh:
+      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+    case Activation::kQuickGelu:
+      return x / (1 + std::exp(-1.702 * x));
+    case Activation::kSilu:
+      return x / (1 + std::exp(-x));
+    default:
+      return x;
+  }
+}
+
+void test_activations(std::mt19937& random) {
+  const Activation activations[] = {Activation::kNone,     Activation::kRelu,      Activation::kGelu,
+                                    Activation::kGeluTanh, Activation::kQuickGelu, Activation::kSilu};
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const Kernels* kernels : all_kernels()) {
+    for (const Activation activation : activations) {
+      std::vector<float> x = {0,     -0.0f, 1e-30f, -1e-30f, infinity, -infinity, std::numeric_limits<float>::quiet_NaN(),
+                              1e30f, -1e30f};
+      for (int step = -4000; step <= 4000; ++step) x.push_back(static_cast<float>(step) * 0.0253f);
+      std::vector<float> y = x;
+      kernels->activate(activation, y.data(), y.size());
+      for (size_t index = 0; index < x.size(); ++index) {
+        const double wanted = plain_activation(activation, x[index]);
+        const bool is_same = std::isfinite(wanted)
+                                 ? std::abs(y[index] - wanted) <=
+                                       2e-7 * std::min(30.0, std::abs(static_cast<double>(x[index]))) + 1e-6 * std::abs(wanted)
+                             : std::isnan(wanted) ? std::isnan(y[index])
+                                                  : y[index] == static_cast<float>(wanted);
+        expect(is_same, std::string(kernels->name) + ": activation " + std::to_string(static_cast<int>(activation)) + " of " +
+                            std::to_string(x[index]) + " is " + std::to_string(y[index]));
+      }
+      // In a layer: what the layer without it gives, activated.
+      for (const int block_rows : {1, 4, 16}) {
+        const Case of{70, 90, 0, 0.4, block_rows, Encoding::kGap8, ValueType::kFloat, true, true};
+        const Stored stored = pack(random_weight(of, random), of.encoding, of.value_type);
+        const PackedWeight weight = stored.view(of.encoding, of.value_type, of.rows, of.columns);
+        const SparseLinear plain(weight, *kernels), fused(weight, *kernels, activation);
+        for (const size_t tokens : {1, 3, 20, 40}) {
+          std::vector<float> in(tokens * 90), wanted(tokens * 70), found(tokens * 70), bias(70, 0.25f);
+          for (float& value : in) value = static_cast<float>(random() % 100) / 50 - 1;
+          plain.run(in.data(), tokens, bias.data(), wanted.data(), ThreadParallel(1));
+          kernels->activate(activation, wanted.data(), wanted.size());
+          fused.run(in.data(), tokens, bias.data(), found.data(), ThreadParallel(2));
+          for (size_t index = 0; index < found.size(); ++index) {
+            expect(std::abs(found[index] - wanted[index]) <= 1e-6f * std::abs(wanted[index]), "a layer with an activation");
+          }
+        }
+      }
+    }
+  }
 }
 
 // Several threads make weights and run one of them together, each with its own number of tokens; all find what one alone found.
@@ -379,6 +361,7 @@ int main(int argc, char** argv) {
   if (argc < 2 || std::string(argv[1]) != "threads") {  // the rest is one thread's work, and slow under ThreadSanitizer
     test_damage();
     test_half();
+    test_activations(random);
     test_shapes(random);
     test_random_cases(random);
     test_random_bytes(random);

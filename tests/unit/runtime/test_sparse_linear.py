@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from mfcompile.exporters.sparse_linear import ACTIVATIONS
 from tests.sparse_models import Floats, random_weight, run, session_of, sparse_model
 
 Refused = onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument
@@ -80,6 +84,34 @@ def test_encodings_and_value_types(forced_library: str, encoding: str, values: s
     check(run(session_of(sparse_model(weight, encoding=encoding, values=values), forced_library), x), x, stored)
 
 
+def activate(name: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    erf = np.vectorize(math.erf)
+    formulas = {
+        "": lambda: x, "relu": lambda: np.maximum(x, 0), "gelu": lambda: x * (1 + erf(x / 2**0.5)) / 2,
+        "gelu_tanh": lambda: x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+        "quick_gelu": lambda: x / (1 + np.exp(-1.702 * x)), "silu": lambda: x / (1 + np.exp(-x)),
+    }  # fmt: skip
+    result: NDArray[np.float64] = formulas[name]()
+    return result
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("block_rows", [1, 4, 16])
+def test_activations(forced_library: str, activation: str, block_rows: int) -> None:
+    """In the kernels, and in the function that stands in for them."""
+    rng = np.random.default_rng(16)
+    weight, bias = random_weight(rng, 50, 60, 0.4, block_rows), rng.standard_normal(50).astype(np.float32)
+    encoding = {1: "gap8", 4: "gap4", 16: "mask"}[block_rows]
+    model = sparse_model(weight, bias, encoding=encoding, activation=activation)
+    sessions = session_of(model, forced_library), session_of(model)
+    for tokens in (1, 7, 40):
+        x = (3 * rng.standard_normal((tokens, 60))).astype(np.float32)
+        sums = expected(x, weight, bias)
+        limit = 2 * RTOL * (expected(np.abs(x), np.abs(weight), np.abs(bias)) + 1)  # no activation is steeper than 1.13
+        for session in sessions:
+            assert (np.abs(run(session, x) - activate(activation, sums)) <= limit).all()
+
+
 def test_any_rank_and_no_tokens(library: str) -> None:
     rng = np.random.default_rng(7)
     weight = random_weight(rng, 12, 20, 0.5)
@@ -137,6 +169,49 @@ def test_concurrent_runs_of_one_session(library: str) -> None:
         with ThreadPoolExecutor(len(inputs)) as pool:
             for x, found in zip(inputs, pool.map(partial(run, session), inputs), strict=True):
                 check(found, x, weight)
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 16])
+def test_threads_change_no_bit(forced_library: str, block_rows: int) -> None:
+    rng = np.random.default_rng(11)
+    model = sparse_model(random_weight(rng, 700, 150, 0.3, block_rows))
+    sessions = [session_of(model, forced_library, threads) for threads in (1, 2, 3)]
+    for tokens in (1, 5, 16, 130):
+        x = rng.standard_normal((tokens, 150)).astype(np.float32)
+        first, *others = [run(session, x) for session in sessions]
+        for other in others:
+            np.testing.assert_array_equal(other, first)
+
+
+def test_sessions_share_the_library(library: str) -> None:
+    """Two sessions of different weights, run in turns and together; one is gone before the other is done."""
+    rng = np.random.default_rng(12)
+    weights = [random_weight(rng, 90, 70, density) for density in (0.3, 0.6)]
+    sessions = [session_of(sparse_model(weight), library, threads=2) for weight in weights]
+    x = rng.standard_normal((20, 70)).astype(np.float32)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda index: run(sessions[index % 2], x), range(20)))
+    for index, output in enumerate(found):
+        check(output, x, weights[index % 2])
+    del sessions[0]
+    check(run(sessions[0], x), x, weights[1])
+
+
+def run_in_child(model: bytes, library: str, x: Floats) -> Floats:
+    return run(session_of(onnx.load_from_string(model), library), x)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_a_forked_process_uses_the_library(library: str) -> None:
+    """The parent has run sessions of one thread, whose scratch memory and library the child inherits."""
+    rng = np.random.default_rng(13)
+    weight = random_weight(rng, 60, 50, 0.3)
+    x = rng.standard_normal((20, 50)).astype(np.float32)
+    model = sparse_model(weight)
+    wanted = run(session_of(model, library), x)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        found = pool.apply_async(run_in_child, (model.SerializeToString(), library, x)).get(60)
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_the_instruction_set_must_exist(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
