@@ -24,6 +24,8 @@ TENSOR_RAW_DATA = 9 << 3 | 2
 
 # Protobuf refuses files of 2 GiB; above this the tensors go to a file of their own.
 INLINE_LIMIT_BYTES = 1_500_000_000
+# What sparse layers store, above which the tensors go to a file of their own (python -m benchmarks.sparse_export: memory).
+SPARSE_LIMIT_BYTES = 64 << 20
 # Tensors smaller than this stay in the .onnx file, where shape inference can read them.
 EXTERNAL_LEAST_BYTES = 1024
 # Offsets of external tensors: a cache line, and a memory page where a tensor is large enough to be mapped.
@@ -90,6 +92,11 @@ class FileLayout:
 def needs_external_data(tensors: Iterable[ir.TensorProtocol]) -> bool:
     """The tensors are too large for one protobuf file (1.5 GB, with room for the graph below the limit of 2 GiB)."""
     return sum(tensor.nbytes for tensor in tensors) > INLINE_LIMIT_BYTES
+
+
+def saves_memory(sparse_bytes: int) -> bool:
+    """External data saves memory worth a second file: kernels give back what they have packed, if it is mapped from there."""
+    return sparse_bytes > SPARSE_LIMIT_BYTES
 
 
 def plan_files(model: ir.Model, data_name: str | None) -> FileLayout:

@@ -16,15 +16,16 @@ from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters import sparse_initializers
 from mfcompile.exporters.conversion import RefusedProgramError, convert_program
 from mfcompile.exporters.int8_placement import describe_int8, place_int8
+from mfcompile.exporters.load_cost import predict_load, refuse_unloadable
 from mfcompile.exporters.messages import first_line
-from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, publish_files
+from mfcompile.exporters.onnx_files import FileLayout, needs_external_data, plan_files, publish_files, saves_memory
 from mfcompile.exporters.onnx_names import Interface, describe_interface, name_interface
-from mfcompile.exporters.packing import VALUES, EncodingPlan
+from mfcompile.exporters.packing import VALUES
 from mfcompile.exporters.program import tensor_aliases, tensor_input_nodes
 from mfcompile.exporters.split_build import ModelPart, complete_request, dimension_sizes, split_model
 from mfcompile.exporters.split_files import check_directory, write_split
 from mfcompile.exporters.stored_weights import WEIGHTS_KEY, StoredWeight, describe_weights
-from mfcompile.exporters.weight_placement import MaskedWeight, PlacementOptions, place_weights
+from mfcompile.exporters.weight_placement import MaskedWeight, PlacementOptions, checked_budget, place_weights
 from mfcompile.graph import CapturedGraph, ExportedModel
 from mfcompile.masks import MaskSet
 from mfcompile.split import SplitRequest
@@ -39,7 +40,7 @@ class Storage:
 
     Attributes:
         options: format and precision of the masked weights.
-        external_data: tensors in a file of their own; None: only where they must be.
+        external_data: tensors in a file of their own; None: where they must be, and where that saves memory.
         masks: the masks in force.
         metadata: what the program says of itself.
     """
@@ -67,6 +68,7 @@ def export_onnx(
     accept: Callable[[Path], None] | None = None,
     split: SplitRequest | None = None,
     inline: bool = False,
+    load_budget: float | None = None,
 ) -> ExportedArtifact:
     """Write the masked model as ONNX, complete or not at all.
 
@@ -83,16 +85,19 @@ def export_onnx(
         format: "packed", "dense", or "onnx-sparse" (see ``sparse_initializers``).
         values: "fp32" keeps the precision of the parameters; "fp16" stores masked weights as float16 and computes in
             the parameters' own dtype; "int8" computes every linear layer in int8, with activations quantized as they come.
-        external_data: write tensors to ``<path>.data``; None: only when they exceed 1.5 GB.
+        external_data: write tensors to ``<path>.data``; None: when they exceed 1.5 GB, or those of sparse layers 64 MB.
         accept: called with the path of the written file before it gets its name; what it raises, nothing is kept of.
         split: write one file per modality and one for their fusion, with a manifest; None writes one file.
         inline: plain nodes only, for runtimes that refuse model-local functions (OpenVINO).
+        load_budget: memory that stock onnxruntime may take to create a session, in multiples of the bytes of the dense
+            tensors; for less, weights are stored in ways that are decoded with less memory and take more bytes. None sets
+            no bound that a weight would feel (``weight_placement.LOAD_BUDGET``).
 
     Raises:
         RefusedProgramError: the program cannot be converted or gives a file that does not pass onnx.checker; another program
             of the model may (an ExportError).
         InputError: an argument is not usable, or a mask does not fit its parameter.
-        ExportError: the model has no exported program, or a value does not fit fp16.
+        ExportError: the model has no exported program, a value does not fit fp16, or this machine could not load the file.
     """
     path = Path(path)
     if split is not None:
@@ -103,7 +108,8 @@ def export_onnx(
     model = convert_program(exported)
     interface = _name(model, exported)
     weights, unread = _find_weights(model, exported, captured)
-    options = PlacementOptions(format, values, inline, sizes=dimension_sizes(model, captured.example_inputs.tensors()))
+    sizes = dimension_sizes(model, captured.example_inputs.tensors())
+    options = PlacementOptions(format, values, inline, sizes=sizes, load_budget=checked_budget(load_budget))
     storage = Storage(options, external_data, captured.masks, exported.metadata)
     notes = (*exported.notes, *interface.notes, *_describe_unread(unread))
     if split is None:
@@ -162,12 +168,14 @@ def _write_model(
         placed, stored = place(model, weights, storage.options)
     storage.describe(model, stored)
     model.metadata_props.update(describe_int8(placed))
-    has_data_file = _is_external(model, storage.external_data)
+    has_data_file = _is_external(model, storage.external_data, stored)
     layout = plan_files(model, f"{path.name}.data" if has_data_file else None)
     if fields:
         sparse_initializers.check_graph(layout, weights)
         layout = replace(layout, graph_proto=layout.graph_proto + fields)
         sparse_initializers.check_size(layout, path.name)
+    cost = predict_load(layout.model_size_bytes, layout.data_size_bytes, (item.plan for item in placed.values()), dense_size)
+    refuse_unloadable(path.name, cost, dense_size)
     files = _write(layout, path, has_data_file=has_data_file, accept=accept, is_full=not fields)
     interface = describe_interface(model)
     return ExportedArtifact(
@@ -182,7 +190,8 @@ def _write_model(
         dynamic_axes=interface.dynamic_axes,
         files=files,
         opset=model.opset_imports[""],
-        load_peak_bytes=load_peak_bytes(layout, [item.plan for item in placed.values()]),
+        load_peak_bytes=cost.peak_bytes,
+        load_time_ratio=cost.time_ratio,
     )
 
 
@@ -190,17 +199,6 @@ def _dense_size(model: ir.Model, path: Path, storage: Storage) -> int:
     """Bytes of the model with its weights as they are now."""
     _describe(model, "dense", "fp32", storage.masks)
     return plan_files(model, f"{path.name}.data" if _is_external(model, storage.external_data) else None).size_bytes
-
-
-def load_peak_bytes(layout: FileLayout, plans: Iterable[EncodingPlan]) -> int:
-    """Memory that onnxruntime needs to create a session, estimated.
-
-    The tensors inside the .onnx file twice (as protobuf and as tensors), external ones once, and everything that
-    folding the decode nodes produces, because onnxruntime keeps all of it until the end of the folding:
-    per weight 8 bytes x density + 8 bytes for gap8 with fp32 values (EncodingPlan.folded_bytes). Measured peaks of
-    onnxruntime 1.31 with 57 M weights were 0.77 to 1.25 times this estimate (dense and packed, both kinds of files).
-    """
-    return 2 * layout.model_size_bytes + layout.data_size_bytes + sum(plan.folded_bytes for plan in plans)
 
 
 def _check(captured: CapturedGraph, format: str, values: str) -> ExportedModel:
@@ -279,11 +277,12 @@ def _describe(model: ir.Model, format: str, values: str, masks: MaskSet | None) 
         model.metadata_props["mfcompile.masks_sha256"] = masks.digest()
 
 
-def _is_external(model: ir.Model, external_data: bool | None) -> bool:
+def _is_external(model: ir.Model, external_data: bool | None, stored: Mapping[str, StoredWeight] | None = None) -> bool:
     if external_data is not None:
         return external_data
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return needs_external_data(tensor for tensor in tensors if tensor is not None)
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
+    sparse = sum(tensors[name].nbytes for item in (stored or {}).values() if item.is_sparse for name in item.tensors)
+    return needs_external_data(tensors.values()) or saves_memory(sparse)
 
 
 def _write(

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight, stored_tensors
+from mfcompile.exporters.load_cost import predict_load
 from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.onnx_layers import PackedParts, StoredGraph
 from mfcompile.exporters.onnx_splicing import (
@@ -36,7 +37,7 @@ from mfcompile.exporters.onnx_splicing import (
 from mfcompile.exporters.packing import VALUES, EncodedWeight, EncodingPlan, encode
 from mfcompile.exporters.staging import staging_folder
 from mfcompile.exporters.stored_weights import WEIGHTS_KEY, describe_weights
-from mfcompile.exporters.weight_placement import Placement, PlacementOptions
+from mfcompile.exporters.weight_placement import Placement, PlacementOptions, checked_budget
 from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet
 from mfcompile.onnx_file import OnnxFile
@@ -83,29 +84,28 @@ class _Masked:
 
 
 def rewrite_onnx(
-    captured: CapturedGraph, path: Path | str, *, format: str = "packed", values: str = "fp32", inline: bool = False
-) -> ExportedArtifact:
+    captured: CapturedGraph, path: Path | str, *, format: str = "packed", values: str = "fp32", inline: bool = False,
+    load_budget: float | None = None,
+) -> ExportedArtifact:  # fmt: skip
     """Write the file that was captured with masks in its initializers, complete or not at all.
 
     Args:
         captured: a captured ONNX file; ``masks`` of None writes a copy.
         path: the .onnx file to write; external data lies beside it under the names of the original.
-        format: "packed" or "dense".
-        values: "fp32" keeps the precision of the weights; "fp16" stores masked ones as float16.
-        inline: plain nodes only, for runtimes that refuse model-local functions.
+        format, values, inline, load_budget: see ``onnx_model.export_onnx``.
 
     Raises:
         InputError: an argument is not usable, the place is that of the original, or the file is too old to be packed.
         ExportError: a value does not fit fp16, or the result does not pass onnx.checker.
     """
-    path = Path(path)
-    file = captured.module
+    path, file = Path(path), captured.module
     assert isinstance(file, OnnxFile)  # the front end is onnx
     _check(file, path, format, values)
     masks = captured.masks if captured.masks is not None else MaskSet({})
     graph = StoredGraph(file, captured.example_inputs)
     tensors = {fqn: _find(file, fqn, masks) for fqn in masks.packed}
-    placed = graph.decide(masks, PlacementOptions(format, values, inline, sizes=graph.sizes))
+    budget = checked_budget(load_budget)
+    placed = graph.decide(masks, PlacementOptions(format, values, inline, sizes=graph.sizes, load_budget=budget))
     masked = [_Masked(fqn, tensor, placed[fqn]) for fqn, tensor in tensors.items()]
     replaced = [item for item in masked if item.is_replaced]
     if replaced:
@@ -117,6 +117,7 @@ def rewrite_onnx(
     files = (path, *(path.parent / item for item in sizes if item != path.name))
     dense = file.record.size + sum(item.stat().st_size for item in file.record.data_files)
     data = sum(size for name, size in sizes.items() if name != path.name)
+    cost = predict_load(sizes[path.name], data, (item.plan for item in masked), dense)
     return ExportedArtifact(
         path=path,
         format=format,
@@ -129,11 +130,14 @@ def rewrite_onnx(
         dynamic_axes=_free_axes(file),
         files=files,
         opset=_opset(file),
-        load_peak_bytes=2 * sizes[path.name] + data + sum(item.plan.folded_bytes for item in masked),
+        load_peak_bytes=cost.peak_bytes,
+        load_time_ratio=cost.time_ratio,
     )
 
 
 def _check(file: OnnxFile, path: Path, format: str, values: str) -> None:
+    if format == "onnx-sparse":
+        raise InputError("an .onnx file is rewritten packed or dense, not as onnx-sparse: use one of these formats")
     if format not in FORMATS:
         raise InputError(f"format={format!r} is not known; choose one of {', '.join(FORMATS)}")
     if values not in VALUES:

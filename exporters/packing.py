@@ -104,14 +104,14 @@ class EncodingPlan:
 
         With n entries and N weights of w bytes: gap8 8 n (distances and positions, int32), gap4 4 n more (codes,
         halves, steps), mask 14 N (four numbers per byte, three indices per place; int32); values stored in another dtype
-        n w more, and 2 N w for the flat and the reshaped weight.
+        n w more, and 3 N w for the flat and the reshaped weight and the copy that kernels pack or a Transpose makes.
         """
         width = self.dtype.itemsize
         values = 0 if self.values_dtype == self.dtype else self.entries * width
         if self.encoding == "dense":
             return values
         index = {"gap8": 8 * self.entries, "gap4": 12 * self.entries, "mask": 14 * self.weight_count}[self.encoding]
-        return index + values + 2 * self.weight_count * width
+        return index + values + 3 * self.weight_count * width
 
     @property
     def weight_count(self) -> int:
@@ -171,6 +171,32 @@ def possible_encodings(
         if encoding in allowed
     )
     return dense, *(plan for plan in others if _is_possible(plan))
+
+
+def estimate_encodings(
+    weight_count: int, kept_count: int, dtype: DTypeLike, values: str, *, allowed: tuple[str, ...] = ENCODINGS
+) -> tuple[EncodingPlan, ...]:
+    """``possible_encodings`` of weights whose masks are not known yet, if they are kept at random.
+
+    A distance is over k limits with probability q^(k limit), where q is the sparsity, so that each kept weight has
+    q^limit / (1 - q^limit) explicit zeros.
+
+    Args:
+        weight_count: places.
+        kept_count: kept weights.
+        dtype, values, allowed: as in ``possible_encodings``.
+    """
+    own: np.dtype[np.generic] = np.dtype(dtype)
+    stored = stored_dtype(own, values)
+    pruned = 1 - kept_count / weight_count if weight_count else 0.0
+    zeros = {name: pruned**limit / (1 - pruned**limit) if pruned < 1 else 0.0 for name, limit in GAP_LIMITS.items()}
+    entries = {name: round(kept_count * (1 + share)) for name, share in zeros.items()}
+    counts = {"dense": weight_count, **entries, "mask": kept_count + 1}
+    return tuple(
+        EncodingPlan(encoding, counts[encoding], stored, own, (weight_count,), kept_count)
+        for encoding in ENCODINGS
+        if encoding == "dense" or (encoding in allowed and weight_count)
+    )
 
 
 def _is_possible(plan: EncodingPlan) -> bool:

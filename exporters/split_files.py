@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +101,7 @@ def write_split(
         files=(*(file for part in parts for file in part.files), directory / MANIFEST),
         opset=parts[0].opset,
         load_peak_bytes=sum(part.load_peak_bytes for part in parts),
+        load_time_ratio=_mean_time_ratio(parts),
         notes=divided.notes,
         parts=parts,
     )
@@ -152,6 +153,12 @@ def publish_parts(source: Path, directory: Path) -> None:
     for name in sorted(old - new):
         (directory / name).unlink(missing_ok=True)
     os.replace(source / MANIFEST, directory / MANIFEST)
+
+
+def _mean_time_ratio(parts: Sequence[ExportedArtifact]) -> float:
+    """Of loading all parts, each as long as its dense bytes are many."""
+    weights = [part.dense_size_bytes for part in parts]
+    return sum(part.load_time_ratio * weight for part, weight in zip(parts, weights, strict=True)) / max(sum(weights), 1)
 
 
 def _moved(artifact: ExportedArtifact, directory: Path) -> ExportedArtifact:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mfcompile.artifact import TensorEncoding
+from mfcompile.errors import InputError
 from mfcompile.exporters.decode_nodes import SharedConstants, pack_weight, stored_tensors
 from mfcompile.exporters.packing import (
     ENCODINGS,
@@ -30,10 +31,30 @@ from mfcompile.exporters.sparse_rewriting import (
 from mfcompile.exporters.stored_weights import StoredWeight
 from mfcompile.masks import MaskSet
 
+
+def checked_budget(load_budget: float | None) -> float:
+    """A load budget, ``LOAD_BUDGET`` for None.
+
+    Raises:
+        InputError: it is below 1, which not even dense tensors fit.
+    """
+    if load_budget is None:
+        return LOAD_BUDGET
+    if isinstance(load_budget, bool) or not load_budget >= 1:
+        raise InputError(
+            f"load_budget={load_budget!r} is less than the dense tensors take: give at least 1, in multiples of their bytes"
+        )
+    return load_budget
+
+
 INLINE = "plain nodes were asked for"
 
-LOAD_BUDGET = 7.0
-"""Memory that stock onnxruntime may take to create a session, in multiples of the bytes of the dense tensors."""
+LOAD_BUDGET = 8.0
+"""Memory that stock onnxruntime may take to create a session, in multiples of the bytes of the dense tensors.
+
+Every encoding fits it, so that a file is as small as it can be, within 5 %: mask takes about 7 times the dense bytes, gap4 and
+gap8 4 to 5 (``packing``; measured by ``python -m benchmarks.formats``), so a budget of 5 leaves masks to few weights.
+"""
 
 
 @dataclass(frozen=True)
@@ -174,7 +195,7 @@ def decide(model: ir.Model, weights: Sequence[MaskedWeight], options: PlacementO
         if options.format == "packed":
             layer = find_linear(weight.initializer, model.graph)
             reason = INLINE if options.inline else _why_dense(model, layer, mask, options, size)
-        allowed = ENCODINGS if options.format == "packed" else ("dense",)
+        allowed: tuple[str, ...] = ENCODINGS if options.format == "packed" else ("dense",)
         if len(layer.uses) > 1 and not reason:  # stock onnxruntime would decode a mask once for each
             allowed = tuple(encoding for encoding in allowed if encoding != "mask")
         is_swapped = layer.is_transposed and not reason

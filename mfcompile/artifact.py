@@ -48,7 +48,8 @@ class ExportedArtifact:
         dynamic_axes: input name -> the dimensions left free, by name.
         files: every file of the artefact.
         opset: version of the standard operator set.
-        load_peak_bytes: estimate of the memory that onnxruntime needs to create a session.
+        load_peak_bytes: prediction of the memory that stock onnxruntime needs to create a session.
+        load_time_ratio: prediction of the time that this takes, relative to the dense file.
         notes: what a user should know (dimensions that stayed fixed, inputs that were dropped, ...).
         route: which way of exporting gave the program ("torch.export", "torch.export without cache", ...).
         parts: of a split model, one artefact per part, in running order; ``path`` is the manifest then.
@@ -66,6 +67,7 @@ class ExportedArtifact:
     files: tuple[Path, ...]
     opset: int
     load_peak_bytes: int
+    load_time_ratio: float = 1.0
     notes: tuple[str, ...] = ()
     route: str = ""
     parts: tuple[ExportedArtifact, ...] = ()

@@ -80,10 +80,14 @@ class CompiledModel:
         *,
         split: str | None = None,
         inline: bool = False,
+        load_budget: float | None = None,
+        external_data: bool | None = None,
     ) -> ExportedArtifact:
         """Write the pruned model as ONNX; see ``mfcompile.export_onnx``. Weights are read from ``module`` as it is now."""
         pruned = self._as_trained()
-        return export_onnx(pruned, path, format=format, values=values, split=split, regions=self.regions, inline=inline)
+        options: dict[str, Any] = {"format": format, "values": values, "split": split, "inline": inline}
+        options |= {"load_budget": load_budget, "external_data": external_data}
+        return export_onnx(pruned, path, regions=self.regions, **options)
 
     def verify(self, artifact: ExportedArtifact | Path | str, example_inputs: Any | None = None) -> ParityReport:
         """Compare an exported file with ``module``; see ``mfcompile.verify``."""

@@ -35,6 +35,8 @@ def export_onnx(
     split: str | None = None,
     regions: RegionMap | None = None,
     inline: bool = False,
+    load_budget: float | None = None,
+    external_data: bool | None = None,
 ) -> ExportedArtifact:
     """Write a (masked) captured graph as an ONNX file that stock onnxruntime loads.
 
@@ -43,7 +45,7 @@ def export_onnx(
 
     Args:
         pruned: what ``apply_masks`` gave (or a dense CapturedGraph).
-        path: the .onnx file to write; large weights go to a ``.data`` file beside it. With ``split``, the directory.
+        path: the .onnx file to write. With ``split``, the directory.
         format: "packed" stores only what is left of pruned weights, "dense" stores zeros as well. Linear layers of a packed
             file run on the kernels of ``mfcompile.runtime`` where its library is registered (``ExportedArtifact.encodings``
             says which); any onnxruntime computes them without.
@@ -53,6 +55,12 @@ def export_onnx(
         regions: what ``infer_regions`` gave, for ``split``; None infers them with defaults.
         inline: a packed file of plain nodes only, for runtimes that refuse model-local functions (OpenVINO); the kernels of
             ``mfcompile.runtime`` have nothing to do in it.
+        load_budget: memory that stock onnxruntime may take to create a session of a packed file, in multiples of the bytes of
+            the dense tensors; for less than the default (8), weights are stored in ways that are decoded with less memory and
+            take more bytes. ``mfcompile.load_session`` needs none of it.
+        external_data: weights in ``<path>.data`` beside the file, or in the file itself; None puts them beside it where sparse
+            layers store more than 64 MB, because memory that is mapped from there is given back once the kernels have packed
+            it, and wherever one file could not hold them. An .onnx file that was pruned keeps the layout that it has.
 
     Raises:
         InputError: format, values or split is unknown.
@@ -64,8 +72,11 @@ def export_onnx(
     if is_onnx(pruned.module):
         if request is not None:
             raise InputError("an .onnx file is pruned as it is, in one file; split is for PyTorch models. Export without it")
-        return export_file(pruned, path, format=format, values=values, inline=inline)
-    return export_accepted(pruned, path, format=format, values=values, split=request, inline=inline)[0]
+        if external_data is not None:
+            raise InputError("an .onnx file keeps its weights where it has them. Export without external_data")
+        return export_file(pruned, path, format=format, values=values, inline=inline, load_budget=load_budget)
+    options: dict[str, Any] = {"split": request, "inline": inline, "load_budget": load_budget, "external_data": external_data}
+    return export_accepted(pruned, path, format=format, values=values, **options)[0]
 
 
 def verify(

@@ -97,8 +97,10 @@ def first_batch(calibration: Iterable[Any] | None) -> tuple[Any, Iterable[Any] |
     return first, calibration if batches is not calibration else itertools.chain([first], batches)
 
 
-def export_file(pruned: CapturedGraph, path: Path | str, *, format: str, values: str, inline: bool = False) -> ExportedArtifact:
+def export_file(
+    pruned: CapturedGraph, path: Path | str, *, format: str, values: str, inline: bool = False, load_budget: float | None = None
+) -> ExportedArtifact:
     """Write a captured ONNX file with its masks; see ``exporters.onnx_rewriting``."""
     from mfcompile.exporters.onnx_rewriting import rewrite_onnx
 
-    return rewrite_onnx(pruned, path, format=format, values=values, inline=inline)
+    return rewrite_onnx(pruned, path, format=format, values=values, inline=inline, load_budget=load_budget)

@@ -45,6 +45,8 @@ def export_accepted(
     values: str = "fp32",
     split: SplitRequest | None = None,
     inline: bool = False,
+    load_budget: float | None = None,
+    external_data: bool | None = None,
     first: str = "",
 ) -> tuple[ExportedArtifact, CapturedGraph]:
     """Write an ONNX file from the first program of the model that onnxruntime agrees with.
@@ -58,7 +60,7 @@ def export_accepted(
         format: see ``mfcompile.export_onnx``.
         values: see ``mfcompile.export_onnx``.
         split: how to divide the model into files; None writes one.
-        inline: see ``mfcompile.export_onnx``.
+        inline, load_budget, external_data: see ``mfcompile.export_onnx``.
         first: route to start with, where another file of the same model came about by it.
 
     Returns:
@@ -69,6 +71,7 @@ def export_accepted(
         ExportError: no program gives a file that holds; says what was tried and why each was refused.
     """
     options: dict[str, Any] = {"format": format, "values": values, "split": split, "inline": inline}
+    options |= {"load_budget": load_budget, "external_data": external_data}
     if _has_dtype(pruned.module, torch.bfloat16):
         return _export(in_float32(pruned), path, options, first, is_cast=True)
     try:

@@ -20,7 +20,7 @@ from mfcompile.files import write_atomically
 
 RECIPE_VERSION = 1
 
-FORMATS = ("packed", "dense")
+FORMATS = ("packed", "dense", "onnx-sparse")
 VALUES = ("fp32", "fp16", "int8")
 SPLITS = ("regions",)
 ROUNDINGS = ("exact", "official")
@@ -84,6 +84,8 @@ class Recipe:
         format: how pruned weights are stored in it, "packed" or "dense".
         values: precision of their values, "fp32" or "fp16".
         inline: whether packed weights are decoded by plain nodes only, so that any runtime reads the file.
+        external_data: whether weights are in a file beside it; None for where that saves memory, or is needed.
+        load_budget: memory for loading the file, in multiples of the dense tensors; None for the exporter's default.
         split: "regions" writes one ONNX file per modality and one for their fusion; None writes one file.
         evaluate: whether the model's own ``evaluate`` is run.
         digest: sha256 of the masks; "" before they are known.
@@ -114,6 +116,8 @@ class Recipe:
     format: str = "packed"
     values: str = "fp32"
     inline: bool = False
+    load_budget: float | None = None
+    external_data: bool | None = None
     split: str | None = None
     evaluate: bool = True
     digest: str = ""
@@ -332,6 +336,11 @@ def _is_flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else f"{value!r} is neither true nor false"
 
 
+def _is_load_budget(value: Any) -> str | None:
+    is_budget = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 1)
+    return None if is_budget else f"{value!r} is not a number of at least 1"
+
+
 def _is_string(value: Any) -> str | None:
     return None if isinstance(value, str) else f"{value!r} is not a string"
 
@@ -371,6 +380,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "format": _one_of(FORMATS),
     "values": _one_of(VALUES),
     "inline": _is_flag,
+    "external_data": lambda value: None if value is None else _is_flag(value),
+    "load_budget": _is_load_budget,
     "split": lambda value: None if value is None else _one_of(SPLITS)(value),
     "evaluate": _is_flag,
     "digest": _is_string,

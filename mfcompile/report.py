@@ -292,6 +292,7 @@ def with_export(report: Report, artifact: ExportedArtifact) -> Report:
                 name: {str(dim): axis for dim, axis in axes.items()} for name, axes in artifact.dynamic_axes.items()
             },
             "load_peak_bytes": artifact.load_peak_bytes,
+            "load_time_ratio": _finite(artifact.load_time_ratio),
             "parts": [_part_row(part) for part in artifact.parts],
             "notes": list(artifact.notes),
         },

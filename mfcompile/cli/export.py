@@ -66,6 +66,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         source = load(args.source, progress)
         pruned = capture_masked(source, masks, progress)
         storage = {"format": args.format or "packed", "values": args.values or "fp32", "inline": bool(args.inline)}
+        storage |= {"load_budget": args.load_budget, "external_data": args.external_data}
         if args.split:
             artifact, parity = _write_parts(pruned, target, storage, merged(source, region_options(args)), progress)
         else:

@@ -155,6 +155,8 @@ def _export(
             format=recipe.format,
             values=recipe.values,
             inline=recipe.inline,
+            external_data=recipe.external_data,
+            load_budget=recipe.load_budget,
             split=recipe.split,
             regions=compiled.regions,
         )

@@ -200,7 +200,8 @@ def add_format_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--format",
         choices=FORMATS,
-        help="packed stores only the kept weights; dense stores every zero (default: packed)",
+        help="packed stores only the kept weights; dense stores every zero; onnx-sparse stores an int64 index for each kept "
+        "weight, the specification's own form, which is larger than dense below a sparsity of two thirds (default: packed)",
     )
     group.add_argument(
         "--inline",
@@ -208,6 +209,21 @@ def add_format_options(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="decode packed weights by plain nodes only, for runtimes that refuse model-local functions (OpenVINO); the "
         "kernels of mfcompile.runtime cannot skip zeros in such a file",
+    )
+    group.add_argument(
+        "--load-budget",
+        "--load_budget",
+        type=fraction,
+        metavar="X",
+        help="memory that stock onnxruntime may take to load a packed file, in multiples of the dense tensors; for less, "
+        "more is stored (default: 8, which every encoding fits)",
+    )
+    group.add_argument(
+        "--external-data",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep weights in a file beside the .onnx file, or in it (default: beside it where sparse layers store over 64 MB, "
+        "which then are not held in memory twice, and over 1.5 GB)",
     )
     group.add_argument(
         "--values",

@@ -12,17 +12,14 @@ from mfcompile.cli.pruning_options import Sparsity, check_request, sets_sparsity
 from mfcompile.recipe import Recipe
 
 if TYPE_CHECKING:
+    from mfcompile.exporters.packing import EncodingPlan
     from mfcompile.frontends.sources import ModelSource
     from mfcompile.graph import CapturedGraph
     from mfcompile.passes.criteria.base import Pruner
     from mfcompile.region import RegionMap
 
-VALUE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 SHARED_BY_ALL = ("magnitude-global", "score-global", "erk")
 """Allocations of which a region does not know its share before scores are known."""
-
-GAP_BYTES = 1
-"""Bytes by which packed storage says where a kept weight is."""
 
 
 def show(recipe: Recipe, wanted: Sequence[Sparsity], terminal: Terminal) -> None:
@@ -57,6 +54,13 @@ def show(recipe: Recipe, wanted: Sequence[Sparsity], terminal: Terminal) -> None
     terminal.say(
         f"Parameters: {view['parameters']:,}, {tables.size(view['dense_bytes'])} dense." + (predicted if recipe.onnx else "")
     )
+    if recipe.onnx:
+        peaks = ", ".join(tables.size(one["load_peak_bytes"]) for one in views)
+        ratios = ", ".join(f"{one['load_time_ratio']:.1f}x" for one in views)
+        terminal.say(
+            f"Load, predicted: stock onnxruntime takes about {peaks} of memory to create a session, and {ratios} of the dense "
+            f"file's time; mfcompile.load_session takes about the dense file's memory."
+        )
     terminal.say("This was a dry run: nothing was written.")
 
 
@@ -114,12 +118,47 @@ def describe(captured: CapturedGraph, regions: RegionMap, recipe: Recipe) -> dic
         "parameters": sum(parameter.numel() for parameter in parameters),
         "dense_bytes": dense,
         "predicted_bytes": dense - 4 * prunable + stored_bytes(prunable, kept, recipe),
+        **load_prediction(dense, prunable, kept, recipe),
     }
 
 
 def stored_bytes(weights: int, kept: int, recipe: Recipe) -> float:
-    """About how many bytes pruned weights take in the ONNX file: whichever of packed and dense is smaller."""
-    dense = weights * VALUE_BYTES[recipe.values]
-    if recipe.format == "dense":
-        return dense
-    return min(dense, kept * (VALUE_BYTES[recipe.values] + GAP_BYTES))
+    """About how many bytes pruned weights take in the ONNX file, if they are kept at random."""
+    return _expected(weights, kept, recipe).stored_bytes
+
+
+def load_prediction(dense_bytes: int, weights: int, kept: int, recipe: Recipe) -> dict[str, float]:
+    """About what stock onnxruntime takes to create a session, if weights are kept at random.
+
+    Args:
+        dense_bytes: of the whole model.
+        weights: how many may be pruned.
+        kept: how many of them are kept.
+        recipe: how they are stored.
+    """
+    from mfcompile.exporters.load_cost import predict_load
+
+    plan = _expected(weights, kept, recipe)
+    file = dense_bytes - 4 * weights + plan.stored_bytes
+    cost = predict_load(0, file, (plan,), dense_bytes)
+    return {"load_peak_bytes": cost.peak_bytes, "load_time_ratio": cost.time_ratio}
+
+
+def _expected(weights: int, kept: int, recipe: Recipe) -> EncodingPlan:
+    """All pruned weights as one, encoded as most of them will be."""
+    import numpy as np
+
+    from mfcompile.exporters.packing import choose_encoding, estimate_encodings
+    from mfcompile.exporters.sparse_initializers import ENCODING, SparsePlan
+    from mfcompile.exporters.weight_placement import checked_budget
+
+    dtype = np.dtype(np.float32)
+    if recipe.format == ENCODING:
+        return SparsePlan(ENCODING, kept, dtype, dtype, (weights,), kept)
+    if recipe.values == "int8":
+        plans = estimate_encodings(weights, kept, np.int8, "fp32", allowed=("gap8", "gap4"))
+    else:
+        plans = estimate_encodings(weights, kept, dtype, recipe.values)
+    most = checked_budget(recipe.load_budget) * dtype.itemsize * weights
+    fitting = [plan for plan in plans if plan.stored_bytes + plan.folded_bytes <= most]
+    return choose_encoding(fitting or plans[:1]) if recipe.format == "packed" else plans[0]

@@ -64,8 +64,24 @@ def size_lines(export: Mapping[str, Any]) -> list[str]:
     ]
     if export["format"] == "dense":
         lines.append("Size: the dense format stores every zero. Use --format packed for a smaller file.")
+    if export.get("load_peak_bytes"):  # reports of earlier versions do not have it
+        lines.append(load_line(export))
     lines += [f"note: {note}" for note in export["notes"]]
     return lines
+
+
+def load_line(export: Mapping[str, Any]) -> str:
+    """What loading takes, as predicted."""
+    said = (
+        f"Load, predicted: stock onnxruntime takes {tables.size(export['load_peak_bytes'])} of memory to create a session, "
+        f"{export['load_peak_bytes'] / max(export['dense_size_bytes'], 1):.1f}x of the dense file"
+    )
+    if export["format"] != "packed":
+        return f"{said}."
+    return (
+        f"{said}, and {export.get('load_time_ratio', 1):.1f}x of its time; mfcompile.load_session takes about the dense file's "
+        f"memory, and --load-budget stores what needs less."
+    )
 
 
 def _subject(export: Mapping[str, Any]) -> str:

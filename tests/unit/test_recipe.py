@@ -44,6 +44,8 @@ def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
         format="dense",
         values="fp16",
         inline=True,
+        external_data=False,
+        load_budget=4.5,
         split="regions",
         evaluate=False,
         digest="d" * 64,
