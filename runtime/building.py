@@ -48,7 +48,7 @@ X86_FLAGS = {
     "kernels_avx512.cc": AVX512_FLAGS,
     "kernels_avx512_narrow.cc": AVX512_FLAGS,
     "int8_avx2.cc": AVX2_FLAGS,
-    "int8_avxvnni.cc": ("-mavxvnni", *AVX2_FLAGS),
+    "int8_avxvnni.cc": AVX2_FLAGS,
     "int8_avx512.cc": ("-mavx512vnni", *AVX512_FLAGS),
 }
 EXACT_FLAGS = ("-ffp-contract=off",)

@@ -84,7 +84,7 @@ Int8MaskStrip* mask_strip(int tokens, int* stride) {
   return MakeMaskStrips<kMaskTokens>::of[tokens - 1];
 }
 
-const Int8Kernels kTable = {"avx512", kLanes,    7,             12,         kMaskTokens, find_range,
+const Int8Kernels kTable = {"avx512", kLanes,    7,             15,         kMaskTokens, find_range,
                             quantize, pack_tile, multiply_cell, store_tile, store_strip, mask_strip};
 
 }  // namespace

@@ -1,7 +1,13 @@
 // Int8 kernels for processors that have VNNI but no AVX-512.
+// Switched on here rather than by a flag: older compilers, which do not know it, would refuse to build the library.
+#if defined(__AVX2__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#pragma GCC target("avxvnni")
+#define MFCOMPILE_AVXVNNI 1
+#endif
+
 #include "int8_kernels.h"
 
-#if defined(__AVXVNNI__)
+#ifdef MFCOMPILE_AVXVNNI
 #include <cpuid.h>
 #include <immintrin.h>
 

@@ -1,6 +1,7 @@
-// The int8 kernels, written once, and compiled without fused multiply-adds, which round differently; included inside an anonymous namespace by one file for each instruction set, which defines
-// MFCOMPILE_LANES, transpose_words, and before them
-//   Ints, a vector of MFCOMPILE_LANES int32; Weights, four weights in every lane as `dot` wants them; Weights spread(int32_t);
+// The int8 kernels, written once, and compiled without fused multiply-adds, which round differently. Included inside an anonymous
+// namespace by one file for each instruction set, which defines before
+//   MFCOMPILE_LANES; Ints, a vector of so many int32; transpose_words;
+//   Weights, four weights in every lane as `dot` wants them; Weights spread(int32_t);
 //   Ints dot(Ints sums, const uint32_t* x, Weights): sums + the products of four activations and weights of each lane.
 #pragma once
 
@@ -91,7 +92,7 @@ void pack_tile(const uint32_t* x, size_t stride, size_t groups, size_t tokens, i
 }
 
 // Rows that keep as many groups, side by side, where few vectors of tokens would wait for the latency of each product.
-template <int V, int Rows>
+template <int V, int Rows, bool IsFirst>
 MFCOMPILE_INLINE void multiply_rows(size_t count, const uint8_t* groups, const int32_t* words, const uint16_t* rows,
                                     const uint32_t* x_block, int32_t* sums) {
   constexpr int kWidth = V * kLanes;
@@ -110,11 +111,11 @@ MFCOMPILE_INLINE void multiply_rows(size_t count, const uint8_t* groups, const i
   for (int row = 0; row < Rows; ++row) {
     int32_t* to = sums + static_cast<size_t>(rows[row]) * kWidth;
     MFCOMPILE_UNROLL
-    for (int v = 0; v < V; ++v) store(to + v * kLanes, load(to + v * kLanes) + own[row][v]);
+    for (int v = 0; v < V; ++v) store(to + v * kLanes, IsFirst ? own[row][v] : load(to + v * kLanes) + own[row][v]);
   }
 }
 
-template <int V>
+template <int V, bool IsFirst>
 void multiply_cell_of(const Int8Cell& cell, const uint32_t* x_block, int32_t* sums) {
   constexpr size_t kRows = V == 1 ? 4 : V <= 3 ? 2 : 1;
   const uint16_t* rows = cell.rows;
@@ -123,20 +124,33 @@ void multiply_cell_of(const Int8Cell& cell, const uint32_t* x_block, int32_t* su
   for (size_t index = 0; index < cell.run_count; ++index) {
     const size_t count = cell.runs[index].count;
     size_t left = cell.runs[index].units;
+    if (IsFirst && count == 0) {
+      for (; left; --left, ++rows) {
+        __builtin_memset(sums + static_cast<size_t>(*rows) * V * kLanes, 0, V * kLanes * sizeof(int32_t));
+      }
+      break;
+    }
     for (; left >= kRows; left -= kRows, rows += kRows, groups += kRows * count, words += kRows * count) {
-      multiply_rows<V, kRows>(count, groups, words, rows, x_block, sums);
+      multiply_rows<V, kRows, IsFirst>(count, groups, words, rows, x_block, sums);
     }
     for (; kRows > 1 && left; --left, ++rows, groups += count, words += count) {
-      multiply_rows<V, 1>(count, groups, words, rows, x_block, sums);
+      multiply_rows<V, 1, IsFirst>(count, groups, words, rows, x_block, sums);
     }
   }
 }
 
-void multiply_cell(int vectors, const Int8Cell& cell, const uint32_t* x_block, int32_t* sums) {
+template <bool IsFirst>
+MFCOMPILE_INLINE void multiply_cell_by_vectors(int vectors, const Int8Cell& cell, const uint32_t* x_block, int32_t* sums) {
   using Function = void (*)(const Int8Cell&, const uint32_t*, int32_t*);
-  static const Function of[] = {multiply_cell_of<1>, multiply_cell_of<2>, multiply_cell_of<3>, multiply_cell_of<4>,
-                                multiply_cell_of<5>, multiply_cell_of<6>, multiply_cell_of<7>, multiply_cell_of<8>};
+  static const Function of[] = {multiply_cell_of<1, IsFirst>, multiply_cell_of<2, IsFirst>, multiply_cell_of<3, IsFirst>,
+                                multiply_cell_of<4, IsFirst>, multiply_cell_of<5, IsFirst>, multiply_cell_of<6, IsFirst>,
+                                multiply_cell_of<7, IsFirst>, multiply_cell_of<8, IsFirst>};
   of[vectors - 1](cell, x_block, sums);
+}
+
+void multiply_cell(int vectors, bool is_first, const Int8Cell& cell, const uint32_t* x_block, int32_t* sums) {
+  if (is_first) return multiply_cell_by_vectors<true>(vectors, cell, x_block, sums);
+  multiply_cell_by_vectors<false>(vectors, cell, x_block, sums);
 }
 
 // The outputs of one token: sums (rows,) as y (rows,).
@@ -160,24 +174,27 @@ void store_strip(const int32_t* sums, size_t tokens, size_t rows, const int32_t*
   }
 }
 
+// So many rows of a token are stored at once: stores to one token after the other, a line each, wait for memory.
+constexpr size_t kStoredRows = 256;
+
 void store_tile(const int32_t* sums, int vectors, size_t tokens, size_t rows, const int32_t* offsets, const float* scales,
                 const float* bias, float* y, size_t stride) {
   const size_t width = static_cast<size_t>(vectors) * kLanes;
-  alignas(64) int32_t square[kLanes * kLanes];
-  for (size_t first = 0; first < tokens; first += kLanes) {
-    const size_t filled = tokens - first < kLanes ? tokens - first : kLanes;
-    for (size_t row = 0; row < rows; row += kLanes) {
-      const size_t tall = rows - row < kLanes ? rows - row : kLanes;
-      if (tall == kLanes) {
-        transpose_words(reinterpret_cast<const uint32_t*>(sums) + row * width + first, width,
-                        reinterpret_cast<uint32_t*>(square), kLanes);
-      } else {
-        for (size_t lane = 0; lane < filled; ++lane) {
-          for (size_t r = 0; r < tall; ++r) square[lane * kLanes + r] = sums[(row + r) * width + first + lane];
-        }
+  alignas(64) int32_t by_token[kLanes * kStoredRows];
+  for (size_t row = 0; row < rows; row += kStoredRows) {
+    const size_t tall = rows - row < kStoredRows ? rows - row : kStoredRows;
+    for (size_t first = 0; first < tokens; first += kLanes) {
+      const size_t filled = tokens - first < kLanes ? tokens - first : kLanes;
+      size_t r = 0;
+      for (; r + kLanes <= tall; r += kLanes) {
+        transpose_words(reinterpret_cast<const uint32_t*>(sums) + (row + r) * width + first, width,
+                        reinterpret_cast<uint32_t*>(by_token) + r, kStoredRows);
+      }
+      for (; r < tall; ++r) {
+        for (size_t lane = 0; lane < filled; ++lane) by_token[lane * kStoredRows + r] = sums[(row + r) * width + first + lane];
       }
       for (size_t lane = 0; lane < filled; ++lane) {
-        store_rows(square + lane * kLanes, tall, offsets + row, scales + row, bias ? bias + row : nullptr,
+        store_rows(by_token + lane * kStoredRows, tall, offsets + row, scales + row, bias ? bias + row : nullptr,
                    y + (first + lane) * stride + row);
       }
     }

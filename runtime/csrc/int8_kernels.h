@@ -1,5 +1,5 @@
-// What an int8 kernel reads, and the table of kernels of one instruction set. No standard library templates here, for the reason
-// that kernels.h gives.
+// What an int8 kernel reads, and the table of kernels of one instruction set. No standard library templates here, for the
+// reason that kernels.h gives.
 #pragma once
 
 #include <stddef.h>
@@ -34,7 +34,7 @@ struct Int8Kernels {
   const char* name;
   int lanes;         // tokens of one vector
   int tile_vectors;  // most vectors of tokens in a tile of Cells
-  int word_cost;     // what a kept group takes for a vector of tokens, in tenths of a cycle
+  int word_cost;     // what a kept group takes for each vector of tokens, in tenths of a cycle
   int mask_tokens;   // most tokens of mask_strip; 0 where there is none
 
   // low and high: the range of `count` values and zero. True when all of them are finite.
@@ -42,8 +42,8 @@ struct Int8Kernels {
   void (*quantize)(const float* x, size_t count, Quantization by, uint8_t* to);
   // x (tokens, groups) words, rows `stride` words apart -> x_tile, zero in lanes past `tokens`.
   void (*pack_tile)(const uint32_t* x, size_t stride, size_t groups, size_t tokens, int vectors, uint32_t* x_tile);
-  // sums += products of one cell.
-  void (*multiply_cell)(int vectors, const Int8Cell& cell, const uint32_t* x_block, int32_t* sums);
+  // sums += products of one cell; sums = them for the first, which names every row, those that keep nothing last.
+  void (*multiply_cell)(int vectors, bool is_first, const Int8Cell& cell, const uint32_t* x_block, int32_t* sums);
   // y (tokens, stride) = float(sums (rows, vectors * lanes) transposed - offsets (rows,)) * scales (rows,) + bias (rows,) or 0.
   void (*store_tile)(const int32_t* sums, int vectors, size_t tokens, size_t rows, const int32_t* offsets, const float* scales,
                      const float* bias, float* y, size_t stride);

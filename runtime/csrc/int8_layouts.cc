@@ -6,15 +6,15 @@ namespace mfcompile {
 
 namespace {
 
-constexpr size_t kChunkRows = 512;  // most rows of a chunk: its tile of sums stays in the L2 cache
+constexpr size_t kChunkRows = 256;  // most rows of a chunk: its tile of sums stays in the L2 cache
 
 size_t divide_up(size_t number, size_t by) { return (number + by - 1) / by; }
 
-// Rows that keep anything, by how much they keep, most first; in their own order among equals.
-void sort_rows(const uint8_t* counts, size_t row_count, std::vector<uint16_t>& order) {
+// Rows by how much they keep, most first, in their own order among equals; without those that keep nothing unless `all`.
+void sort_rows(const uint8_t* counts, size_t row_count, bool all, std::vector<uint16_t>& order) {
   order.clear();
   for (size_t row = 0; row < row_count; ++row) {
-    if (counts[row]) order.push_back(static_cast<uint16_t>(row));
+    if (counts[row] || all) order.push_back(static_cast<uint16_t>(row));
   }
   std::stable_sort(order.begin(), order.end(), [&](uint16_t one, uint16_t other) { return counts[one] > counts[other]; });
 }
@@ -44,7 +44,7 @@ Int8CellLayout::Int8CellLayout(const PackedInt8& weight) {
     cell_rows.push_back(all_rows.size());
     cell_entries.push_back(entries);
     const uint8_t* count = &counts[cell * chunk_rows];
-    sort_rows(count, chunk_rows, order);
+    sort_rows(count, chunk_rows, cell % blocks == 0, order);
     for (const uint16_t row : order) {
       if (all_runs.size() == cell_runs.back() || all_runs.back().count != count[row]) all_runs.push_back({count[row], 0});
       ++all_runs.back().units;

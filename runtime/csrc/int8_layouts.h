@@ -13,7 +13,7 @@ namespace mfcompile {
 // Many tokens: as CellLayout (layouts.h), of single rows and of groups of four inputs. Five bytes for each kept group, and two
 // for each row of a cell.
 struct Int8CellLayout {
-  static constexpr size_t kBlockGroups = 64;
+  static constexpr size_t kBlockGroups = 96;
   size_t chunk_rows = 0;
   size_t chunks = 0;
   size_t blocks = 0;

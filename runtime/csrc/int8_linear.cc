@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -62,7 +61,10 @@ struct SparseLinearInt8::Input {
 };
 
 SparseLinearInt8::SparseLinearInt8(const PackedInt8& weight, const float* scales, const Int8Kernels& kernels)
-    : weight_(weight), kernels_(kernels), scales_(scales, scales + weight.rows), row_sums_(static_cast<size_t>(weight.rows), 0) {
+    : weight_(weight),
+      kernels_(kernels),
+      scales_(scales, scales + weight.rows),
+      row_sums_(static_cast<size_t>(weight.rows), 0) {
   for_each_group(weight, [&](int64_t row, int64_t, uint32_t word) {
     ++kept_groups_;
     for (int byte = 0; byte < kGroup; ++byte) {
@@ -135,15 +137,15 @@ void SparseLinearInt8::run(const float* x, size_t tokens, const float* bias, flo
   run_cells(input, bias, y, parallel);
 }
 
-// Masks cost by the groups, kept or not; cells by the kept groups and vectors of tokens. Tenths of cycles as measured on Zen 4:
-// for a group of 16 rows, 30 and 10 for each token.
+// Masks cost by the groups, kept or not, and the tokens; cells by the kept groups and vectors of tokens. Tenths of cycles as
+// measured on Zen 4: for a group of 16 rows and a tile, 30 and 10 for each token; for a kept group, 20 and 15 for each vector.
 bool SparseLinearInt8::prefers_masks(size_t tokens) const {
   if (!kernels_.mask_tokens) return false;
   const size_t strips = divide_up(static_cast<size_t>(weight_.rows), kStripRows);
   const size_t tiles = divide_up(tokens, static_cast<size_t>(kernels_.mask_tokens));
   const size_t mask_cost = strips * group_count(weight_) * (30 * tiles + 10 * tokens);
   const size_t vectors = divide_up(tokens, static_cast<size_t>(kernels_.lanes));
-  const size_t own_cost = kept_groups_ * (static_cast<size_t>(kernels_.word_cost) * vectors + 10);
+  const size_t own_cost = kept_groups_ * (static_cast<size_t>(kernels_.word_cost) * vectors + 20);
   return mask_cost < own_cost;
 }
 
@@ -164,9 +166,8 @@ void SparseLinearInt8::run_cells(const Input& input, const float* bias, float* y
     const size_t first = first_vector(tile), last = first_vector(tile + 1), token = first * lanes;
     const size_t width = (last - first) * lanes, row = chunk * layout.chunk_rows;
     const Scratch sums(layout.chunk_rows * width);
-    std::memset(sums.data(), 0, layout.chunk_rows * width * sizeof(int32_t));
     for (size_t block = 0; block < layout.blocks; ++block) {
-      kernels_.multiply_cell(static_cast<int>(last - first), layout.cell(chunk, block),
+      kernels_.multiply_cell(static_cast<int>(last - first), block == 0, layout.cell(chunk, block),
                              words_of(packed) + token * groups + block * Int8CellLayout::kBlockGroups * width, sums_of(sums));
     }
     kernels_.store_tile(sums_of(sums), static_cast<int>(last - first), std::min(tokens, last * lanes) - token,

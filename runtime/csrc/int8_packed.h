@@ -57,7 +57,8 @@ void for_each_group(const PackedInt8& weight, Visit visit) {
     }
     if (weight.block == kGroup) {
       for (int byte = 0; byte < kGroup; ++byte) {
-        word |= static_cast<uint32_t>(static_cast<uint8_t>(weight.values[entry * kGroup + static_cast<size_t>(byte)])) << 8 * byte;
+        const auto bits = static_cast<uint8_t>(weight.values[entry * kGroup + static_cast<size_t>(byte)]);
+        word |= static_cast<uint32_t>(bits) << 8 * byte;
       }
     } else {
       word |= static_cast<uint32_t>(static_cast<uint8_t>(weight.values[entry])) << 8 * (place % kGroup);
