@@ -122,9 +122,9 @@ def place_int8(
         placed[weight.fqn] = Placement(plan, layer if plan.encoding != DENSE else None, why_dense)
         writer.write(found, plan)
     for name, value in list(graph.initializers.items()):
-        layer = find_linear(value, graph) if name not in own else None
-        if layer is not None and value.const_value is not None and _fits(layer):
-            found = _Weight(name, value.const_value, layer)
+        other = find_linear(value, graph) if name not in own else None
+        if other is not None and value.const_value is not None and _fits(other):
+            found = _Weight(name, value.const_value, other)
             writer.write(found, plan_int8(np.ones(found.shape, bool), encodings=(DENSE,)))
     others, stored = place_weights(model, rest, replace(options, values="fp32"))
     return {weight.fqn: (placed | others)[weight.fqn] for weight in weights}, stored
