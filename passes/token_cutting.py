@@ -33,6 +33,19 @@ def take(tensor: Tensor, kept: Tensor, axes: Sequence[int], batch: Place, lead: 
     return tensor
 
 
+def take_in_memory_order(tensor: Tensor, kept: Tensor, axis: int, batch: int) -> Tensor:
+    """``take`` along one axis, with a result whose axes lie in memory in the order of the tensor's.
+
+    Products of tensors in another order differ in their last bits: keeping every token must change none.
+    """
+    steps = [step.node.hint if isinstance(step, torch.SymInt) else step for step in tensor.stride()]
+    order = sorted(range(tensor.ndim), key=lambda at: (-steps[at], at))
+    if order == list(range(tensor.ndim)):
+        return take(tensor, kept, [axis], Place(batch))
+    taken = take(tensor.permute(order), kept, [order.index(axis)], Place(order.index(batch)))
+    return taken.permute([order.index(at) for at in range(tensor.ndim)])
+
+
 def put_back(tensor: Tensor, kept: Tensor, axes: Sequence[int], batch: Place, size: int, onto: Tensor | None = None) -> Tensor:
     """Kept tokens at their old places among ``size``; the others are zero, or those of ``onto``.
 

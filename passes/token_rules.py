@@ -224,6 +224,7 @@ _RULES: dict[str, Callable[[fx.Node], Rule | None]] = {
     **dict.fromkeys(("norm", "linalg_vector_norm"), _reduction(Tie.REDUCE, 2)),
     **dict.fromkeys(("argmax", "argmin"), _reduction(Tie.STOP)),
     **dict.fromkeys(("cumsum", "cumprod", "glu", "sort", "argsort", "logcumsumexp"), along(1, Tie.STOP)),
+    "narrow": along(1, Tie.READ, 0),
     "topk": along(2, Tie.STOP),
     "embedding": table_lookup, "index": indexing, "gather": gathering, "index_select": along(1, Tie.READ),
     "masked_scatter": placing("source", 2), "index_put": placing("values", 2), "scatter": placing("src", 3),

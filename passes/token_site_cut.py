@@ -16,7 +16,7 @@ from mfcompile.passes.operators import operator_name
 from mfcompile.passes.program_editor import ProgramEditor
 from mfcompile.passes.token_attention import NEGLIGIBLE
 from mfcompile.passes.token_axis import Carried, Side, TokenAxisError
-from mfcompile.passes.token_cutting import merge_rest, put_back, take
+from mfcompile.passes.token_cutting import merge_rest, put_back, take, take_in_memory_order
 from mfcompile.passes.token_places import Place, node_sizes
 from mfcompile.passes.token_scores import TokenEvidence, TokenScorer, keep_best, weigh
 from mfcompile.passes.token_sites import Protection, SitePlan, protect
@@ -187,10 +187,10 @@ class SiteCut:
             score = self.options.scorer(evidence)
             if score.shape != valid.shape:
                 raise InputError(
-                    f"the scorer gives {tuple(score.shape)} at {self.name}; scores are (batch, tokens), {valid.shape}"
+                    f"the scorer gives {tuple(score.shape)} at {self.name}, not (batch, tokens), {tuple(valid.shape)}"
                 )
             kept = keep_best(score, protected, valid, self.count)
-            taken = take(stream, kept, [plan.token], Place(plan.batch))
+            taken = take_in_memory_order(stream, kept, plan.token, plan.batch)
             if self.merges:
                 taken = torch.cat([taken, merge_rest(states, kept, score.float(), valid)], dim=1)
             return kept, taken
@@ -260,8 +260,8 @@ class SiteCut:
 
         def back(tensor: Tensor, kept: Tensor, *full: Tensor) -> Tensor:
             for axis in axes if self.merges else ():
-                tensor = tensor.narrow(axis, 0, count)
-            onto = full[0].narrow(self.plan.token, carried.offset, size) if full else None
+                tensor = _leading(tensor, axis, 0, count)
+            onto = _leading(full[0], self.plan.token, carried.offset, carried.offset + size) if full else None
             return put_back(tensor, kept, axes, batch, size, onto)
 
         operands = [operand, self._kept_behind(carried.offset), *([point] if is_last else [])]
@@ -271,8 +271,7 @@ class SiteCut:
         """Protected places of a later site of the same stream, as they are behind this cut."""
         offset = self.flow.carried[plan.point].offset
         front = self.protection.kept.prefix - offset
-        back = self.flow.size - offset - self.protection.kept.suffix
-        if any(front <= position < back for position in plan.static):
+        if self.protection.middle:
             raise InputError(
                 f"tokens cannot be cut at {plan.attention.name} behind {self.name}: protected tokens lie between others, and "
                 f"where they are then differs from sample to sample. Cut at one of the two"
@@ -287,6 +286,11 @@ class SiteCut:
                 return torch.cat([taken, torch.ones_like(taken[:, :1])], dim=1) if merges else taken
 
             (plan.image_mask,) = self.editor.insert(cut, [plan.image_mask, self._kept_behind(0)], self.plan.point)
+
+
+def _leading(tensor: Tensor, axis: int, start: int, end: int) -> Tensor:
+    """Positions start to end along an axis."""
+    return tensor[(*[slice(None)] * axis, slice(start, end))]
 
 
 def _protected(protection: Protection, valid: Tensor, masks: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,106 @@
+"""Floating-point operations of an exported program, counted from the sizes in its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from mfcompile.passes.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, argument, operator_name
+from mfcompile.passes.token_attention import module_path
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """Multiplications and additions of the products in a program, two per pair, as torch's FlopCounterMode counts.
+
+    Attributes:
+        total: of all nodes, for inputs of the sizes of the example.
+        by_module: submodule -> its own share, without those inside it.
+        uncounted: operators that compute products and have no formula here; empty where the count is whole.
+    """
+
+    total: int
+    by_module: Mapping[str, int]
+    uncounted: tuple[str, ...] = ()
+
+    def below(self, path: str) -> int:
+        """The share of a submodule with all that is inside it."""
+        return sum(count for name, count in self.by_module.items() if name == path or name.startswith(f"{path}."))
+
+
+def count_flops(program: ExportedProgram) -> FlopCount:
+    """Count the operations of matrix products, attentions and convolutions; elementwise operators count nothing.
+
+    A size that is free counts as it is in the example.
+
+    Args:
+        program: as torch.export gives it, or rewritten.
+    """
+    by_module: dict[str, int] = {}
+    uncounted: dict[str, None] = {}
+    for node in program.graph.nodes:
+        name = operator_name(node)
+        formula = _FORMULAS.get(name)
+        if formula is not None:
+            path = module_path(node)
+            by_module[path] = by_module.get(path, 0) + formula(node)
+        elif name in _WITHOUT_FORMULA:
+            uncounted[name] = None
+    return FlopCount(sum(by_module.values()), by_module, tuple(uncounted))
+
+
+def _sizes(node: Any) -> list[int]:
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)  # operands of products are tensors
+    return [int(size.node.hint) if isinstance(size, torch.SymInt) else int(size) for size in value.shape]
+
+
+def _linear(node: fx.Node) -> int:
+    return 2 * prod(_sizes(node)) * _sizes(node.args[0])[-1]
+
+
+def _product(first: int) -> Callable[[fx.Node], int]:
+    return lambda node: 2 * prod(_sizes(node)) * _sizes(node.args[first])[-1]
+
+
+def _attention(node: fx.Node) -> int:
+    *leading, queries, width = _sizes(node.args[0])
+    keys, value_width = _sizes(node.args[1])[-2], _sizes(node.args[2])[-1]
+    return 2 * prod(leading) * queries * keys * (width + value_width)
+
+
+def _convolution(node: fx.Node) -> int:
+    weight = _sizes(argument(node, "weight", 1))
+    given = node.args[0] if operator_name(node) in TRANSPOSED_CONVOLUTIONS else node
+    return 2 * prod(_sizes(given)) * prod(weight[1:])
+
+
+def _einsum(node: fx.Node) -> int:
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    assert isinstance(operands, (list, tuple))  # by the schema
+    lengths = {
+        letter: size
+        for term, operand in zip(equation.partition("->")[0].split(","), operands, strict=True)
+        for letter, size in zip(term, _sizes(operand), strict=True)
+    }
+    return 2 * prod(lengths.values()) if len(operands) == 2 else 0
+
+
+_FORMULAS: dict[str, Callable[[fx.Node], int]] = {
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "mm", "bmm"), _product(0)),
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm"), _product(1)),
+    "einsum": _einsum,
+    "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(CONVOLUTIONS - {"_convolution"}, _convolution),
+}
+
+_WITHOUT_FORMULA = frozenset(
+    {"bilinear", "_grouped_mm", "grouped_mm", "lstm", "gru", "rnn_tanh", "rnn_relu", "flex_attention", "tensordot"}
+)
