@@ -6,7 +6,8 @@ Each figure is the median over rounds of dense time / sparse time; in a round bo
 the calling thread, which does all the work: what other processes take is not counted, but caches and memory are shared with
 them. Layers run with weights in the caches where they fit ("warm"), except the decoder: a stack of layers larger than the
 caches, so that every weight comes from memory, as in a model that makes one token after the other. ``limit`` is what the
-weights kept allow: dense work over sparse work, or dense bytes over sparse bytes in the decoder.
+weights kept allow: dense work over sparse work, or dense bytes over sparse bytes in the decoder (a limit at one bandwidth: the
+library keeps weights on huge pages, which are read faster, and so it can be passed).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,9 +40,10 @@ RESULT = Path(__file__).resolve().parent / "results" / "sparse_kernels.json"
 SHAPES = ((768, 768), (3072, 768), (768, 3072))  # (out, in): the layers of a transformer block of width 768
 SPARSITIES = (0.63, 0.75, 0.9)
 PATTERNS = {"unstructured": 1, "4x1": 4, "16x1": 16}
-TOKENS = (1, 8, 32, 197)
+TOKENS = (1, 2, 4, 8, 16, 32, 197)
 CROSSOVER_SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 STACK_LAYERS = 24  # 226 MB of dense weights
+STACK_SHAPES = ((3072, 768), (768, 3072))
 
 Floats = NDArray[np.float32]
 
@@ -50,28 +55,44 @@ def random_weight(rng: np.random.Generator, shape: tuple[int, int], sparsity: fl
     return weight
 
 
-def make_model(weights: list[Floats], is_sparse: bool) -> bytes:
-    """Linear layers one after the other, packed or dense, with biases of zero."""
+def make_model(weights: list[Floats], is_sparse: bool, values: str = "fp32", fused: str = "", apart: str = "") -> bytes:
+    """Linear layers one after the other, packed or dense, with biases of zero.
+
+    Args:
+        weights: (out, in) of each layer.
+        is_sparse: as SparseLinear nodes.
+        values: "fp32" or "fp16", of packed weights.
+        fused: an activation inside the node of every layer but the last.
+        apart: an activation behind every layer but the last, as a node: "relu" or "silu".
+    """
     nodes, initializers, name = [], [], "X"
     for index, weight in enumerate(weights):
         tensors: dict[str, NDArray[Any]] = {f"bias{index}": np.zeros(weight.shape[0], np.float32)}
-        output = "Y" if index == len(weights) - 1 else f"hidden{index}"
+        is_last = index == len(weights) - 1
+        result = "Y" if is_last else f"hidden{index}"
+        output = result if is_last or not apart else f"sums{index}"
         if is_sparse:
-            encoded = encode(weight, weight != 0, "fp32", encoding="gap8")
+            encoded = encode(weight, weight != 0, values, encoding="gap8")
             assert encoded.gaps is not None
             tensors |= {f"gaps{index}": encoded.gaps, f"values{index}": encoded.values}
             inputs = [name, f"gaps{index}", f"values{index}", f"bias{index}"]
-            nodes.append(sparse_linear_node("gap8", inputs, output, (weight.shape[0], weight.shape[1])))
+            activation = "" if is_last else fused
+            nodes.append(sparse_linear_node("gap8", inputs, output, (weight.shape[0], weight.shape[1]), activation=activation))
         else:
             tensors[f"weight{index}"] = np.ascontiguousarray(weight.T)
             nodes.append(helper.make_node("MatMul", [name, f"weight{index}"], [f"product{index}"]))
             nodes.append(helper.make_node("Add", [f"product{index}", f"bias{index}"], [output]))
+        if output != result and apart == "relu":
+            nodes.append(helper.make_node("Relu", [output], [result]))
+        elif output != result:
+            nodes.append(helper.make_node("Sigmoid", [output], [f"gate{index}"]))
+            nodes.append(helper.make_node("Mul", [output, f"gate{index}"], [result]))
         initializers += [numpy_helper.from_array(array, key) for key, array in tensors.items()]
-        name = output
+        name = result
     ends = [("X", weights[0].shape[1]), ("Y", weights[-1].shape[0])]
     x, y = (helper.make_tensor_value_info(key, TensorProto.FLOAT, ["tokens", size]) for key, size in ends)
     imports = [helper.make_opsetid("", 17)] + ([helper.make_opsetid(DOMAIN, VERSION)] if is_sparse else [])
-    functions = [sparse_linear_function("gap8", 17)] if is_sparse else []
+    functions = [sparse_linear_function("gap8", 17, activation=name) for name in {"", fused}] if is_sparse else []
     graph = helper.make_graph(nodes, "layers", [x], [y], initializers)
     model: onnx.ModelProto = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=8)
     serialized: bytes = model.SerializeToString()
@@ -129,21 +150,84 @@ def measure_layers(library: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def make_stack(rng: np.random.Generator, sparsity: float, block_rows: int) -> list[Floats]:
+    """Layers of a decoder. They are moved, so that no two are equal: onnxruntime stores equal weights once."""
+    pair = [random_weight(rng, shape, sparsity, block_rows) / np.float32(8) for shape in STACK_SHAPES]
+    return [np.roll(weight, index, axis=1) for index in range(STACK_LAYERS // 2) for weight in pair]
+
+
 def measure_decoder(library: str, rounds: int) -> list[dict[str, Any]]:
     """One token through a stack of layers that is larger than the caches."""
     rng, rows = np.random.default_rng(1), []
     for pattern, block_rows in PATTERNS.items():
         for sparsity in SPARSITIES:
-            pair = [random_weight(rng, shape, sparsity, block_rows) / np.float32(8) for shape in ((3072, 768), (768, 3072))]
-            # Moved, so that no two layers are equal: onnxruntime stores equal weights once.
-            weights = [np.roll(weight, index, axis=1) for index in range(STACK_LAYERS // 2) for weight in pair]
-            sessions = open_session(make_model(weights, False), None), open_session(make_model(weights, True), library)
-            density = sum(map(np.count_nonzero, pair)) / sum(weight.size for weight in pair)
-            least = {1: 4 * density + 1 / 8, 4: 4 * density + 1 / 8, 16: 4.25 * density}[block_rows]
-            x = rng.standard_normal((1, 768)).astype(np.float32)
-            rows.append(
-                {"pattern": pattern, "sparsity": sparsity, "limit": round(4 / least, 2), **compare(*sessions, x, rounds)}
-            )
+            weights = [weight.astype(np.float16).astype(np.float32) for weight in make_stack(rng, sparsity, block_rows)]
+            dense = open_session(make_model(weights, False), None)
+            density = float(np.mean([np.count_nonzero(weight) / weight.size for weight in weights]))
+            for values, width in (("fp32", 4), ("fp16", 2)):
+                index = {1: min(1 / density / 8, 1), 4: 1 / 4, 16: 1 / 16}[block_rows]  # bytes: a bit for each, or a column
+                sparse = open_session(make_model(weights, True, values), library)
+                found = compare(dense, sparse, rng.standard_normal((1, 768)).astype(np.float32), rounds)
+                limit = round(4 / (density * (width + index)), 2)
+                rows.append({"pattern": pattern, "sparsity": sparsity, "values": values, "limit": limit, **found})
+    return rows
+
+
+def measure_activations(library: str, rounds: int) -> list[dict[str, Any]]:
+    """What an activation inside the first of two layers (3072 and 768 wide) gains over a node of its own."""
+    rng, rows = np.random.default_rng(4), []
+    for sparsity in SPARSITIES:
+        weights = [random_weight(rng, shape, sparsity, 1) / np.float32(8) for shape in STACK_SHAPES]
+        for activation in ("relu", "silu"):
+            apart = open_session(make_model(weights, True, apart=activation), library)
+            fused = open_session(make_model(weights, True, fused=activation), library)
+            for tokens in (1, 197):
+                x = rng.standard_normal((tokens, 768)).astype(np.float32)
+                found = compare(apart, fused, x, rounds * max(1, 64 // tokens))
+                figures = {key: found[key] for key in ("ratio", "ratio_low", "ratio_high")}
+                times = {"apart_us": found["dense_us"], "fused_us": found["sparse_us"]}
+                rows.append({"sparsity": sparsity, "activation": activation, "tokens": tokens, **figures, **times})
+    return rows
+
+
+MEMORY_CHILD = """
+import sys, time
+import numpy, onnxruntime
+def resident():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["RssAnon"].split()[0]) / 1024
+path, library = sys.argv[1:]
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+if library:
+    options.register_custom_ops_library(library)
+before, started = resident(), time.process_time()
+session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+seconds, created = time.process_time() - started, resident() - before
+for tokens in (197, 1):
+    session.run(None, {"X": numpy.zeros((tokens, 768), numpy.float32)})
+print(created, resident() - before, seconds)
+"""
+
+
+def measure_memory(library: str) -> list[dict[str, Any]]:
+    """Memory of the decoder's stack, anonymous pages only, in a process of its own; weights inside the file and beside it."""
+    rng, rows = np.random.default_rng(5), []
+    for sparsity in SPARSITIES:
+        weights = make_stack(rng, sparsity, 1)
+        for kind, values, given in (("dense", "fp32", ""), ("kernels", "fp32", library), ("kernels", "fp16", library)):
+            model = onnx.load_from_string(make_model(weights, kind != "dense", values))
+            for is_external in (False, True):
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / "model.onnx"
+                    onnx.save(model, path, save_as_external_data=is_external, location="weights", size_threshold=4096)
+                    size = sum(file.stat().st_size for file in Path(folder).iterdir()) / 2**20
+                    command = [sys.executable, "-c", MEMORY_CHILD, str(path), given]
+                    done = subprocess.run(command, capture_output=True, text=True, check=True)
+                created, used, seconds = map(float, done.stdout.split())
+                rows.append({"sparsity": sparsity, "kind": kind, "values": values, "external_data": is_external,
+                             "file_mib": round(size, 1), "created_mib": round(created, 1), "run_mib": round(used, 1),
+                             "created_over_file": round(created / size, 3), "create_cpu_s": round(seconds, 3)})  # fmt: skip
     return rows
 
 
@@ -153,7 +237,7 @@ def measure_crossover(library: str, rounds: int) -> list[dict[str, Any]]:
     for sparsity in CROSSOVER_SPARSITIES:
         weight = random_weight(rng, (768, 768), sparsity, 1)
         sessions = open_session(make_model([weight], False), None), open_session(make_model([weight], True), library)
-        for tokens in (4, 16, 64, 197):
+        for tokens in (1, 2, 4, 8, 16, 64, 197):
             x = rng.standard_normal((tokens, 768)).astype(np.float32)
             rows.append({"sparsity": sparsity, "tokens": tokens, **compare(*sessions, x, rounds * max(1, 64 // tokens))})
     return rows
@@ -208,12 +292,16 @@ def main() -> None:
         "instruction_set": runtime.instruction_set(options.instruction_set), "rounds": options.rounds,
         "layers": measure_layers(library, options.rounds), "decoder": measure_decoder(library, options.rounds),
         "crossover": measure_crossover(library, options.rounds), "creation": measure_creation(library),
+        "activations": measure_activations(library, options.rounds), "memory": measure_memory(library),
     }  # fmt: skip
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     figures = ("ratio", "ratio_low", "ratio_high", "dense_us", "sparse_us")
     show("layers, warm weights", result["layers"], ("shape", "pattern", "sparsity", "tokens", "limit", *figures))
-    show("one token, weights from memory", result["decoder"], ("pattern", "sparsity", "limit", *figures))
+    show("one token, weights from memory", result["decoder"], ("pattern", "sparsity", "values", "limit", *figures))
     show("crossover, 768 x 768", result["crossover"], ("sparsity", "tokens", *figures))
+    fused = ("sparsity", "activation", "tokens", *figures[:3], "apart_us", "fused_us")
+    show("an activation inside the layer over one behind it", result["activations"], fused)
+    show("memory of 24 layers", result["memory"], tuple(result["memory"][0]))
     show("creating a session, 16 layers 768 x 768", result["creation"], ("sparsity", "file_mb", "dense", "kernels", "function"))
 
 
