@@ -71,7 +71,7 @@ def write_models(folder: Path) -> None:
             reference = session_of(model)
             arrays = {f"x{tokens}": rng.standard_normal((tokens, 64)).astype(np.float32) for tokens in TOKENS}
             arrays |= {f"y{key[1:]}": run(reference, x) for key, x in list(arrays.items())}
-            np.savez(folder / f"{name}.npz", **arrays)
+            np.savez(folder / f"{name}.npz", allow_pickle=False, **arrays)
 
 
 def make_environment(folder: Path, version: str) -> Path:

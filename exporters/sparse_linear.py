@@ -141,21 +141,20 @@ def sparse_linear_function(encoding: str, opset: int, *, has_bias: bool = True, 
 
 def _activation_nodes(activation: str) -> list[onnx.NodeProto]:
     """From sums to Y, in the operators of opset 13, which onnxruntime fuses."""
-    number = lambda name, value: _constant(name, np.array(value, np.float32))  # noqa: E731 - short
     node = helper.make_node
     if activation == "relu":
         return [node("Relu", ["sums"], ["Y"])]
     if activation == "gelu":
         return [
-            number("root", 2**0.5), number("one", 1), number("half", 0.5),
+            _number("root", 2**0.5), _number("one", 1), _number("half", 0.5),
             node("Div", ["sums", "root"], ["scaled"]), node("Erf", ["scaled"], ["erf"]), node("Add", ["erf", "one"], ["gate"]),
             node("Mul", ["sums", "gate"], ["gated"]), node("Mul", ["gated", "half"], ["Y"]),
         ]  # fmt: skip
     if activation in ("gelu_tanh", "quick_gelu", "silu"):  # (1 + tanh u) / 2 = sigmoid(2 u)
         slopes = {
-            "silu": [], "quick_gelu": [number("slope", 1.702), node("Mul", ["sums", "slope"], ["scaled"])],
+            "silu": [], "quick_gelu": [_number("slope", 1.702), node("Mul", ["sums", "slope"], ["scaled"])],
             "gelu_tanh": [
-                number("cubic", 2 * (2 / np.pi) ** 0.5 * 0.044715), number("linear", 2 * (2 / np.pi) ** 0.5),
+                _number("cubic", 2 * (2 / np.pi) ** 0.5 * 0.044715), _number("linear", 2 * (2 / np.pi) ** 0.5),
                 node("Mul", ["sums", "sums"], ["squares"]), node("Mul", ["squares", "cubic"], ["curve"]),
                 node("Add", ["curve", "linear"], ["slope"]), node("Mul", ["sums", "slope"], ["scaled"]),
             ],
@@ -234,6 +233,10 @@ def _half_byte_nodes() -> list[onnx.NodeProto]:
 
 def _constant(name: str, array: np.ndarray) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
+
+
+def _number(name: str, value: float) -> onnx.NodeProto:
+    return _constant(name, np.array(value, np.float32))
 
 
 def _attribute_constant(name: str) -> onnx.NodeProto:

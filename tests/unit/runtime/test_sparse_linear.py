@@ -85,14 +85,13 @@ def test_encodings_and_value_types(forced_library: str, encoding: str, values: s
 
 
 def activate(name: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
-    erf = np.vectorize(math.erf)
-    formulas = {
-        "": lambda: x, "relu": lambda: np.maximum(x, 0), "gelu": lambda: x * (1 + erf(x / 2**0.5)) / 2,
-        "gelu_tanh": lambda: x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
-        "quick_gelu": lambda: x / (1 + np.exp(-1.702 * x)), "silu": lambda: x / (1 + np.exp(-x)),
+    erf = np.array([math.erf(value / 2**0.5) for value in x.ravel()]).reshape(x.shape)
+    curve = (2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)
+    formulas: dict[str, NDArray[np.float64]] = {
+        "": x, "relu": np.maximum(x, 0), "gelu": x * (1 + erf) / 2, "gelu_tanh": x * (1 + np.tanh(curve)) / 2,
+        "quick_gelu": x / (1 + np.exp(-1.702 * x)), "silu": x / (1 + np.exp(-x)),
     }  # fmt: skip
-    result: NDArray[np.float64] = formulas[name]()
-    return result
+    return formulas[name]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
