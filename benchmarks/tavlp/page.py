@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from benchmarks.tavlp.cells import Choice, cells
 from benchmarks.tavlp.configuration import Scale
 from benchmarks.tavlp.families import FAMILIES, family
 from benchmarks.tavlp.figures import draw_allocations, draw_highest_sparsity
-from benchmarks.tavlp.pruners import ABLATIONS, ROWS, SEEDS, SPARSITIES
+from benchmarks.tavlp.pruners import ABLATIONS, PRUNERS, ROWS, SEEDS, SPARSITIES
 from benchmarks.tavlp.pruning import Folders, masks_of
 from benchmarks.tavlp.summary import MISSING, Figure, Results, table, title, with_best
 from benchmarks.tavlp.tasks import TASKS
@@ -35,9 +37,8 @@ def write_page(folders: Folders, scale: Scale, docs: Path) -> Path:
     images.mkdir(exist_ok=True)
     for name in FAMILIES:
         for pruner in ALLOCATION_ROWS:
-            row = next(row for row in ROWS if row.name == pruner)
-            if results.masks(name, row, ALLOCATION_SPARSITY, 0) is None:
-                masks_of(family(name), row, ALLOCATION_SPARSITY, 0, scale, folders)
+            if results.masks(name, PRUNERS[pruner], ALLOCATION_SPARSITY, 0) is None:
+                masks_of(family(name), PRUNERS[pruner], ALLOCATION_SPARSITY, 0, scale, folders)
     draw_allocations(results, tuple(FAMILIES), ALLOCATION_ROWS, ALLOCATION_SPARSITY, images / "benchmark_allocations.png")
     draw_highest_sparsity(results, tuple(FAMILIES), COMPARED, SPARSITIES[-1], images / "benchmark_highest_sparsity.png")
     path = docs / "benchmark_tables.md"
@@ -66,6 +67,7 @@ def _parts(results: Results) -> Iterator[str]:
     yield f"## Sparsity of every layer at {100 * ALLOCATION_SPARSITY:.0f} % (Fig. 4)"
     yield "![sparsity per layer and region under three allocations](images/benchmark_allocations.png)"
     yield regions(results)
+    yield magnitudes(results)
     yield "## Retrieval before fine-tuning"
     yield before(results)
     yield "## Cost of each pruner"
@@ -135,6 +137,22 @@ def regions(results: Results) -> str:
         [label, *(f"{100 * found[region]:.2f}" if region in found else MISSING for region in headings)] for label, found in rows
     ]
     return table(["removed, in %", *headings], shown)
+
+
+def magnitudes(results: Results) -> str:
+    """How large the pretrained weights of every region are, which is all that Eq. 7 of the paper goes by."""
+    rows = []
+    for name in FAMILIES:
+        record = results.masks(name, PRUNERS["multiflow"], ALLOCATION_SPARSITY, 0)
+        if record is None:
+            continue
+        model = family(name).build()
+        for region in dict.fromkeys(record["layer_region"].values()):
+            members = [fqn for fqn, found in record["layer_region"].items() if found == region]
+            weights = torch.cat([model.get_parameter(fqn).detach().abs().flatten() for fqn in members])
+            root = weights.square().mean().sqrt()
+            rows.append([f"{name}, {region}", f"{len(weights):,}", f"{weights.median():.4f}", f"{root:.4f}"])
+    return table(["pretrained weights", "count", "median size", "root of mean square"], rows)
 
 
 def costs(results: Results) -> str:
