@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnxruntime
 import torch
@@ -17,6 +17,7 @@ from mfcompile.control_flow import eager_code
 from mfcompile.errors import InputError, ParityError
 from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.session import make_feeds, open_session, reads_sparsely, run_session
+from mfcompile.exporters.tolerances import WORLDS_SHARE, Tolerance, default_tolerance, is_of_range
 from mfcompile.inputs import ExampleInputs, output_tensors, slice_batch
 
 __all__ = [
@@ -40,49 +41,6 @@ MASK_VALUES = 2
 # An output whose largest value is below one gets an atol of that share, but not less than this one: below it, what is
 # left of sums that cancel is rounding.
 SMALLEST_SCALE = 1e-2
-
-
-INT8_SHARE = 0.05
-"""Largest error of an output of an int8 file, as a share of the output's largest magnitude."""
-
-WORLDS_SHARE = 0.01
-"""Largest difference between stock onnxruntime and the sparse kernels on an int8 file, as a share of the same."""
-
-
-class _Tolerance(NamedTuple):
-    """Allowed: atol + rtol |expected|, atol as a share of the largest magnitude where it is ``of_range``."""
-
-    rtol: float
-    atol: float
-    of_range: bool
-
-
-def is_of_range(values: str) -> bool:
-    """Whether the atol of ``default_tolerance`` is a share of the largest magnitude of an output."""
-    return values == "int8"
-
-
-def default_tolerance(values: str) -> tuple[float, float]:
-    """(rtol, atol) for an artefact whose masked weights are stored in this precision.
-
-    "fp32": 1e-3 and 1e-4. Both sides compute in float32 with sums in different orders. A sum of K products is off by
-    about sqrt(K) 6e-8 of its scale: 2e-6 for K = 1024, a few 1e-5 of the scale after dozens of layers. 1e-4 leaves
-    room for that on outputs of order one (normalised embeddings, logits near zero), 1e-3 on large ones, and both are
-    far below what a wrong weight does: masking one weight more moves outputs by its share of a sum, 1e-3 and more.
-    "fp16": 2e-2 and 1e-2. The module keeps its float32 weights, the file rounds them: each is off by up to
-    2^-11 = 4.9e-4 of itself, 2.8e-4 on average, independently, so a layer's output is off by 2.8e-4 of its scale and
-    that of 24 layers by about 1.4e-3; the largest of 1e6 elements is five times that, 7e-3.
-
-    "int8": 0 and INT8_SHARE, of the range of each output (``is_of_range``): rounding of activations does not shrink with an
-    element, and it is the sum of a model's layers, so no bound on single elements holds.
-
-    Outputs much larger than one with elements near zero (unnormalised hidden states) need an atol of 1e-4 of their
-    scale; pass it.
-    """
-    known = {"fp32": (1e-3, 1e-4), "fp16": (2e-2, 1e-2), "int8": (0.0, INT8_SHARE)}
-    if values not in known:
-        raise InputError(f"values={values!r} is not known; choose one of {', '.join(known)}")
-    return known[values]
 
 
 @dataclass
@@ -117,9 +75,7 @@ class _Runtime:
     session: Any
     comparisons: dict[str, _Comparison] = field(default_factory=dict)
 
-    def compare(
-        self, number: int, case: ExampleInputs, expected: dict[str, Tensor], tolerance: _Tolerance
-    ) -> dict[str, Tensor]:
+    def compare(self, number: int, case: ExampleInputs, expected: dict[str, Tensor], tolerance: Tolerance) -> dict[str, Tensor]:
         """Run one case and compare every output; what it computed, {} where it fails."""
         for name in expected:
             self.comparisons.setdefault(name, _Comparison(name))
@@ -138,7 +94,7 @@ class _Runtime:
     def compare_worlds(self, expected: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
         """Hold what it computed to what stock onnxruntime did."""
         apart = {name: _Comparison(name) for name in expected}
-        _compare_case(expected, actual, apart, _Tolerance(0.0, WORLDS_SHARE, True))
+        _compare_case(expected, actual, apart, Tolerance(0.0, WORLDS_SHARE, True))
         for name, item in apart.items():
             own = self.comparisons.get(name.removesuffix("_out"), self.comparisons.get(name))
             if own is not None and not item.within:
@@ -210,7 +166,7 @@ def verify(
         with _inference(module):
             expected = output_tensors(case.call(module))
         expected = {name: tensor.detach().cpu() for name, tensor in expected.items()}
-        computed = [runtime.compare(number, case, expected, _Tolerance(rtol, atol, of_range)) for runtime in runtimes]
+        computed = [runtime.compare(number, case, expected, Tolerance(rtol, atol, of_range)) for runtime in runtimes]
         if of_range and len(computed) == 2 and all(computed):
             runtimes[1].compare_worlds(*computed)
     if is_sparse and library is None and missing:
@@ -345,7 +301,7 @@ def describe(case: ExampleInputs) -> str:
 
 
 def _compare_case(
-    expected: dict[str, Tensor], actual: dict[str, Tensor], comparisons: dict[str, _Comparison], tolerance: _Tolerance
+    expected: dict[str, Tensor], actual: dict[str, Tensor], comparisons: dict[str, _Comparison], tolerance: Tolerance
 ) -> None:
     for name, reference in expected.items():
         item = comparisons[name]

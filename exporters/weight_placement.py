@@ -85,7 +85,7 @@ class PlacementOptions:
 
     Attributes:
         format: "packed" or "dense".
-        values: "fp32" or "fp16".
+        values: "fp32" or "fp16"; "int8" where ``int8_placement`` reads them.
         inline: plain nodes only, for runtimes that refuse model-local functions.
         sizes: named dimension -> its size in the example inputs.
         load_budget: see ``LOAD_BUDGET``; for less, encodings are taken that are decoded with less memory and store more bytes.

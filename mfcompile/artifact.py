@@ -39,7 +39,7 @@ class ExportedArtifact:
     Attributes:
         path: the .onnx file; external data, if any, lies beside it.
         format: "packed" or "dense".
-        values: precision of the stored values of pruned weights, "fp32" or "fp16".
+        values: precision of the stored values of pruned weights, "fp32" or "fp16"; "int8" of all linear layers.
         size_bytes: all files of the artefact together.
         dense_size_bytes: the same model in dense format with fp32 values.
         encodings: one entry per pruned weight.

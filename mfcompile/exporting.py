@@ -49,7 +49,8 @@ def export_onnx(
         format: "packed" stores only what is left of pruned weights, "dense" stores zeros as well. Linear layers of a packed
             file run on the kernels of ``mfcompile.runtime`` where its library is registered (``ExportedArtifact.encodings``
             says which); any onnxruntime computes them without.
-        values: "fp32", or "fp16" for the stored values of pruned weights.
+        values: "fp32"; "fp16" for the stored values of pruned weights; "int8" computes all linear layers in int8, with
+            activations quantized as they come, and is held to PyTorch within 5 % of each output's range.
         split: "regions" writes one file per modality and one for their fusion, with a manifest (see ``load_parts``);
             None writes one file.
         regions: what ``infer_regions`` gave, for ``split``; None infers them with defaults.
@@ -72,6 +73,11 @@ def export_onnx(
     if is_onnx(pruned.module):
         if request is not None:
             raise InputError("an .onnx file is pruned as it is, in one file; split is for PyTorch models. Export without it")
+        if values == "int8":
+            raise InputError(
+                "values='int8' is for models that are captured from PyTorch. Write this file with fp32 values and format "
+                "'dense', and quantize it by onnxruntime.quantization.quantize_dynamic, which keeps zeros"
+            )
         if external_data is not None:
             raise InputError("an .onnx file keeps its weights where it has them. Export without external_data")
         return export_file(pruned, path, format=format, values=values, inline=inline, load_budget=load_budget)

@@ -82,7 +82,7 @@ class Recipe:
         statistics: file of an earlier calibration that is used in place of one; None calibrates.
         onnx: whether an ONNX file is written.
         format: how pruned weights are stored in it, "packed" or "dense".
-        values: precision of their values, "fp32" or "fp16".
+        values: precision of their values, "fp32" or "fp16"; "int8" of all linear layers.
         inline: whether packed weights are decoded by plain nodes only, so that any runtime reads the file.
         external_data: whether weights are in a file beside it; None for where that saves memory, or is needed.
         load_budget: memory for loading the file, in multiples of the dense tensors; None for the exporter's default.

@@ -228,7 +228,8 @@ def add_format_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--values",
         choices=VALUES,
-        help="precision of the stored pruned weights; the rest stays as it is (default: fp32)",
+        help="precision of the stored pruned weights, the rest stays as it is; int8 computes every linear layer in int8, "
+        "pruned or not, with activations quantized as they come (default: fp32)",
     )
     group.add_argument(
         "--split",

@@ -18,7 +18,7 @@ from mfcompile import runtime
 from mfcompile.artifact import ExportedArtifact
 from mfcompile.compile import CompiledModel
 from mfcompile.errors import ParityError
-from mfcompile.exporters import parity
+from mfcompile.exporters import parity, tolerances
 from mfcompile.exporters.quantization import quantize_rows
 from mfcompile.exporters.stored_weights import INT8_KEY
 
@@ -122,7 +122,7 @@ def test_both_worlds_and_both_formats_compute_the_same(files: dict[str, Exported
             outputs.append(session_of(artifact.path, library).run(None, ids)[0])
     assert np.abs(outputs[0]).max() > 0.1
     for output in outputs[1:]:
-        np.testing.assert_allclose(output, outputs[0], atol=parity.WORLDS_SHARE * np.abs(outputs[0]).max(), rtol=0)
+        np.testing.assert_allclose(output, outputs[0], atol=tolerances.WORLDS_SHARE * np.abs(outputs[0]).max(), rtol=0)
 
 
 def test_weights_are_those_of_the_equations(compiled: CompiledModel, files: dict[str, ExportedArtifact]) -> None:
@@ -151,8 +151,8 @@ def test_a_packed_file_stores_kept_weights_only(compiled: CompiledModel, files: 
 def test_parity_is_held_to_the_range_of_the_output(compiled: CompiledModel, exported: ExportedArtifact) -> None:
     report = compiled.verify(exported)
     assert report.passed
-    assert (report.rtol, report.atol) == (0.0, parity.INT8_SHARE)
-    assert 1e-4 < report.max_abs_diff / report.outputs[0].max_abs < parity.INT8_SHARE
+    assert (report.rtol, report.atol) == (0.0, tolerances.INT8_SHARE)
+    assert 1e-4 < report.max_abs_diff / report.outputs[0].max_abs < tolerances.INT8_SHARE
     if exported.format == "packed" and runtime.is_available():
         assert report.sparse is not None
 

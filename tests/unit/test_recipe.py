@@ -91,7 +91,7 @@ def test_recipe_moves_with_its_source(tmp_path: Path) -> None:
         ("sparsity: lots", r"'lots' is not a number"),
         ("sparsity: true", r"True is not a number"),
         ("seed: 1\nformat: coo", r"line 4: format: 'coo' is none of packed, dense"),
-        ("values: int8", r"values: 'int8' is none of fp32, fp16"),
+        ("values: int4", r"values: 'int4' is none of fp32, fp16, int8"),
         ("rounding: [exact]", r"rounding: \['exact'\] is none of exact, official"),
         ("targets: text.*", r"targets: 'text\.\*' is not a list of patterns"),
         ("ignore: null", r"ignore: None is not a list of patterns"),

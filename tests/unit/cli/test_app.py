@@ -78,7 +78,7 @@ def test_version(run: Any) -> None:
         (["prune", "m.py", "--sparsity", "63%"], ["'63%' is not a number such as 0.63. Did you mean 0.63?"]),
         (["prune", "m.py", "--sparsity", "many"], ["'many' is not a number such as 0.63"]),
         (["prune", "m.py", "--format", "coo"], ["--format", "'coo'", "packed", "dense"]),
-        (["prune", "m.py", "--values", "int8"], ["--values", "'int8'", "fp16"]),
+        (["prune", "m.py", "--values", "int4"], ["--values", "'int4'", "fp16"]),
         (["prune", "m.py", "--regions", "a.*"], ["'a.*' is not of the form PATTERN=REGION"]),
         (["prune", "m.py", "--modality", "=vision"], ["'=vision' is not of the form NAME=MODALITY"]),
         (["prune", "m.py", "--seed", "x"], ["'x' is not a whole number"]),

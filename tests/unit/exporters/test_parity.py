@@ -14,8 +14,6 @@ from mfcompile.artifact import ExportedArtifact
 from mfcompile.errors import InputError, ParityError
 from mfcompile.exporters.onnx_model import export_onnx
 from mfcompile.exporters.parity import (
-    INT8_SHARE,
-    WORLDS_SHARE,
     _compare,
     _Comparison,
     comparable_batch_sizes,
@@ -24,6 +22,7 @@ from mfcompile.exporters.parity import (
     raise_on_failure,
     verify,
 )
+from mfcompile.exporters.tolerances import INT8_SHARE, WORLDS_SHARE
 from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import ExampleInputs, normalize_inputs
 from tests.unit.exporters.toy_models import (
