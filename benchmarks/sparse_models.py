@@ -87,7 +87,7 @@ def measure_subject(
         for sparsity in sparsities:
             _tell(f"{subject.name}, {pattern}, {sparsity:.0%}")
             masks = pruner.masks(sparsity, pattern)
-            artifact = pruner.export(folder / "packed.onnx", masks, format="packed")
+            artifact = pruner.export(folder / "packed.onnx", masks, format="packed", external_data=False)
             packed = SessionFile("runtime", artifact.path, library)
             dense = SessionFile("dense", mfcompile.unpack(artifact.path, folder / "dense.onnx", overwrite=True)[0])
             head = {"model": subject.name, "pattern": pattern, "sparsity": sparsity}

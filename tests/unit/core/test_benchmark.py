@@ -15,7 +15,14 @@ import mfcompile
 from mfcompile import runtime
 from mfcompile.benchmark_cost import measure_cost
 from mfcompile.benchmark_timing import SessionFile
-from mfcompile.benchmark_variants import FileForms, choose_variants, has_sparse_layers, masks_of_zeros, prepare_variants
+from mfcompile.benchmark_variants import (
+    FileForms,
+    choose_variants,
+    has_sparse_layers,
+    masks_of_zeros,
+    prepare_variants,
+    size_of,
+)
 from mfcompile.errors import InputError
 from mfcompile.inputs import ExampleInputs
 from mfcompile.runtime import building
@@ -65,7 +72,7 @@ def test_a_packed_file_in_all_forms(packed: Path, examples: dict[str, torch.Tens
     assert [item.name for item in found.variants] == names
     assert {item.name: item.reason for item in found.variants} == dict.fromkeys(names)
     sizes = {item.name: item.size_bytes or 0 for item in found.variants}
-    assert sizes["packed"] == sizes["runtime"] == packed.stat().st_size < sizes["dense"]
+    assert sizes["packed"] == sizes["runtime"] == size_of(packed) < sizes["dense"]
     assert [item.variant for item in found.timings] == names
     assert all((item.max_error or 0) < 1e-5 for item in found.timings)
     assert found.sizes[0].shapes == {"x": (1, TOKENS, WIDTH)}
