@@ -11,15 +11,16 @@ CACHE_BYTES = 32 << 20
 
 CROSSOVERS = {
     True: ((1, 0.46), (2, 0.73), (4, 0.76), (8, 0.49), (16, 0.46), (64, 0.31)),
-    False: ((8, 0.16), (16, 0.32), (64, 0.31)),
+    False: ((1, 0.16), (4, 0.21), (32, 0.21), (64, 0.31)),
 }
 """Whether weights stay in the cache -> tokens, and the sparsity from which the sparse kernel is as fast as dense onnxruntime.
 
 One thread with AVX-512, unstructured masks. In the cache: ``crossover`` and ``layers`` of
 ``benchmarks/results/sparse_kernels.json`` (768 x 768; it loses at 63 % with 2 to 4 tokens: a dense product reads its weight
 once for up to four tokens, and takes hardly longer for them than for one).
-From memory: ``streamed`` of ``benchmarks/results/sparse_export.json`` (layers of 3072 x 768; at up to 8 tokens it wins wherever
-packing saves anything). Up to the first entry and from the last one on, the sparsity stays that of the entry.
+From memory: ``streamed`` of ``benchmarks/results/sparse_export.json`` (layers of 3072 x 768; with one token it wins wherever packing
+saves anything, with 4 to 32 it breaks even at about 20 %). Up to the first entry and from the last one on, the sparsity stays
+that of the entry.
 """
 
 
