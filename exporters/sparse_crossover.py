@@ -18,9 +18,9 @@ CROSSOVERS = {
 One thread with AVX-512, unstructured masks. In the cache: ``crossover`` and ``layers`` of
 ``benchmarks/results/sparse_kernels.json`` (768 x 768; it loses at 63 % with 2 to 4 tokens: a dense product reads its weight
 once for up to four tokens, and takes hardly longer for them than for one).
-From memory: ``streamed`` of ``benchmarks/results/sparse_export.json`` (layers of 3072 x 768; with one token it wins wherever packing
-saves anything, with 4 to 32 it breaks even at about 20 %). Up to the first entry and from the last one on, the sparsity stays
-that of the entry.
+From memory: ``streamed`` of ``benchmarks/results/sparse_export.json`` (layers of 3072 x 768; with one token it wins wherever
+packing saves anything, with 4 to 32 it breaks even at about 20 %). Up to the first entry and from the last one on, the sparsity
+stays that of the entry.
 """
 
 
