@@ -167,7 +167,8 @@ def _write_model(
         place = place_int8 if storage.options.values == INT8 else place_weights
         placed, stored = place(model, weights, storage.options)
     storage.describe(model, stored)
-    model.metadata_props.update(describe_int8(placed))
+    if storage.options.values == INT8:
+        model.metadata_props.update({WEIGHTS_KEY: describe_weights(stored)} | describe_int8(placed))
     has_data_file = _is_external(model, storage.external_data, stored)
     layout = plan_files(model, f"{path.name}.data" if has_data_file else None)
     if fields:

@@ -175,3 +175,14 @@ def test_plain_nodes_where_functions_are_refused(compiled: CompiledModel, tmp_pa
     assert not model.functions
     assert {item.domain for item in model.opset_import} <= {"", "ai.onnx"}
     assert {item.why_dense for item in artifact.encodings} == {"plain nodes were asked for"}
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_load_session_opens_it(files: dict[str, ExportedArtifact], library: bool) -> None:
+    if library and not runtime.is_available():
+        pytest.skip(f"no sparse runtime here: {runtime.why_unavailable()}")
+    ids = {"input_ids": np.random.default_rng(3).integers(0, 50, (2, 12))}
+    for artifact in files.values():
+        found = mfcompile.load_session(artifact.path, runtime="auto" if library else False).run(None, ids)[0]
+        wanted = session_of(artifact.path).run(None, ids)[0]
+        np.testing.assert_allclose(found, wanted, atol=tolerances.WORLDS_SHARE * np.abs(wanted).max(), rtol=0)
