@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 RESULT = Path(__file__).resolve().parent / "results" / "compatibility.json"
 ONNXRUNTIMES = ("1.20.1", "1.22.1", "1.24.4", "1.27.0")
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "packed": {},
     "packed fp16": {"values": "fp16"},
     "inline": {"inline": True},
@@ -48,7 +48,7 @@ PYTHON_CHILD = """
             path = f"{folder}/{name}.onnx"
             if runtime == "openvino":
                 import openvino
-                version = openvino.__version__
+                version = openvino.__version__.split("-")[0]
                 model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
                 output = model(given)[model.output(0)]
             else:
@@ -61,7 +61,7 @@ PYTHON_CHILD = """
             expected = np.load(f"{folder}/{name}.npy")
             found[name] = float(np.abs(output - expected).max() / np.abs(expected).max())
         except Exception as error:
-            found[name] = str(error).strip().splitlines()[0][:200]
+            found[name] = " ".join(str(error).split())[:300]
     print(json.dumps({"version": version, "forms": found}))
 """
 NODE_CHILD = """
@@ -130,7 +130,7 @@ def write_models(folder: Path) -> dict[str, list[str]]:
     }
     masked = replace(captured, masks=mfcompile.MaskSet({name: PackedMask.pack(mask) for name, mask in drawn.items()}))
     feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
-    np.savez(folder / "inputs.npz", **feeds)
+    np.savez(folder / "inputs.npz", **feeds)  # type: ignore[arg-type]
     listed = {name: {"data": array.reshape(-1).tolist(), "shape": list(array.shape)} for name, array in feeds.items()}
     (folder / "inputs.json").write_text(json.dumps(listed))
     described = {}
@@ -155,7 +155,7 @@ def in_python(folder: Path, models: Path, requirement: str, runtime: str) -> dic
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", requirement, "numpy"], check=True)
     command = [str(python), "-c", textwrap.dedent(PYTHON_CHILD), str(models), json.dumps(list(FORMS)), runtime]
-    return _read(command)
+    return read_answer(command)
 
 
 def in_node(folder: Path, models: Path) -> dict[str, Any]:
@@ -170,10 +170,11 @@ def in_node(folder: Path, models: Path) -> dict[str, Any]:
         subprocess.run(command, check=True, cwd=place, capture_output=True)
     script = place / "child.js"
     script.write_text(textwrap.dedent(NODE_CHILD))
-    return _read(["node", str(script), str(models), json.dumps(list(FORMS))])
+    return read_answer(["node", str(script), str(models), json.dumps(list(FORMS))])
 
 
-def _read(command: list[str]) -> dict[str, Any]:
+def read_answer(command: list[str]) -> dict[str, Any]:
+    """What a child process found, or how it failed."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         return {"failed": result.stderr.strip().splitlines()[-1][:200]}
@@ -185,9 +186,12 @@ def show(result: dict[str, Any]) -> None:
     """Print, for every runtime and form, the largest difference from the dense outputs relative to the largest of these."""
     print(f"{'runtime':28}" + "".join(f"{name:>14}" for name in FORMS))
     for name, row in result["runtimes"].items():
-        cells = (row.get("forms", {}).get(form, row.get("skipped", row.get("failed"))) for form in FORMS)
-        texts = [f"{cell:.1e}" if isinstance(cell, float) else str(cell or 0.0)[:100] for cell in cells]
-        print(f"{name + ' ' + row.get('version', ''):28}" + "".join(f"{text:>14}" for text in texts))
+        cells = [row.get("forms", {}).get(form, row.get("skipped", row.get("failed"))) for form in FORMS]
+        texts = [f"{cell:.1e}" if isinstance(cell, (int, float)) else "refused" for cell in cells]
+        version = row.get("version", "").split("-")[0]
+        print(f"{name.removesuffix(version).strip()} {version}".ljust(28), *(f"{text:>13}" for text in texts))
+        for cell in dict.fromkeys(cell for cell in cells if isinstance(cell, str)):
+            print(f"    {cell}")
 
 
 def main() -> None:
@@ -206,7 +210,7 @@ def main() -> None:
             for version in ONNXRUNTIMES:
                 requirement = f"onnxruntime=={version}"
                 result["runtimes"][f"onnxruntime {version}"] = in_python(folder, models, requirement, "onnxruntime")
-            result["runtimes"]["onnxruntime here"] = _read(
+            result["runtimes"]["onnxruntime here"] = read_answer(
                 [sys.executable, "-c", textwrap.dedent(PYTHON_CHILD), str(models), json.dumps(list(FORMS)), "onnxruntime"]
             )
             result["runtimes"]["onnxruntime-node"] = in_node(folder, models)

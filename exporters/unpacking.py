@@ -63,7 +63,7 @@ def read_packed(path: Path) -> PackedFile:
     """Read an ONNX file and what it says of its packed weights.
 
     Raises:
-        InputError: it is missing, no ONNX file, of an older mfcompile, or not what it says that it is.
+        InputError: it is missing, or no ONNX file.
     """
     if not path.is_file():
         raise InputError(f"there is no ONNX file {path}")
@@ -74,10 +74,6 @@ def read_packed(path: Path) -> PackedFile:
             f"{path} cannot be read as an ONNX file ({first_line(error)}): it is damaged or something else. Export it again"
         ) from error
     metadata = model.metadata_props
-    if metadata.get(FORMAT_KEY) == "packed" and WEIGHTS_KEY not in metadata:
-        raise InputError(
-            f"{path} was packed by an older mfcompile, which did not write down where its weights are. Export it again"
-        )
     try:
         weights = read_weights(metadata)
     except (ValueError, TypeError, KeyError) as error:
@@ -351,8 +347,13 @@ def unpack_onnx(path: Path, output: Path, *, overwrite: bool = False, external_d
     if sources & {output.resolve(), data_path(output).resolve()}:
         raise InputError(f"{output} is (a part of) the file that is unpacked: write to another one")
     if not file.weights:
-        raise InputError(f"{path} holds no packed weight: it is as dense as it can be. Nothing was written")
+        raise InputError(f"{path} names no packed weight: it is dense, or packed by an older mfcompile (export it again)")
     make_dense(file)
+    left = sorted({node.op_type for node in file.model.graph.all_nodes() if node.domain == DOMAIN})
+    if left:
+        raise InputError(
+            f"{path} has layers of {' and '.join(left)}, which are not unpacked: export the model with --format dense instead"
+        )
     tensors = (value.const_value for value in file.model.graph.initializers.values())
     is_external = needs_external_data(item for item in tensors if item is not None) if external_data is None else external_data
     layout = plan_files(file.model, data_path(output).name if is_external else None)

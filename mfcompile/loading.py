@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from mfcompile.exporters.split_session import SplitSession
     from mfcompile.exporters.unpacking import PackedFile
-    from mfcompile.onnx_wire import FileHead
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +112,7 @@ class _Opener:
     def open(self, path: Path) -> onnxruntime.InferenceSession:
         """A session of one .onnx file."""
         from mfcompile.exporters.sparse_linear import DOMAIN
+        from mfcompile.exporters.stored_weights import WEIGHTS_KEY
         from mfcompile.onnx_wire import read_head
 
         head = read_head(path)
@@ -120,8 +120,8 @@ class _Opener:
         library = self._find_library(path, wanted=DOMAIN in head.opsets)
         if library is not None:
             _register(options, library)
-        if not is_packed(head):
-            logger.info("%s: loaded as it is, without packed weights", path)
+        if WEIGHTS_KEY not in head.metadata:
+            logger.info("%s: loaded as it is: it names no packed weights", path)
             return self._create(path, str(path), options)
         from mfcompile.exporters.unpacking import read_packed
 
@@ -226,11 +226,3 @@ def _ort_value(tensor: Any) -> onnxruntime.OrtValue:
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(tensor.numpy()), int(tensor.dtype))
-
-
-def is_packed(head: FileHead) -> bool:
-    """Whether a file says that it holds packed weights."""
-    from mfcompile.exporters.stored_weights import WEIGHTS_KEY
-    from mfcompile.exporters.unpacking import FORMAT_KEY
-
-    return head.metadata.get(FORMAT_KEY) == "packed" or WEIGHTS_KEY in head.metadata

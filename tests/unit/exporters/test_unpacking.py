@@ -263,7 +263,6 @@ def without_functions(model: onnx.ModelProto) -> None:
         (False, without("value.weight.gaps"), r"stores value\.weight as gap8, but it has no initializer value\.weight\.gaps"),
         (True, without("value.weight.gaps"), r"stores value\.weight as gap8, but it has no initializer value\.weight\.gaps"),
         (True, with_another_node, r"a node Neg stands among those that decode it"),
-        (False, without_entry, "packed by an older mfcompile"),
         (False, without_functions, "has no function in the file"),
         (False, with_gaps_doubled("value.weight.gaps"), r"value\.weight \(96, 96\) cannot be decoded as gap8: the last value"),
         (True, with_gaps_doubled("value.weight.gaps"), r"value\.weight \(96, 96\) cannot be decoded as gap8: the last value"),
@@ -278,6 +277,32 @@ def test_a_file_that_was_changed_is_refused_with_one_message(
     with pytest.raises(InputError, match=message):
         mfcompile.load_session(path, runtime=False)
     assert [item.name for item in tmp_path.iterdir()] == ["changed.onnx"]
+
+
+def test_a_file_of_an_older_version_is_loaded_as_it_is(
+    cases: dict[tuple[str, bool, bool], Case], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = changed(cases["fp32", True, False].packed.path, tmp_path / "older.onnx", without_entry)
+    with pytest.raises(InputError, match="packed by an older mfcompile"):
+        mfcompile.unpack(path, tmp_path / "dense.onnx")
+    with caplog.at_level(logging.INFO, "mfcompile.loading"):
+        session = mfcompile.load_session(path, runtime=False)
+    assert "loaded as it is" in caplog.text
+    inputs = feeds(two_tower_inputs())
+    expected = toy_session.run(cases["fp32", False, False].dense.path, inputs)
+    assert run(session, inputs)["logits"].tobytes() == expected["logits"].tobytes()
+
+
+def test_int8_layers_stay_and_are_not_unpacked(pruned: CapturedGraph, tmp_path: Path) -> None:
+    artifact = export_onnx(pruned, tmp_path / "int8.onnx", values="int8")
+    assert any(item.encoding.startswith("int8") and item.is_sparse for item in artifact.encodings)
+    inputs = feeds(two_tower_inputs())
+    expected = toy_session.run(artifact.path, inputs)
+    for name, value in run(mfcompile.load_session(artifact.path, runtime=False), inputs).items():
+        assert value.tobytes() == expected[name].tobytes(), name
+    with pytest.raises(InputError, match=r"layers of SparseLinearInt8.* which are not unpacked"):
+        mfcompile.unpack(artifact.path, tmp_path / "dense.onnx")
+    assert [item.name for item in tmp_path.iterdir()] == ["int8.onnx"]
 
 
 def test_the_output_is_checked_before_anything_is_read(
