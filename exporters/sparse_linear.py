@@ -195,7 +195,8 @@ def _mask_nodes() -> list[onnx.NodeProto]:
 
 def kept_in_byte() -> NDArray[np.int32]:
     """(256,) how many bits of every byte are 1."""
-    return _bits().sum(axis=1, dtype=np.int32)
+    counts: NDArray[np.int32] = _bits().sum(axis=1, dtype=np.int32)
+    return counts
 
 
 def ranks_in_byte() -> NDArray[np.int32]:
