@@ -39,7 +39,7 @@ SMALL = Scale(
     pruning={"itersnip_steps": 10, "itersnip_batches": 8, "chita_gradients": 32, "chita_steps": 6},
     recipes={
         "retrieval": Recipe(steps=60, batch_size=32, learning_rate=3e-4, train_size=1_920, test_size=500),
-        "captioning": Recipe(steps=80, batch_size=32, learning_rate=5e-4, train_size=1_920, test_size=300),
+        "captioning": Recipe(steps=110, batch_size=24, learning_rate=1e-3, train_size=1_920, test_size=300),
         "vqa": Recipe(steps=80, batch_size=32, learning_rate=1e-3, train_size=4_000, test_size=1_000),
     },
 )

@@ -60,6 +60,7 @@ def _bars(axes: Axes, results: Results, family: str, task: str, pruners: Sequenc
             axes.text(index, 0, "no cell", rotation=90, ha="center", va="bottom", color=FAINT, fontsize=6)
     axes.set_xticks(range(len(pruners)), [title(pruner) for pruner in pruners], rotation=50, ha="right", fontsize=7)
     axes.set_title(f"{family}, {task}: {TASKS[task].metrics[metric]} at {100 * sparsity:.0f} %", fontsize=8)
+    axes.set_xlim(-0.6, len(pruners) - 0.4)
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
 
