@@ -47,12 +47,12 @@ SMALL = Scale(
 
 FULL = Scale(
     name="full",
-    calibration=(128, 32),
+    calibration=(96, 32),
     pruning={"itersnip_steps": 60, "itersnip_batches": 50, "chita_gradients": 50, "chita_steps": 60},
     recipes={
         "retrieval": Recipe(steps=600, batch_size=128, learning_rate=3e-4, train_size=8_000, test_size=1_000),
-        "captioning": Recipe(steps=600, batch_size=128, learning_rate=3e-4, train_size=8_000, test_size=1_000),
-        "vqa": Recipe(steps=600, batch_size=128, learning_rate=3e-4, train_size=4_000, test_size=1_000),
+        "captioning": Recipe(steps=600, batch_size=96, learning_rate=1e-3, train_size=8_000, test_size=1_000),
+        "vqa": Recipe(steps=600, batch_size=128, learning_rate=1e-3, train_size=4_000, test_size=1_000),
     },
 )
 """For a GPU: the published numbers of steps and gradients of the iterated pruners."""
