@@ -50,7 +50,7 @@ def export_onnx(
             file run on the kernels of ``mfcompile.runtime`` where its library is registered (``ExportedArtifact.encodings``
             says which); any onnxruntime computes them without.
         values: "fp32"; "fp16" for the stored values of pruned weights; "int8" computes all linear layers in int8, with
-            activations quantized as they come, and is held to PyTorch within 5 % of each output's range.
+            activations quantized as they come, and is held to PyTorch within 10 % of each output's range.
         split: "regions" writes one file per modality and one for their fusion, with a manifest (see ``load_parts``);
             None writes one file.
         regions: what ``infer_regions`` gave, for ``split``; None infers them with defaults.

@@ -231,7 +231,7 @@ def test_tolerances_are_ordered_and_named() -> None:
     assert 0 < rtol < rtol16 < 0.1
     assert 0 < atol < atol16 < 0.1
     assert default_tolerance("int8") == (0.0, INT8_SHARE)
-    assert WORLDS_SHARE < INT8_SHARE < 0.1
+    assert WORLDS_SHARE < INT8_SHARE <= 0.1
     with pytest.raises(InputError, match="values='int4'"):
         default_tolerance("int4")
 
