@@ -71,6 +71,7 @@ void multiply_rows_by_tokens(const Cell& cell, const float* x, size_t x_stride, 
     };
     for (; left >= 2; left -= 2, columns += 16, values += 16) {
       __builtin_prefetch(values + kAhead);
+      __builtin_prefetch(columns + kAhead);
       add(0xffff, load_values(values));
     }
     if (left) {  // lanes of the next group are left alone: a product with zero would not be zero for an infinity

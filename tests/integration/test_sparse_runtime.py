@@ -37,7 +37,7 @@ def library() -> str:
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_one_file_runs_in_both_worlds(library: str, encoding: str, values: str, tokens: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(11)
-    weight, bias = random_weight(rng, 90, 70, 0.37), rng.standard_normal(90).astype(np.float32)
+    weight, bias = random_weight(rng, 96, 70, 0.37), rng.standard_normal(96).astype(np.float32)
     weight[0, 0] += np.count_nonzero(weight) % 2  # gap4 stores an even number of entries
     model = sparse_model(weight, bias, encoding=encoding, values=values)
     onnx.checker.check_model(model, full_check=True)
