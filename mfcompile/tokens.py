@@ -226,7 +226,7 @@ def _with_sites(exported: ExportedModel, kinds: Mapping[str, str]) -> _Program:
     program = exported.program
     nodes = tensor_input_nodes(program)
     modalities = {node: kinds[name] for node, name in zip(nodes, exported.input_names, strict=True) if name in kinds}
-    plans, refused = plan_sites(program.graph, modalities)
+    plans, refused = plan_sites(program.graph, modalities, program.graph_signature.inputs_to_parameters)
     masks = {plan.image_mask.name: plan for plan in plans if plan.image_mask is not None}
     values = node_values(program, list(masks))
     images = {name: int(mask.reshape(*mask.shape[:2], -1)[..., 0].sum(dim=1).min()) for name, mask in values.items()}

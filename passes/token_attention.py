@@ -74,19 +74,40 @@ class Attention:
         return logits
 
 
-def find_attentions(nodes: Iterable[fx.Node]) -> list[Attention]:
-    """Every softmax attention, in order: fused ones, and softmaxes whose result weighs something."""
+def find_attentions(nodes: Iterable[fx.Node], weights: Mapping[str, str]) -> list[Attention]:
+    """Every softmax attention, in order: fused ones, and softmaxes whose result weighs something.
+
+    Args:
+        nodes: of a graph.
+        weights: placeholder -> FQN of the parameter that it holds; names attentions of graphs that know no submodules.
+    """
     found: list[Attention] = []
     counts: dict[str, int] = {}
     for node in nodes:
         attention = _fused(node) if operator_name(node) == "scaled_dot_product_attention" else _written_out(node)
         if attention is None:
             continue
-        path = module_path(node)
+        path = module_path(node) or _path_by_weight(node, weights) or "attention"
         counts[path] = counts.get(path, 0) + 1
         name = path if counts[path] == 1 else f"{path}@{counts[path] - 1}"
-        found.append(Attention(name or "attention", *attention))
+        found.append(Attention(name, *attention))
     return found
+
+
+def _path_by_weight(node: fx.Node, weights: Mapping[str, str]) -> str:
+    """The submodule around the projection that an attention's queries come from."""
+    pending, seen = [node.args[0]], 0
+    while pending and seen < 64:
+        current = pending.pop(0)
+        seen += 1
+        if not isinstance(current, fx.Node):
+            continue
+        if operator_name(current) in CONTRACTIONS:
+            fqns = [weights[item.name] for item in current.all_input_nodes if item.name in weights]
+            if fqns:
+                return fqns[0].rpartition(".")[0].rpartition(".")[0]
+        pending += current.all_input_nodes[:1]
+    return ""
 
 
 def module_path(node: fx.Node) -> str:

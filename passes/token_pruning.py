@@ -65,7 +65,7 @@ class PruneTokens:
         """A graph with a program that has fewer tokens behind every site; weights are shared."""
         assert graph.exported is not None  # ``requires`` looked
         editor = ProgramEditor(graph.exported.program)
-        plans, refused = plan_sites(editor.graph, self.modalities)
+        plans, refused = plan_sites(editor.graph, self.modalities, graph.exported.program.graph_signature.inputs_to_parameters)
         named = {plan.attention.name: plan for plan in plans}
         self._refuse_unknown(named, refused)
         cuts, notes = [], list(refused)

@@ -50,7 +50,19 @@ from mfcompile.passes.token_ties import (
 
 
 def rule_of(node: fx.Node) -> Rule | None:
-    """The rule of a node's operator, None where there is none (views have their own: see ``token_places``)."""
+    """The rule of a node's operator, None where there is none (views have their own: see ``token_places``).
+
+    Axes of operands that the rule does not speak of (weights, statistics) cannot be followed.
+    """
+    rule = _own_rule(node)
+    if rule is None:
+        return None
+    listed = {member for group in rule.groups for member in group.members}
+    left = [(item, axis) for item in operands_of(node) for axis in range(rank_of(item)) if (item, axis) not in listed]
+    return Rule((*rule.groups, *(Group((member,), None, Tie.STOP) for member in left)), rule.rank)
+
+
+def _own_rule(node: fx.Node) -> Rule | None:
     if node.target is operator.getitem:
         return item_taking(node)
     name = operator_name(node)
@@ -70,7 +82,6 @@ def _linear(node: fx.Node) -> Rule:
     last = rank_of(source) - 1
     groups = [Group(((source, axis),), axis) for axis in range(last)]
     groups.append(Group(((source, last),), None, Tie.STOP))
-    groups += [Group(((item, axis),), None, Tie.STOP) for item in operands_of(node)[1:] for axis in range(rank_of(item))]
     return Rule(tuple(groups), last + 1)
 
 
@@ -125,7 +136,6 @@ def _normalisation(node: fx.Node) -> Rule:
     source = source_of(node)
     count, rank = len(argument(node, "normalized_shape", 1, ())), rank_of(source)
     groups = [Group(((source, axis),), axis, Tie.KEEP if axis < rank - count else Tie.STOP) for axis in range(rank)]
-    groups += [Group(((item, axis),), None, Tie.STOP) for item in operands_of(node)[1:] for axis in range(rank_of(item))]
     return Rule(tuple(groups), rank_of(source))
 
 

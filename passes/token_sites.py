@@ -125,19 +125,22 @@ class _RefusedError(Exception):
         self.node = node
 
 
-def plan_sites(graph: fx.Graph, modalities: Mapping[str, str]) -> tuple[list[SitePlan], list[Diagnostic]]:
+def plan_sites(
+    graph: fx.Graph, modalities: Mapping[str, str], weights: Mapping[str, str]
+) -> tuple[list[SitePlan], list[Diagnostic]]:
     """Every place where tokens can be cut, and the attentions where they cannot be.
 
     Args:
         graph: of a program.
         modalities: placeholder -> modality, for inputs with content.
+        weights: placeholder -> FQN of the parameter that it holds.
 
     Returns:
         (sites in order, one diagnostic per refused attention).
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     labels = _content(graph, modalities)
-    attentions = find_attentions(graph.nodes)
+    attentions = find_attentions(graph.nodes, weights)
     results = {item.node for item in attentions}
     cached = _returned_keys(graph, attentions)
     used = ancestors(next(node for node in reversed(graph.nodes) if node.op == "output"))
@@ -357,5 +360,9 @@ def _learned_or_text(node: fx.Node, labels: Mapping[fx.Node, frozenset[str]]) ->
             raise _RefusedError(node, "it joins tokens of which one part has a free number")
         if not labels[item] or (has_image and not _is_image(labels[item])):
             protected |= set(range(start, start + size))
+        else:
+            for inner, place in _origins(item, Place(axis), size, labels):
+                if operator_name(inner) in {"cat", "concat"} and labels[inner] and place.is_whole:
+                    protected |= {start + position for position in _learned_or_text(inner, labels)}
         start += size
     return frozenset(protected)

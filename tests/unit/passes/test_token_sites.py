@@ -62,6 +62,21 @@ class Text(nn.Module):
         return result
 
 
+class Nested(nn.Module):
+    """Text, and behind it an image with a class token of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls = nn.Parameter(torch.randn(1, 1, 16))
+        self.table = nn.Embedding(50, 16)
+        self.block = Block(16, 2)
+
+    def forward(self, image: Tensor, input_ids: Tensor) -> Tensor:
+        seen = torch.cat([self.cls.expand(image.shape[0], -1, -1), image], 1)
+        result: Tensor = self.block(torch.cat([self.table(input_ids), seen], 1)).amax(1)
+        return result
+
+
 def test_sites_name_their_tokens_and_what_stays() -> None:
     found = mfcompile.find_token_sites(fixed(seeded(Encoder), IMAGE))
     assert [(site.name, site.tokens, site.protected, site.region) for site in found.sites] == [
@@ -76,6 +91,12 @@ def test_text_before_the_image_is_protected() -> None:
     inputs = {"image": patches(2), "input_ids": torch.arange(10).view(2, 5), "attention_mask": torch.ones(2, 5).long()}
     found = mfcompile.find_token_sites(fixed(seeded(Joint), inputs))
     assert [(site.tokens, site.protected, site.region) for site in found.sites] == [(14, 5, "fusion")] * 2
+
+
+def test_learned_tokens_are_protected_inside_a_part_too() -> None:
+    inputs = {"image": patches(2), "input_ids": torch.arange(10).view(2, 5)}
+    found = mfcompile.find_token_sites(fixed(seeded(Nested), inputs))
+    assert [(site.tokens, site.protected) for site in found.sites] == [(15, 6)]
 
 
 def test_positions_that_are_read_stay_wherever_they_are() -> None:
