@@ -102,8 +102,13 @@ def write_files(folder: Path) -> dict[str, dict[str, Any]]:
     captured = with_export(mfcompile.capture(Blocks().eval(), {"tokens": torch.randn(1, TOKENS, WIDTH)}))
     names = [name for name, item in captured.module.named_parameters() if item.ndim == 2]
     found: dict[str, dict[str, Any]] = {}
+    dense_bytes = 4 * BLOCKS * 12 * WIDTH * WIDTH
     for row in rows():
         if row.file in found:
+            continue
+        path = folder / row.file
+        if path.exists():
+            found[row.file] = describe(path, dense_bytes)
             continue
         generator = torch.Generator().manual_seed(1)
         masks = {
@@ -112,18 +117,41 @@ def write_files(folder: Path) -> dict[str, dict[str, Any]]:
         masked = replace(captured, masks=mfcompile.MaskSet({name: PackedMask.pack(mask) for name, mask in masks.items()}))
         allowed = ("dense", row.encoding) if row.encoding else ("dense", "gap8", "gap4", "mask")
         with mock.patch.object(weight_placement, "possible_encodings", partial(_only, possible_encodings, allowed)):
-            path = folder / row.file
-            artifact = export_onnx(
+            export_onnx(
                 masked, path, format=row.format, values=row.values, inline=row.inline, external_data=row.format != "onnx-sparse"
             )
-        found[row.file] = {
-            "bytes_per_weight": sum(item.stored_bytes for item in artifact.encodings)
-            / sum(item.weight_count for item in artifact.encodings),
-            "encodings": sorted({item.encoding for item in artifact.encodings}),
-            "size_bytes": artifact.size_bytes,
-            "predicted_peak_bytes": artifact.load_peak_bytes,
-        }
+        found[row.file] = describe(path, dense_bytes)
     return found
+
+
+def describe(path: Path, dense_bytes: int) -> dict[str, Any]:
+    """Sizes of a file, its encodings, and what is predicted of loading it."""
+    import numpy as np
+    import onnx
+
+    from mfcompile.exporters.load_cost import predict_load
+    from mfcompile.exporters.packing import EncodingPlan
+    from mfcompile.exporters.stored_weights import read_weights
+
+    model = onnx.load(path, load_external_data=False)
+    tensors = {item.name: item for item in model.graph.initializer}
+    plans = []
+    for stored in read_weights({item.key: item.value for item in model.metadata_props}).values():
+        values = tensors[stored.tensors[1]]
+        kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(values.data_type))
+        plans.append(EncodingPlan(stored.encoding, values.dims[0], kind, np.dtype(np.float32), stored.shape, values.dims[0]))
+    data = path.with_name(f"{path.name}.data")
+    data_bytes = data.stat().st_size if data.exists() else 0
+    cost = predict_load(path.stat().st_size, data_bytes, plans, dense_bytes)
+    total = path.stat().st_size + data_bytes
+    weights = BLOCKS * 12 * WIDTH * WIDTH
+    return {
+        "bytes_per_weight": (sum(plan.stored_bytes for plan in plans) or total) / weights,
+        "encodings": sorted({plan.encoding for plan in plans}),
+        "size_bytes": total,
+        "predicted_peak_bytes": cost.peak_bytes,
+        "predicted_time_ratio": round(cost.time_ratio, 2),
+    }
 
 
 def _only(possible: Any, wanted: tuple[str, ...], *args: Any, **options: Any) -> Any:
@@ -234,6 +262,7 @@ def main() -> None:
     """Measure and print, or load one file in a child process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep", type=Path, help="a folder for the files, to be used again (default: a temporary one)")
     parser.add_argument("--show", action="store_true", help="print the figures of the last run")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--loader", default="onnxruntime", help=argparse.SUPPRESS)
@@ -243,7 +272,9 @@ def main() -> None:
         return
     if not args.show:
         with tempfile.TemporaryDirectory() as folder:
-            result = measure(Path(folder), args.rounds)
+            if args.keep is not None:
+                args.keep.mkdir(parents=True, exist_ok=True)
+            result = measure(args.keep or Path(folder), args.rounds)
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     show(json.loads(RESULT.read_text()))
 
