@@ -4,7 +4,8 @@
 the decode nodes makes, because onnxruntime keeps all of it until the folding is done (``EncodingPlan.folded_bytes``).
 **Time**, relative to the dense file: most of it goes into memory that is written for the first time, so it is counted in bytes;
 the gather that decodes a mask costs about eight more for every place. The constants are of ``python -m benchmarks.formats``,
-onnxruntime 1.31, one thread; there predictions of memory are within 15 % of what is measured, and most of those of time within a factor of 1.5.
+onnxruntime 1.31, one thread; there predictions of memory are within 15 % of what is measured, and most of those of time within
+a factor of 1.5.
 """
 
 from __future__ import annotations
