@@ -208,7 +208,7 @@ _SAME_SHAPE = SOFTMAXES | frozenset(
         "type_as", "lift_fresh", "lift_fresh_copy", "zeros_like", "ones_like", "full_like", "empty_like", "masked_fill",
         "nan_to_num", "silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "hardtanh", "hardswish", "hardsigmoid", "softplus",
         "feature_dropout", "mish", "selu", "celu", "where", "__and__", "__or__", "__xor__", "prelu", "pin_memory",
-        "_conj", "logical_and", "logical_or", "logical_not", "float", "clamp", "rsub",
+        "_conj", "logical_and", "logical_or", "logical_not", "float", "clamp", "rsub", "expand_as",
     }
 )  # fmt: skip
 """Operators on each element alone (softmax along an axis of its own) that torch does not mark as such."""

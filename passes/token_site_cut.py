@@ -120,6 +120,7 @@ class SiteCut:
         self.merges = options.rest == "merge" and self.count < plan.tokens
         self._sides: dict[tuple[Any, ...], fx.Node] = {}
         self._kept: dict[int, fx.Node] = {}
+        self._indices: dict[tuple[fx.Node, int], fx.Node] = {}
         self._refuse_merge()
 
     @property
@@ -146,8 +147,7 @@ class SiteCut:
                 self.editor.refresh(node)
         restored = self._restore(before)
         for node, (_, index) in self.flow.indices.items():
-            (moved,) = self.editor.insert(_count_before, [self._kept_behind(0), index], self.plan.point)
-            node.replace_input_with(index, moved)
+            node.replace_input_with(index, self._moved(index))
         for plan in later:
             if plan.point in self.flow.carried:
                 self._carry_over(plan)
@@ -205,6 +205,13 @@ class SiteCut:
         if offset not in self._kept:
             (self._kept[offset],) = self.editor.insert(lambda kept: kept[:, offset:] - offset, [self._kept[0]], self.plan.point)
         return self._kept[offset]
+
+    def _moved(self, index: fx.Node, offset: int = 0) -> fx.Node:
+        """(batch,) positions among the kept tokens, of positions among all behind an offset."""
+        key = (index, offset)
+        if key not in self._indices:
+            (self._indices[key],) = self.editor.insert(_count_before, [self._kept_behind(offset), index], self.plan.point)
+        return self._indices[key]
 
     def _side(self, side: Side) -> fx.Node:
         if side.key not in self._sides:
@@ -276,6 +283,7 @@ class SiteCut:
                 f"tokens cannot be cut at {plan.attention.name} behind {self.name}: protected tokens lie between others, and "
                 f"where they are then differs from sample to sample. Cut at one of the two"
             )
+        plan.indices = tuple(self._moved(index, offset) for index in plan.indices)
         shift = self.after - self.flow.size
         plan.static = frozenset(item if item < front else item + shift for item in plan.static)
         if plan.image_mask is not None:

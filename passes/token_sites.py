@@ -78,7 +78,8 @@ class SitePlan:
         token: its token axis.
         batch: its batch axis.
         region: see ``TokenSite``.
-        static: protected positions that every sample has, from the front.
+        static: protected positions that every sample has, from the front: learned tokens, text, read-outs.
+        indices: nodes of (batch,) positions that read-outs take.
         image_mask: (batch, tokens, ...) bool, True where a token may be cut; None where any may.
         protected_by_mask: tokens that ``image_mask`` protects, once it is known.
     """
@@ -89,6 +90,7 @@ class SitePlan:
     batch: int
     region: str
     static: frozenset[int] = frozenset()
+    indices: tuple[fx.Node, ...] = ()
     image_mask: fx.Node | None = None
     protected_by_mask: int = 0
 
@@ -155,12 +157,21 @@ def plan_sites(
                 raise _RefusedError(plan.point, "another attention's residual add is the same node")
             if cached is not None:
                 raise _RefusedError(cached, "the program returns keys or values (a cache), whose length a cut would change")
-            protect(plan, order)
+            _note_reads(plan, protect(plan, order))
             plans.append(plan)
         except (_RefusedError, TokenAxisError) as error:
             where = f"{attention.name} at {error.node.name} ({operator_name(error.node) or error.node.op})"
             refused.append(Diagnostic(where, error.reason if isinstance(error, TokenAxisError) else str(error)))
     return plans, refused
+
+
+def _note_reads(plan: SitePlan, protection: Protection) -> None:
+    """Read-outs, before any cut: behind the barrier of another cut they could not be seen any more."""
+    reads = {position % plan.tokens for position in protection.flow.positions if -plan.tokens <= position < plan.tokens}
+    if plan.region == TEXT and plan.image_mask is None and not (reads or protection.indices):
+        raise TokenAxisError(plan.point, "every text position is read, none is a read-out that stands for the others")
+    plan.static |= reads
+    plan.indices = protection.indices
 
 
 def protect(plan: SitePlan, order: Mapping[fx.Node, int]) -> Protection:
@@ -175,9 +186,7 @@ def protect(plan: SitePlan, order: Mapping[fx.Node, int]) -> Protection:
     static = plan.static | reads
     kept = Kept(_run(static, range(size)), _run(static, range(size - 1, -1, -1)))
     flow = follow(plan.point, plan.token, plan.batch, kept, order)
-    indices = tuple(dict.fromkeys(index for _, index in flow.indices.values()))
-    if plan.region == TEXT and plan.image_mask is None and not (reads or indices):
-        raise TokenAxisError(plan.point, "every text position is read, none is a read-out that stands for the others")
+    indices = tuple(dict.fromkeys((*plan.indices, *(index for _, index in flow.indices.values()))))
     ends = {*range(kept.prefix), *range(size - kept.suffix, size)}
     words = [f"{len(static)} at fixed positions"] if static else []
     words += [f"{index.name} of each sample" for index in indices]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mfcompile
 from mfcompile.graph import CapturedGraph
 from mfcompile.passes.token_site_cut import kept_count
-from tests.token_models import Encoder, Joint, SequenceFirst, fixed, patches, seeded
+from tests.token_models import Block, Encoder, Joint, SequenceFirst, fixed, patches, seeded
 from tests.token_reference import attention_weights, choose, heads_of, pick, received, restored
 
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-5}
@@ -208,6 +208,62 @@ def test_kept_positions_are_ascending_unique_and_hold_the_protected_ones(scorer:
         assert len(kept) == 6
         assert kept[0] == 1  # CLS, the first of the tokens
         assert all(row[int(number) - 1] == number for number in kept)  # each at its old place
+
+
+class InPlace(Encoder):
+    """Writes its residual adds into the stream."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        states = self.embed(image).clone()
+        for block in self.blocks:
+            states += block.attention(block.norms[0](states))
+            states += block.down(torch.relu_(block.up(block.norms[1](states))))
+        return self.read(states)
+
+
+def test_streams_that_are_written_in_place() -> None:
+    model, image = seeded(InPlace), patches()
+    captured = fixed(model, {"image": image})
+    with torch.no_grad():
+        assert torch.equal(cut(captured, {"blocks.*": 10})(image), model(image))
+        states = model.embed(image)
+        for number, block in enumerate(model.blocks):
+            normed = block.norms[0](states)
+            query, key = (heads_of(item(normed), 2) for item in (block.attention.query, block.attention.key))
+            states = block.attend(states)
+            if number == 0:
+                states = pick(states, choose(received(attention_weights(query, key)), 5, [[0]] * 3))
+            states = states + block.down(torch.relu(block.up(block.norms[1](states))))
+        torch.testing.assert_close(cut(captured, {"blocks.0.attention": 5})(image), model.read(states), **CLOSE)
+
+
+class Joined(nn.Module):
+    """Two streams that are added, and a read of the first token of what a third block makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.both = (Block(16, 2) for _ in range(3))
+
+    def forward(self, image: Tensor) -> Tensor:
+        result: Tensor = self.both(self.left(image) + self.right(image))[:, 0]
+        return result
+
+
+def test_a_read_behind_another_cut_is_protected_too() -> None:
+    model, image = seeded(Joined), patches()
+    image[:, 0] *= 0.01  # the norm alone would drop what is read
+    keep = {"left.attention": 4, "right.attention": 3}
+    found = pruned(model, keep, {"image": image}, scorer="norm")
+    with torch.no_grad():
+        streams = {}
+        for name, count in (("left", 4), ("right", 3)):
+            block = getattr(model, name)
+            states = block.attend(image)
+            kept = choose(states.norm(dim=-1), count, [[0]] * 3)
+            streams[name] = (block.rest(pick(states, kept)), kept)
+        right = pick(restored(streams["right"][0], [streams["right"][1]], 9), streams["left"][1])
+        expected = model.both(streams["left"][0] + right)[:, 0]
+    torch.testing.assert_close(found(image), expected, **CLOSE)
 
 
 def test_equal_scores_keep_the_first() -> None:
