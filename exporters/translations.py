@@ -7,6 +7,7 @@ Each function takes what the aten operator takes: tensors are values of the ONNX
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -211,6 +212,23 @@ def cdist_forward(x1: Any, x2: Any, p: float, compute_mode: Any = None) -> Any:
     return op.Sqrt(op.ReduceSum(op.Mul(difference, difference), _ints(-1), keepdims=0))
 
 
+def gelu(self: Any, *, approximate: str = "none") -> Any:
+    """x times the normal distribution, its operations in the order in which onnxruntime knows them as one kernel.
+
+    torch.onnx writes x (0.5 (1 + erf)), which onnxruntime runs as it stands, one pass over the activations for each operator.
+    """
+    if approximate == "tanh":
+        cubic = op.Add(self, op.Mul(op.Pow(self, _like(3.0, self)), _like(0.044715, self)))
+        tangent = op.Tanh(op.Mul(cubic, _like(math.sqrt(2 / math.pi), self)))
+        return op.Mul(op.Mul(self, _like(0.5, self)), op.Add(tangent, _like(1.0, self)))
+    twice = op.Add(op.Erf(op.Div(self, _like(math.sqrt(2), self))), _like(1.0, self))
+    return op.Mul(op.Mul(self, twice), _like(0.5, self))
+
+
+def _like(number: float, value: Any) -> Any:
+    return op.CastLike(op.Constant(value_float=number), value)
+
+
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.mfcompile.grouped_mm.default: grouped_mm,
     aten.nonzero_static.default: nonzero_static,
@@ -227,6 +245,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     aten.linalg_solve_triangular.default: linalg_solve_triangular,
     aten._cdist_forward.default: cdist_forward,
     aten.cumprod.default: cumprod,
+    aten.gelu.default: gelu,
     aten.where.self: where,
     aten.squeeze.dim: squeeze_dim,
     aten.squeeze.dims: squeeze_dims,

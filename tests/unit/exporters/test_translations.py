@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -67,6 +68,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "cummax": (lambda x: tuple(x.cummax(1)), (CUBE,)),
     "cummax of equals": (lambda x: tuple(x.cummax(-1)), (TIES,)),
     "cummin": (lambda x: tuple(x.cummin(0)), (TIES,)),
+    "gelu": (nn.functional.gelu, (CUBE * 3,)),
+    "gelu by tanh": (lambda x: nn.functional.gelu(x, approximate="tanh"), (CUBE * 3,)),
     "cumprod": (lambda x: x.cumprod(2), (CUBE,)),
     "stable sort": (lambda x: tuple(x.sort(dim=1, stable=True, descending=True)), (TIES,)),
     "stable sort of bools": (lambda x: tuple(x.sort(dim=1, stable=True)), (MASK,)),
@@ -143,3 +146,16 @@ def test_what_is_not_translated_is_refused_with_a_reason() -> None:
         convert_program(exported(torch.linalg.solve, (torch.eye(70), torch.ones(70, 1))))
     with pytest.raises(ExportError, match="several samples with replacement"):
         convert_program(exported(lambda x: x.multinomial(3, replacement=True), (torch.ones(2, 5),)))
+
+
+@pytest.mark.parametrize(("approximate", "kernel"), [("none", "Gelu"), ("tanh", "FastGelu")])
+def test_onnxruntime_runs_gelu_as_one_kernel(approximate: str, kernel: str, tmp_path: Path) -> None:
+    model = convert_program(exported(lambda x: nn.functional.gelu(x.exp(), approximate=approximate).abs(), (CUBE,)))
+    path, optimized = tmp_path / "model.onnx", tmp_path / "optimized.onnx"
+    write_files(plan_files(model, None), path, None)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(optimized)
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in onnx.load(optimized).graph.node}
+    assert kernel in operators
+    assert not operators & {"Erf", "Tanh"}
