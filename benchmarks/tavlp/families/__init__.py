@@ -6,7 +6,7 @@ import importlib
 
 from benchmarks.tavlp.families.contract import Family
 
-FAMILIES = {"xvlm": "benchmarks.tavlp.families.xvlm:XVLM"}
+FAMILIES = {"xvlm": "benchmarks.tavlp.families.xvlm:XVLM", "blip": "benchmarks.tavlp.families.blip:BLIP"}
 """Name -> module and object, imported when it is used."""
 
 
