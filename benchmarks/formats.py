@@ -171,7 +171,7 @@ def load(path: Path, loader: str) -> dict[str, Any]:
     import mfcompile.loading
     from mfcompile import runtime
     from mfcompile.exporters import unpacking
-    from mfcompile.session import session_options
+    from mfcompile.session_options import session_options
 
     assert unpacking  # imported before memory is measured
     if loader == "runtime":

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import onnxruntime
 
-from mfcompile.benchmark_timing import SessionFile
+from mfcompile.benchmark.timing import SessionFile
 from mfcompile.exporters.sparse_linear import DOMAIN
 from mfcompile.inputs import ExampleInputs
-from mfcompile.session import make_feeds, session_options
+from mfcompile.session import make_feeds
+from mfcompile.session_options import session_options
 
 RUNS = 9
 _PRODUCTS = {"MatMul", "Gemm", "FusedGemm"}

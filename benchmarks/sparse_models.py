@@ -34,12 +34,12 @@ from benchmarks.sparse_goals import MANY_TOKENS, joined, judge
 from benchmarks.sparse_subjects import PATTERNS, SPARSITIES, SUBJECTS, WIDTH, Pruner, Subject, bert, vit
 from mfcompile import runtime
 from mfcompile.artifact import ExportedArtifact
-from mfcompile.benchmark_cost import measure_cost
-from mfcompile.benchmark_machine import describe_machine
-from mfcompile.benchmark_result import Timing
-from mfcompile.benchmark_sizes import FreeAxes, SizedInputs, declared_shapes, free_axes, sized_inputs
-from mfcompile.benchmark_timing import Clock, SessionFile, measure
-from mfcompile.benchmark_variants import size_of
+from mfcompile.benchmark.cost import measure_cost
+from mfcompile.benchmark.machine import describe_machine
+from mfcompile.benchmark.result import Timing
+from mfcompile.benchmark.sizes import FreeAxes, SizedInputs, declared_shapes, free_axes, sized_inputs
+from mfcompile.benchmark.timing import Clock, SessionFile, measure
+from mfcompile.benchmark.variants import size_of
 from mfcompile.inputs import ExampleInputs
 from mfcompile.masks import MaskSet
 

@@ -13,8 +13,8 @@ from mfcompile._version import __version__
 
 if TYPE_CHECKING:
     from mfcompile.artifact import ExportedArtifact, ParityReport
-    from mfcompile.benchmark import bench
-    from mfcompile.benchmark_result import Benchmark
+    from mfcompile.benchmark.bench import bench
+    from mfcompile.benchmark.result import Benchmark
     from mfcompile.comparison import compare
     from mfcompile.comparison_result import Comparison
     from mfcompile.compile import CompiledModel, compile_pruned
@@ -108,8 +108,8 @@ __all__ = [
 
 _HOMES = {
     "mfcompile.artifact": ("ExportedArtifact", "ParityReport"),
-    "mfcompile.benchmark": ("bench",),
-    "mfcompile.benchmark_result": ("Benchmark",),
+    "mfcompile.benchmark.bench": ("bench",),
+    "mfcompile.benchmark.result": ("Benchmark",),
     "mfcompile.comparison": ("compare",),
     "mfcompile.comparison_result": ("Comparison",),
     "mfcompile.exporters.split_session": ("load_parts",),

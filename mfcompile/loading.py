@@ -146,7 +146,7 @@ class _Opener:
         return session
 
     def _options(self) -> onnxruntime.SessionOptions:
-        from mfcompile.session import session_options
+        from mfcompile.session_options import session_options
 
         if self.session_options is None:
             return session_options(self.threads)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mfcompile.errors import CaptureError, InputError
 from mfcompile.inputs import ExampleInputs
 from mfcompile.onnx_wire import TensorRecord, read_file, skeleton
-from mfcompile.session import TORCH_DTYPES, make_feeds, ort_value, run_session, session_options
+from mfcompile.session import TORCH_DTYPES, make_feeds, ort_value, run_session
+from mfcompile.session_options import session_options
 
 INJECTED_LEAST_BYTES = 1024
 """Vectors and scalars of fewer bytes stay in the graph, where shape inference reads them."""

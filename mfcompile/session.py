@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mfcompile.errors import InputError
 from mfcompile.inputs import ExampleInputs
+from mfcompile.session_options import session_options
 
 # onnxruntime's names of element types, and the torch dtypes that they are.
 TORCH_DTYPES = {
@@ -51,17 +52,6 @@ def open_session(path: Path | str, threads: int | None = None, library: str | No
             f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}. "
             f"The file is damaged, its external data is not beside it, or it needs a newer onnxruntime; export it again"
         ) from error
-
-
-def session_options(threads: int | None = None, library: str | None = None) -> onnxruntime.SessionOptions:
-    """Options of every session: quiet; ``threads`` of None leaves their number to onnxruntime; see ``open_session``."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # warnings about initializers that were folded away are no news
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if library is not None:
-        options.register_custom_ops_library(library)
-    return options
 
 
 def make_feeds(session: onnxruntime.InferenceSession, inputs: ExampleInputs) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mfcompile.benchmark_result import Benchmark, Failure, InputSize, MeasuredVariant, SessionCost, summarize
+from mfcompile.benchmark.result import Benchmark, Failure, InputSize, MeasuredVariant, SessionCost, summarize
 
 MACHINE = {
     "processor": "Abacus 9000", "instruction_sets": ["beads"], "sparse_runtime": "avx512", "cores": 2, "memory_gib": 4.0,

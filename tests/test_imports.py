@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGES = ("frontends", "passes", "exporters", "runtime")
 TOP = {"mfcompile.compile", "mfcompile.exporting", "mfcompile.steps", "mfcompile.onnx_ladder", "mfcompile.cli"}
+TOP |= {"mfcompile.loading", "mfcompile.tokens", "mfcompile.benchmark"}
 ABOVE_CORE = {
     "compile.py", "comparison.py", "comparison_result.py", "exporting.py", "steps.py", "onnx_ladder.py", "onnx_entry.py",
-    "tokens.py", "__init__.py", "__main__.py", "benchmark.py", "benchmark_child.py", "benchmark_variants.py", "loading.py",
+    "tokens.py", "__init__.py", "__main__.py", "loading.py",
 }  # fmt: skip
 
 
@@ -56,14 +57,30 @@ def test_compile_does_not_import_the_command_line() -> None:
     assert not [name for name in imported(ROOT / "mfcompile" / "compile.py") if is_below(name, "mfcompile.cli")]
 
 
+LOADING = """
+import tempfile, onnx, mfcompile
+from onnx import TensorProto, helper
+x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
+graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "graph", [x], [y])
+with tempfile.TemporaryDirectory() as folder:
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)]), folder + "/model.onnx")
+    mfcompile.load_session(folder + "/model.onnx", runtime=False)
+"""
+"""A session of a plain file."""
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
         ("import mfcompile", ("transformers", "onnx", "onnxruntime", "onnxscript", "matplotlib")),
+        (
+            "from mfcompile.loading import load_session, _Opener; _Opener(1, 'auto', None, None)._options()",
+            ("torch", "transformers"),
+        ),
         ("import mfcompile.cli", ("torch", "transformers", "onnxruntime", "matplotlib")),
     ],
 )
 def test_imports_are_lean(statement: str, absent: tuple[str, ...]) -> None:
-    code = f"{statement}; import sys; print([name for name in {absent!r} if name in sys.modules])"
+    code = f"{statement}\nimport sys; print([name for name in {absent!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

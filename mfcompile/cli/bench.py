@@ -13,7 +13,7 @@ from mfcompile.cli.parser import Subparsers, add_debug_option, whole_number
 from mfcompile.errors import InputError
 
 if TYPE_CHECKING:
-    from mfcompile.benchmark_result import Benchmark
+    from mfcompile.benchmark.result import Benchmark
 
 DESCRIPTION = """\
 Measure one pruned model on this machine in every form it has: the dense file and the packed file in stock onnxruntime, the
@@ -148,7 +148,7 @@ def _bench(args: argparse.Namespace, progress: StageProgress) -> Benchmark:
         raise InputError(f"{args.source} is an .onnx file, which holds its zeros itself: leave out --masks")
     if args.inputs is not None and not is_file:
         raise InputError(f"{args.source} brings its own example inputs: leave out --inputs")
-    from mfcompile.benchmark import bench
+    from mfcompile.benchmark.bench import bench
 
     inputs = None if args.inputs is None else _read_inputs(args.inputs)
     if is_file:

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mfcompile.benchmark_result import summarize
+from mfcompile.benchmark.result import summarize
 from mfcompile.cli.benchmark_tables import cost_table, findings, machine_line, speed_table
 from mfcompile.cli.console import PLAIN_WIDTH
 from tests.benchmark_documents import MACHINE, benchmark

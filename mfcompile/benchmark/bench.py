@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mfcompile import runtime
-from mfcompile.benchmark_cost import measure_cost
-from mfcompile.benchmark_machine import busy_notes, describe_machine, usable_cores
-from mfcompile.benchmark_result import Benchmark, Failure, MeasuredVariant, SessionCost, Timing
-from mfcompile.benchmark_sizes import SizedInputs, declared_shapes, free_axes, sized_inputs, with_inputs_of
-from mfcompile.benchmark_timing import Clock, SessionFile, first_line, measure
-from mfcompile.benchmark_variants import (
+from mfcompile.benchmark.cost import measure_cost
+from mfcompile.benchmark.machine import busy_notes, describe_machine, usable_cores
+from mfcompile.benchmark.result import Benchmark, Failure, MeasuredVariant, SessionCost, Timing
+from mfcompile.benchmark.sizes import SizedInputs, declared_shapes, free_axes, sized_inputs, with_inputs_of
+from mfcompile.benchmark.timing import Clock, SessionFile, first_line, measure
+from mfcompile.benchmark.variants import (
     CapturedForms,
     FileForms,
     FormSource,

@@ -11,11 +11,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from mfcompile import runtime
-from mfcompile.benchmark_cost import measure_cost
-from mfcompile.benchmark_machine import BUSY_LOAD, BUSY_STRETCH, busy_notes, describe_machine
-from mfcompile.benchmark_result import InputSize
-from mfcompile.benchmark_sizes import SizedInputs
-from mfcompile.benchmark_timing import Clock, Measured, SessionFile, measure, output_error
+from mfcompile.benchmark.cost import measure_cost
+from mfcompile.benchmark.machine import BUSY_LOAD, BUSY_STRETCH, busy_notes, describe_machine
+from mfcompile.benchmark.result import InputSize
+from mfcompile.benchmark.sizes import SizedInputs
+from mfcompile.benchmark.timing import Clock, Measured, SessionFile, measure, output_error
 from mfcompile.errors import InputError
 from mfcompile.inputs import ExampleInputs
 from tests.sparse_models import random_weight, sparse_model

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from mfcompile.benchmark_result import SessionCost
-from mfcompile.benchmark_timing import SessionFile
+from mfcompile.benchmark.result import SessionCost
+from mfcompile.benchmark.timing import SessionFile
 from mfcompile.errors import InputError
 from mfcompile.inputs import ExampleInputs
 
@@ -70,7 +70,7 @@ def _write_trivial(path: Path) -> Path:
 
 
 def _run(task: Mapping[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "mfcompile.benchmark_child", json.dumps(task)]
+    command = [sys.executable, "-m", "mfcompile.benchmark.child", json.dumps(task)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:

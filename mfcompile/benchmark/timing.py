@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from mfcompile.benchmark_result import Failure, Timing, summarize
-from mfcompile.benchmark_sizes import SizedInputs
+from mfcompile.benchmark.result import Failure, Timing, summarize
+from mfcompile.benchmark.sizes import SizedInputs
 from mfcompile.errors import InputError
-from mfcompile.session import make_feeds, session_options
+from mfcompile.session import make_feeds
+from mfcompile.session_options import session_options
 
 SECONDS = 6.0
 """About how long one input size and number of threads is measured where the number of rounds is left open."""

@@ -1,6 +1,6 @@
 """One session in a process of its own: what it takes to create, to run for the first time, and to hold.
 
-``python -m mfcompile.benchmark_child TASK`` prints its figures as one line of JSON; TASK is JSON too, the arguments of
+``python -m mfcompile.benchmark.child TASK`` prints its figures as one line of JSON; TASK is JSON too, the arguments of
 ``measure``. It imports little more than numpy and onnxruntime, and what these need is there before, with the session of a
 trivial graph: the memory measured is that of the session.
 """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfcompile.benchmark_sizes import FreeAxes, free_axes, resize, sized_inputs, with_inputs_of
+from mfcompile.benchmark.sizes import FreeAxes, free_axes, resize, sized_inputs, with_inputs_of
 from mfcompile.errors import InputError
 from mfcompile.inputs import ExampleInputs
 

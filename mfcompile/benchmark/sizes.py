@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfcompile.benchmark_result import InputSize
+from mfcompile.benchmark.result import InputSize
 from mfcompile.errors import InputError
 from mfcompile.inputs import ExampleInputs
 

@@ -240,7 +240,7 @@ class Benchmark:
         Raises:
             InputError: the directory is not empty (see ``overwrite``) or not writable.
         """
-        from mfcompile.benchmark_plot import plot_benchmark
+        from mfcompile.benchmark.plot import plot_benchmark
 
         document = self.as_dict()
         with staged_directory(Path(output_dir), overwrite=overwrite) as staging:

@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import mfcompile
 from mfcompile import runtime
-from mfcompile.benchmark_cost import measure_cost
-from mfcompile.benchmark_timing import SessionFile
-from mfcompile.benchmark_variants import (
+from mfcompile.benchmark.cost import measure_cost
+from mfcompile.benchmark.timing import SessionFile
+from mfcompile.benchmark.variants import (
     FileForms,
     choose_variants,
     has_sparse_layers,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mfcompile.benchmark_result import InputSize, Timing, quartiles, summarize
+from mfcompile.benchmark.result import InputSize, Timing, quartiles, summarize
 from tests.benchmark_documents import SECONDS, benchmark
 
 

@@ -11,7 +11,7 @@ import onnx
 import torch
 
 from mfcompile import runtime
-from mfcompile.benchmark_timing import SessionFile, first_line
+from mfcompile.benchmark.timing import SessionFile, first_line
 from mfcompile.errors import InputError, MfcompileError
 from mfcompile.exporters.sparse_linear import DOMAIN
 from mfcompile.exporting import export_onnx

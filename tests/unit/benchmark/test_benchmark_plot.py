@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mfcompile.benchmark_plot import bars, colours, plot_benchmark
-from mfcompile.benchmark_result import MeasuredVariant
+from mfcompile.benchmark.plot import bars, colours, plot_benchmark
+from mfcompile.benchmark.result import MeasuredVariant
 from tests.benchmark_documents import benchmark
 
 
