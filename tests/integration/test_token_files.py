@@ -32,6 +32,7 @@ def largest_difference(report: mfcompile.ParityReport) -> float:
     return max(output.max_abs_diff for output in report.outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [clip_like, blip_like, llava_like])
 def test_a_file_with_cuts_in_every_tower_computes_what_the_module_does(family: Any, tmp_path: Path) -> None:
     model, batch = family()
@@ -70,12 +71,13 @@ def test_masks_and_cuts_go_into_one_file(tmp_path: Path) -> None:
     assert not mfcompile.verify(artifact, pruned).passed  # it is the masked model's, and no other's
 
 
+@pytest.mark.slow
 def test_a_model_with_a_free_text_length_keeps_it_where_only_the_image_is_cut(tmp_path: Path) -> None:
     model, batch = clip_like()
     pruned = mfcompile.prune_tokens(mfcompile.capture(model, batch), {"vision_model.encoder.layers.1.self_attn": 0.5})
     artifact = mfcompile.export_onnx(pruned, tmp_path / "fewer.onnx")
     assert artifact.dynamic_axes["input_ids"] == {0: "batch", 1: "sequence"}
-    assert artifact.dynamic_axes["pixel_values"] == {0: "batch"}
+    assert list(artifact.dynamic_axes["pixel_values"]) == [0]
     longer = {
         name: tensor[:, [0, *range(tensor.shape[1])]] if name != "pixel_values" else tensor for name, tensor in batch.items()
     }
