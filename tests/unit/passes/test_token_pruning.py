@@ -215,7 +215,8 @@ class InPlace(Encoder):
 
     def forward(self, image: Tensor) -> Tensor:
         states = self.embed(image).clone()
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             states += block.attention(block.norms[0](states))
             states += block.down(torch.relu_(block.up(block.norms[1](states))))
         return self.read(states)
