@@ -294,6 +294,19 @@ def test_scorers_rank_as_their_formulas(scorer: str) -> None:
     assert [row[row > 0].int().tolist() for row in found] == (kept + 1).tolist()
 
 
+def test_attention_received_takes_the_largest_over_heads() -> None:
+    model = seeded(lambda: Encoder(heads=8, pool="all"), scale=2.0)
+    image = patches(8, seed=1)
+    with torch.no_grad():
+        found = pruned(model, {"blocks.0.attention": 5}, {"image": image})(image)
+        block, states = model.blocks[0], model.embed(image)
+        normed = block.norms[0](states)
+        weights = attention_weights(*(heads_of(item(normed), 8) for item in (block.attention.query, block.attention.key)))
+        kept, by_mean = (choose(score, 5, [[0]] * 8) for score in (received(weights), weights.mean(1).sum(1)))
+    assert not torch.equal(kept, by_mean)  # else this would be no test of it
+    assert [row.nonzero().flatten().tolist() for row in found.abs().sum(-1)] == kept.tolist()
+
+
 def test_random_scores_follow_their_seed() -> None:
     from mfcompile.passes.token_scores import RandomScore
 
