@@ -9,6 +9,7 @@ from typing import Any
 
 from mfcompile.cli import tables
 from mfcompile.cli.console import Terminal
+from mfcompile.cli.tables import milliseconds
 
 
 def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Terminal) -> None:
@@ -96,20 +97,21 @@ def latency_lines(latency: Mapping[str, Any]) -> list[str]:
     batch = "" if latency["batch_size"] is None else f", batch {latency['batch_size']}"
     lines = [
         f"Latency, measured here and now ({latency['runtime']}{batch}, {latency['repeats']} turns): dense "
-        f"{medians['dense']:.3g} ms, pruned {medians['pruned']:.3g} ms, pruned / dense = {latency['ratio']:.2f}.",
+        f"{milliseconds(medians['dense'])}, pruned {milliseconds(medians['pruned'])}, "
+        f"pruned / dense = {latency['ratio']:.2f}.",
         "  Stock onnxruntime multiplies zeros like any other number: pruning gives no speed there, it makes the file smaller.",
     ]
     if "sparse" in medians:
         lines.append(
-            f"  With the library of mfcompile.runtime, which skips them: {medians['sparse']:.3g} ms, "
+            f"  With the library of mfcompile.runtime, which skips them: {milliseconds(medians['sparse'])}, "
             f"{_speed(latency['sparse_ratio'])}."
         )
     elif latency.get("sparse_missing"):
         lines.append(f"  Not measured with mfcompile.runtime, which skips zeros: {latency['sparse_missing']}")
-    with_runtime = f", {load['sparse']:.3g} ms with mfcompile.runtime (these are not)" if "sparse" in load else ""
+    with_runtime = f", {milliseconds(load['sparse'])} with mfcompile.runtime (these are not)" if "sparse" in load else ""
     lines.append(
-        f"  Loading takes {load['dense']:.3g} ms dense and {load['pruned']:.3g} ms pruned (packed weights are decoded "
-        f"once, when the session is created){with_runtime}."
+        f"  Loading takes {milliseconds(load['dense'])} dense and {milliseconds(load['pruned'])} pruned (packed weights are "
+        f"decoded once, when the session is created){with_runtime}."
     )
     return lines
 
@@ -147,6 +149,8 @@ def next_steps(report: Mapping[str, Any], directory: Path, source: Path) -> list
         written = directory if split else directory / report["export"]["file"]
         lines.append(f"  mfcompile.load_session('{written}')      run it, with the sparse kernels where they are available")
         masks = directory / "masks.safetensors"
+        if not split:
+            lines.append(f"  {shlex.join(['mfcompile', 'bench', str(written)])}      measure all its forms on this machine")
         lines.append(f"  {shlex.join(['mfcompile', 'verify', str(written), str(source), '--masks', str(masks)])}")
     again = shlex.join(["mfcompile", "prune", str(directory / "recipe.yaml")])
     lines.append(f"  {again} -o DIR      run it again; the masks must be the same")

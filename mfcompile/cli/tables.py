@@ -224,8 +224,8 @@ def parts_table(export: Mapping[str, Any], latency: Mapping[str, Any] | None = N
             item["file"],
             size(item["size_bytes"]),
             size(item["dense_size_bytes"]),
-            f"{times[item['name']]:.3g} ms" if item["name"] in times else "-",
-            *([f"{sparse[item['name']]:.3g} ms"] if sparse else []),
+            milliseconds(times[item["name"]]) if item["name"] in times else "-",
+            *([milliseconds(sparse[item["name"]])] if sparse else []),
             ", ".join(item["input_names"]),
             ", ".join(item["output_names"]),
         )
@@ -297,6 +297,11 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:,.0f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def milliseconds(value: float) -> str:
+    """Milliseconds with three digits, or all before the point."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _shape(shape: Sequence[int]) -> str:
