@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## prune a trained vision-language model at 63 %, export it, measure it
 	$(BIN)/mfcompile prune examples/emoji_xvlm/model.py --sparsity 0.63 --output-dir out/emoji_xvlm --overwrite
+	$(BIN)/mfcompile bench out/emoji_xvlm --variants dense,packed,decoded,runtime --tokens 1,8,32 --threads 1 --output-dir out/emoji_xvlm-speed --overwrite
 
 test: $(STAMP) ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q $(PYTEST_ARGS)
