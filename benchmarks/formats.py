@@ -180,7 +180,7 @@ def load(path: Path, loader: str) -> dict[str, Any]:
     if loader == "onnxruntime":
         session = onnxruntime.InferenceSession(str(path), session_options(1), providers=["CPUExecutionProvider"])
     else:
-        session = mfcompile.load_session(path, threads=1, runtime=loader == "runtime")  # type: ignore[assignment]
+        session = mfcompile.load_session(path, threads=1, runtime=loader == "runtime")
     seconds = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
     memory = {"peak_bytes": _memory("VmHWM") - start, "kept_bytes": _memory("VmRSS") - start}
     tokens = np.random.default_rng(0).standard_normal((1, TOKENS, WIDTH)).astype(np.float32)

@@ -108,6 +108,8 @@ def find_linear(weight: ir.Value, graph: ir.Graph) -> LinearWeight:
         weight: an initializer of the graph.
         graph: the main graph of the model.
     """
+    if weight.is_graph_output():  # which declares a shape of its own, maybe one without sizes
+        return LinearWeight(weight, (), refusal="it is an output")
     shape = () if weight.shape is None else weight.shape.numpy()
     if len(shape) != 2 or weight.dtype != ir.DataType.FLOAT:
         return LinearWeight(weight, (), refusal="it is no float32 matrix")
@@ -117,7 +119,7 @@ def find_linear(weight: ir.Value, graph: ir.Graph) -> LinearWeight:
     transposes = tuple(node for node, _ in weight.uses() if _is_transpose(node) and node.graph is graph)
     readers = [(node, index, False) for node, index in weight.uses() if node not in transposes]
     readers += [(node, index, True) for swap in transposes for node, index in swap.outputs[0].uses()]
-    if weight.is_graph_output() or any(swap.outputs[0].is_graph_output() for swap in transposes):
+    if any(swap.outputs[0].is_graph_output() for swap in transposes):
         return LinearWeight(weight, (), refusal="it is an output")
     uses: list[LinearUse] = []
     stored: set[bool] = set()

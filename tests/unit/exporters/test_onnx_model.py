@@ -287,8 +287,8 @@ def test_refusals(unpruned: CapturedGraph, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     with pytest.raises(InputError, match="format='zip'"):
         export_onnx(unpruned, path, format="zip")
-    with pytest.raises(InputError, match="values='int8'"):
-        export_onnx(unpruned, path, values="int8")
+    with pytest.raises(InputError, match="values='int2'"):
+        export_onnx(unpruned, path, values="int2")
     with pytest.raises(InputError, match="is a directory"):
         export_onnx(unpruned, tmp_path)
     with pytest.raises(ExportError, match="TwoTower has no exported program"):
