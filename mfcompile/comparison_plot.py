@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mfcompile.report_plot import FAINT, INK, STYLE
+from mfcompile.report_plot import FAINT, INK, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,14 +52,7 @@ def plot_comparison(document: Mapping[str, Any], directory: Path | str, *, stem:
         directory: where the two files go.
         stem: their name without the ending.
     """
-    from matplotlib import rc_context
-
-    with rc_context(STYLE):
-        figure = _draw(document)
-        png, svg = (Path(directory) / f"{stem}.{ending}" for ending in ("png", "svg"))
-        figure.savefig(png, dpi=160, metadata={"Software": None})
-        figure.savefig(svg, metadata={"Date": None})
-    return png, svg
+    return save_picture(lambda: _draw(document), Path(directory) / stem)
 
 
 def lines(document: Mapping[str, Any]) -> tuple[Line, ...]:

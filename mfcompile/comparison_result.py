@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mfcompile.files import staged_directory, write_atomically
+from mfcompile.files import publish_document
 from mfcompile.graph import Diagnostic
 from mfcompile.passes.allocation import Sparsity
 from mfcompile.passes.mask_agreement import Agreement
@@ -195,12 +194,7 @@ class Comparison:
         """
         from mfcompile.comparison_plot import plot_comparison
 
-        document = self.as_dict()
-        with staged_directory(Path(output_dir), overwrite=overwrite) as staging:
-            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-            write_atomically(staging / "compare.json", (text + "\n").encode())
-            plot_comparison(document, staging)
-        return Path(output_dir)
+        return publish_document(self.as_dict(), Path(output_dir), "compare", plot_comparison, overwrite=overwrite)
 
 
 def ranked(rows: Sequence[ComparedModel], metric: MetricChoice | None) -> Iterable[ComparedModel]:

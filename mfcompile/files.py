@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mfcompile.errors import InputError
 
@@ -54,6 +56,28 @@ def check_output_dir(path: Path) -> None:
         raise InputError(
             f"the output directory {path} cannot be written: no permission in {ancestor}. Choose another directory"
         )
+
+
+def publish_document(
+    document: Mapping[str, Any], path: Path, stem: str, draw: Callable[[Mapping[str, Any], Path], object], *, overwrite: bool
+) -> Path:
+    """Write ``<stem>.json`` and what ``draw`` makes of it into a new directory, complete or not at all.
+
+    Args:
+        document: what JSON can hold, without NaN.
+        path: the directory.
+        stem: name of the file.
+        draw: called with the document and the folder to write into.
+        overwrite: replace a directory that is there.
+
+    Raises:
+        InputError: the directory is not empty (see ``overwrite``) or not writable.
+    """
+    with staged_directory(path, overwrite=overwrite) as staging:
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(staging / f"{stem}.json", (text + "\n").encode())
+        draw(document, staging)
+    return path
 
 
 @contextmanager

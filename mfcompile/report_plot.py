@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,11 +65,16 @@ def plot_sparsity(report: Mapping[str, Any], directory: Path | str, *, stem: str
         directory: where the two files go.
         stem: their name without the ending.
     """
+    return save_picture(lambda: _draw(report), Path(directory) / stem)
+
+
+def save_picture(draw: Callable[[], Figure], path: Path) -> tuple[Path, Path]:
+    """Draw in the style of the house, and write ``<path>.png`` and ``<path>.svg`` without a date."""
     from matplotlib import rc_context
 
     with rc_context(STYLE):
-        figure = _draw(report)
-        png, svg = (Path(directory) / f"{stem}.{ending}" for ending in ("png", "svg"))
+        figure = draw()
+        png, svg = (path.with_name(f"{path.name}.{ending}") for ending in ("png", "svg"))
         figure.savefig(png, dpi=160, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None})
     return png, svg

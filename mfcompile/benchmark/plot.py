@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mfcompile.comparison_plot import COLOURS
-from mfcompile.report_plot import FAINT, INK, STYLE
+from mfcompile.report_plot import FAINT, INK, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,14 +55,7 @@ def plot_benchmark(document: Mapping[str, Any], directory: Path | str, *, stem: 
         directory: where the two files go.
         stem: their name without the ending.
     """
-    from matplotlib import rc_context
-
-    with rc_context(STYLE):
-        figure = _draw(document)
-        png, svg = (Path(directory) / f"{stem}.{ending}" for ending in ("png", "svg"))
-        figure.savefig(png, dpi=160, metadata={"Software": None})
-        figure.savefig(svg, metadata={"Date": None})
-    return png, svg
+    return save_picture(lambda: _draw(document), Path(directory) / stem)
 
 
 def colours(document: Mapping[str, Any]) -> dict[str, str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mfcompile.files import staged_directory, write_atomically
+from mfcompile.files import publish_document
 
 FORMAT_VERSION = 1
 
@@ -242,12 +241,7 @@ class Benchmark:
         """
         from mfcompile.benchmark.plot import plot_benchmark
 
-        document = self.as_dict()
-        with staged_directory(Path(output_dir), overwrite=overwrite) as staging:
-            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-            write_atomically(staging / "bench.json", (text + "\n").encode())
-            plot_benchmark(document, staging)
-        return Path(output_dir)
+        return publish_document(self.as_dict(), Path(output_dir), "bench", plot_benchmark, overwrite=overwrite)
 
 
 def summarize(
