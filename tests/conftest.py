@@ -11,9 +11,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what is found into tests/golden instead of comparing")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def statistics_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of calibration statistics that this run of the tests starts empty; the user's is left alone."""
+    """A cache of calibration statistics that every file of tests starts empty; the user's is left alone.
+
+    One for the whole run would make what is collected depend on which files a worker ran before.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MFCOMPILE_CACHE", str(tmp_path_factory.mktemp("statistics-cache")))
         yield
