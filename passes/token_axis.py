@@ -236,7 +236,7 @@ class _Follower:
         if name == "slice" and argument(node, "step", 4, 1) == 1:
             return self._slice_stays_right(node, operand, carried, rule)
         if name == "index" and carried.offset == 0:
-            index = _index_per_sample(node, operand, place, carried.batch)
+            index = index_per_sample(node, operand, place, carried.batch)
             if index is not None and index not in self.derived and index not in self.flow.carried:
                 self.flow.indices[node] = (operand, index)
                 self.flow.readers.add(node)
@@ -346,7 +346,7 @@ def _bounds(start: Any, end: Any, length: int) -> tuple[int, int]:
     return first, max(last, first)
 
 
-def _index_per_sample(node: fx.Node, operand: fx.Node, place: Place, batch: Place | None) -> fx.Node | None:
+def index_per_sample(node: fx.Node, operand: fx.Node, place: Place, batch: Place | None) -> fx.Node | None:
     """The index of a read-out ``x[arange(batch), index]``: one position per sample."""
     indices = argument(node, "indices", 1)
     if batch != Place(0) or place != Place(1) or len(indices) != 2 or not all(isinstance(item, fx.Node) for item in indices):
