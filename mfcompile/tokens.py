@@ -237,7 +237,15 @@ def _with_sites(exported: ExportedModel, kinds: Mapping[str, str]) -> _Program:
             plan.protected_by_mask = plan.tokens - images[plan.image_mask.name]
         protection = protect(plan, order)
         sites.append(
-            TokenSite(plan.attention.name, plan.region, plan.tokens, protection.count, plan.point.name, protection.words)
+            TokenSite(
+                plan.attention.name,
+                plan.region,
+                plan.tokens,
+                protection.count,
+                plan.point.name,
+                protection.words,
+                plan.modality,
+            )
         )
     return _Program(exported, modalities, tuple(plans), images, TokenSites(tuple(sites), tuple(refused)))
 

@@ -36,6 +36,8 @@ class TokenSite:
         protected: how many of them always stay (CLS, the read-out position, text of a decoder).
         node: the residual add behind whose result tokens are cut.
         keeps: what is protected, in words.
+        modality: of the tokens that may be cut: image tokens in a decoder are "vision" though text is among them, and text
+            that has attended to an image is "text".
     """
 
     name: str
@@ -44,6 +46,7 @@ class TokenSite:
     protected: int
     node: str
     keeps: tuple[str, ...] = ()
+    modality: str = ""
 
     def __str__(self) -> str:
         stay = f", of which {self.protected} stay ({'; '.join(self.keeps)})" if self.keeps else ""
@@ -82,6 +85,7 @@ class SitePlan:
         indices: nodes of (batch,) positions that read-outs take.
         image_mask: (batch, tokens, ...) bool, True where a token may be cut; None where any may.
         protected_by_mask: tokens that ``image_mask`` protects, once it is known.
+        modality: see ``TokenSite``.
     """
 
     attention: Attention
@@ -93,6 +97,7 @@ class SitePlan:
     indices: tuple[fx.Node, ...] = ()
     image_mask: fx.Node | None = None
     protected_by_mask: int = 0
+    modality: str = ""
 
     @property
     def tokens(self) -> int:
@@ -299,7 +304,10 @@ def _with_origins(plan: SitePlan, stream: fx.Node, labels: Mapping[fx.Node, froz
     if not any(labels[node] for node, _ in origins):
         raise _RefusedError(stream, f"its {size} tokens are learned queries, a fixed number that the model was built for")
     masks: list[fx.Node] = []
+    content: frozenset[str] = frozenset()
     for node, place in origins:
+        is_joined = operator_name(node) in {"cat", "concat"} or _image_mask(node, labels) is not None
+        content |= (is_joined and labels[node] - {TEXT}) or labels[node]
         if operator_name(node) in {"cat", "concat"} and labels[node]:
             plan.static |= _learned_or_text(node, labels)
         elif _image_mask(node, labels) is not None:
@@ -307,6 +315,7 @@ def _with_origins(plan: SitePlan, stream: fx.Node, labels: Mapping[fx.Node, froz
     if len(set(masks)) > 1:
         raise _RefusedError(stream, f"image tokens are placed by several masks ({', '.join(item.name for item in masks)})")
     plan.image_mask = masks[0] if masks else None
+    plan.modality = _region(content)
     return plan
 
 

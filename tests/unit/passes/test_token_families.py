@@ -59,6 +59,13 @@ def llava() -> Family:
     return model, batch, fixed(model, batch)
 
 
+def test_sites_say_whose_tokens_can_be_cut(blip: Family, llava: Family) -> None:
+    texts = [site for site in mfcompile.find_token_sites(blip[2]).sites if site.name.startswith("text")]
+    assert [(site.region, site.modality) for site in texts] == [("text", "text"), ("fusion", "text")]  # it has seen the image
+    decoder = [site for site in mfcompile.find_token_sites(llava[2]).sites if "language" in site.name]
+    assert [(site.region, site.modality) for site in decoder] == [("fusion", "vision")] * 3
+
+
 @pytest.mark.parametrize("name", ["clip", "blip", "llava"])
 def test_keeping_every_token_at_every_site_changes_no_bit(name: str, request: pytest.FixtureRequest) -> None:
     model, batch, captured = request.getfixturevalue(name)

@@ -91,6 +91,7 @@ def test_text_before_the_image_is_protected() -> None:
     inputs = {"image": patches(2), "input_ids": torch.arange(10).view(2, 5), "attention_mask": torch.ones(2, 5).long()}
     found = mfcompile.find_token_sites(fixed(seeded(Joint), inputs))
     assert [(site.tokens, site.protected, site.region) for site in found.sites] == [(14, 5, "fusion")] * 2
+    assert [site.modality for site in found.sites] == ["vision"] * 2  # text is among them, and cannot be cut
 
 
 def test_learned_tokens_are_protected_inside_a_part_too() -> None:
