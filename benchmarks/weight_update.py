@@ -12,7 +12,8 @@ import mfcompile
 from mfcompile.masks import MaskSet
 from mfcompile.passes.masking import mask_module
 from mfcompile.passes.pruning_run import PruningRun
-from mfcompile.passes.sparsegpt import SparseGptOptions, updated
+from mfcompile.passes.sparsegpt import SparseGptOptions
+from mfcompile.passes.weight_update import updated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 

@@ -25,7 +25,7 @@ VALUES = ("fp32", "fp16", "int8")
 SPLITS = ("regions",)
 ROUNDINGS = ("exact", "official")
 PRECISIONS = ("model", "float64")
-UPDATES = ("sparsegpt",)
+UPDATES = ("sparsegpt", "least-squares")
 
 MASK_OPTIONS = (
     "source",

@@ -190,8 +190,9 @@ def select_masks(
         allocation: "magnitude-per-region" (Eq. 7), "magnitude-global", "score-per-region", "score-global", "uniform",
             "uniform-rows", "erk", or pattern of weights -> fraction; None for what the criterion was published with.
         pattern: "unstructured", "N:M" of consecutive inputs ("2:4"), or blocks of outputs x inputs ("1x4", "4x1", "16x1").
-        update: "sparsegpt" rewrites the kept weights so that every layer's output changes least; None leaves them.
-        update_options: options of the update: damping, memory_mib, passes, ...; see ``passes.sparsegpt.SparseGptOptions``.
+        update: "sparsegpt" or "least-squares" rewrites the kept weights so that every layer's output changes less, or
+            least; None leaves them.
+        update_options: options of the update: damping, memory_mib, passes, ...; see ``passes.weight_update.UpdateOptions``.
         rounding: "exact" (integer budgets that sum to the request) or "official" (the published truncation).
         seed: of random scores, and of what a loss draws.
         batches: calibration batches, or a function that gives them, for criteria and updates that run the model.

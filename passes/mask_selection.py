@@ -21,7 +21,7 @@ from mfcompile.passes.criteria.registry import pruner
 from mfcompile.passes.sparsity_patterns import NOfM, Pattern, Unstructured, parse_pattern
 from mfcompile.patterns import select as match_patterns
 from mfcompile.patterns import weight_names
-from mfcompile.recipe import ROUNDINGS, UPDATES
+from mfcompile.recipe import ROUNDINGS
 from mfcompile.region import PruneSite, RegionMap
 from mfcompile.statistics import CalibrationStatistics
 
@@ -41,7 +41,7 @@ class SelectionOptions:
         allocation: name of an allocation; pattern of weights -> sparsity of these layers; None for what the criterion was
             published with.
         pattern: "unstructured", "N:M", "1x4", "4x1" or "16x1".
-        update: "sparsegpt" rewrites the kept weights once the masks are chosen; None leaves them.
+        update: "sparsegpt" or "least-squares" rewrites the kept weights once the masks are chosen; None leaves them.
         rounding: "exact" or "official".
         seed: of random scores, and of what a loss draws.
         update_options: options of the update.
@@ -141,10 +141,11 @@ def select_masks(
     masks = chosen.choose(run)
     if options.update is None:
         return masks
-    from mfcompile.passes.sparsegpt import SparseGptOptions, update_weights
+    from mfcompile.passes.updates import update_options
+    from mfcompile.passes.weight_update import update_weights
 
     updating = run if update_progress is None else replace(run, progress=update_progress)
-    return update_weights(updating, masks, SparseGptOptions.from_mapping(options.update_options))
+    return update_weights(updating, masks, update_options(options.update, options.update_options))
 
 
 def check_options(options: SelectionOptions) -> Pruner:
@@ -160,10 +161,6 @@ def check_options(options: SelectionOptions) -> Pruner:
     if isinstance(options.allocation, str) and options.allocation not in ALLOCATIONS:
         raise InputError(
             f"allocation={options.allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}, or give sparsities by layer"
-        )
-    if options.update is not None and options.update not in UPDATES:
-        raise InputError(
-            f"update={options.update!r} is unknown; choose {', '.join(UPDATES)}, or None to leave weights as they are"
         )
     _check_update_options(options)
     if isinstance(options.seed, bool) or not isinstance(options.seed, int):
@@ -219,9 +216,9 @@ def check_fixed_sparsity(sparsity: Sparsity | None, pattern: Pattern) -> None:
 
 def _check_update_options(options: SelectionOptions) -> None:
     if options.update is not None:
-        from mfcompile.passes.sparsegpt import SparseGptOptions
+        from mfcompile.passes.updates import update_options
 
-        SparseGptOptions.from_mapping(options.update_options)
+        update_options(options.update, options.update_options)
     elif options.update_options:
         raise InputError(f"update_options={dict(options.update_options)} are options of a weight update, and none is asked for")
 

@@ -12,6 +12,7 @@ in_features^3 + out_features * in_features^2.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -41,25 +42,15 @@ class Reconstruction:
     rows: int
 
 
-class Reconstructor:
-    """Reconstructs matrices that share one input.
+class RowReconstructor(ABC):
+    """Reconstructs matrices that share one input, row by row.
 
     Args:
         gram: (in_features, in_features) X^T X, finite, not all zero.
-        damping: what is added to its diagonal, as a fraction of the mean of the diagonal (0.01 in the paper).
-        block_columns: columns whose errors are propagated together (B of the paper; it changes no value).
-
-    Attributes:
-        damping: what was used: grown until the matrix could be factored.
-
-    Raises:
-        ArithmeticError: no damping makes the matrix positive definite.
     """
 
-    def __init__(self, gram: Tensor, damping: float = 0.01, block_columns: int = 128) -> None:
+    def __init__(self, gram: Tensor) -> None:
         self._gram = gram
-        self._block_columns = block_columns
-        self._factor, self.damping = _inverse_factor(gram, damping)
 
     def reconstruct(self, dense: Tensor, kept: Tensor, current: Tensor | None = None) -> Reconstruction:
         """New values for the kept weights of a matrix.
@@ -91,6 +82,31 @@ class Reconstructor:
         """(rows,) squared error of the output of every row over all tokens."""
         difference = aim - weight.double()
         return ((difference @ self._gram.double()) * difference).sum(1)
+
+    @abstractmethod
+    def _update(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """(rows, in_features) float64 values whose output is near that of ``weight``, float64; zero where not ``kept``."""
+
+
+class Reconstructor(RowReconstructor):
+    """SparseGPT's reconstruction.
+
+    Args:
+        gram: (in_features, in_features) X^T X, finite, not all zero.
+        damping: what is added to its diagonal, as a fraction of the mean of the diagonal (0.01 in the paper).
+        block_columns: columns whose errors are propagated together (B of the paper; it changes no value).
+
+    Attributes:
+        damping: what was used: grown until the matrix could be factored.
+
+    Raises:
+        ArithmeticError: no damping makes the matrix positive definite.
+    """
+
+    def __init__(self, gram: Tensor, damping: float = 0.01, block_columns: int = 128) -> None:
+        super().__init__(gram)
+        self._block_columns = block_columns
+        self._factor, self.damping = _inverse_factor(gram, damping)
 
     def _update(self, weight: Tensor, kept: Tensor) -> Tensor:
         """The columns from left to right; errors reach the columns of the same block at once, the others block by block.

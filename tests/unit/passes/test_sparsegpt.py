@@ -15,7 +15,8 @@ from mfcompile.masks import MaskSet, PackedMask, fingerprint
 from mfcompile.passes.mask_selection import site_weight
 from mfcompile.passes.pruning_run import PruningRun
 from mfcompile.passes.reconstruction import Reconstructor
-from mfcompile.passes.sparsegpt import SiteUpdate, SparseGptOptions, updated
+from mfcompile.passes.sparsegpt import SparseGptOptions
+from mfcompile.passes.weight_update import SiteUpdate, updated
 from mfcompile.passes.weight_values import set_values
 from tests.models import Batch, TwoLayers, rows, tiny_vlm, vlm_batch, vlm_captured, vlm_regions, vlm_statistics
 from tests.unit.passes.test_experts import Mixture, image
@@ -116,7 +117,7 @@ class TestTheOrderOfTheLayers:
 
 def test_masks_stay_and_every_layer_comes_closer() -> None:
     before = vlm_masks()
-    after, updates = updated(vlm_run(), before)
+    after, updates = updated(vlm_run(), before, SparseGptOptions())
     assert {name: mask.bits.tobytes() for name, mask in after.packed.items()} == {
         name: mask.bits.tobytes() for name, mask in before.packed.items()
     }
@@ -131,7 +132,7 @@ def test_masks_stay_and_every_layer_comes_closer() -> None:
 def test_the_output_of_the_model_comes_closer() -> None:
     inputs = vlm_batch((5, 6, 3), seed=9)
     outputs = {}
-    after, _ = updated(vlm_run(), vlm_masks(0.4))
+    after, _ = updated(vlm_run(), vlm_masks(0.4), SparseGptOptions())
     for name, masks in (("masked", vlm_masks(0.4)), ("updated", after)):
         graph = mfcompile.apply_masks(vlm_captured(), masks)
         with torch.no_grad():
@@ -143,15 +144,18 @@ def test_the_output_of_the_model_comes_closer() -> None:
 
 def test_batches_may_be_cut_otherwise() -> None:
     one, two = vlm_batches()[0], vlm_batches()[1]
-    whole, _ = updated(vlm_run(batches=lambda: [one, two]), vlm_masks())
+    whole, _ = updated(vlm_run(batches=lambda: [one, two]), vlm_masks(), SparseGptOptions())
     parts = [rows(two, [4, 0]), rows(one, [1]), rows(two, [1, 2, 3]), rows(one, [0, 2, 3, 4])]
-    cut, _ = updated(vlm_run(batches=lambda: parts), vlm_masks())
+    cut, _ = updated(vlm_run(batches=lambda: parts), vlm_masks(), SparseGptOptions())
     for name, values in whole.new_values.items():
         torch.testing.assert_close(cut.new_values[name], values, rtol=RTOL, atol=ATOL, msg=name)
 
 
 def test_the_same_run_gives_the_same_bits() -> None:
-    assert updated(vlm_run(), vlm_masks())[0].digest() == updated(vlm_run(), vlm_masks())[0].digest()
+    assert (
+        updated(vlm_run(), vlm_masks(), SparseGptOptions())[0].digest()
+        == updated(vlm_run(), vlm_masks(), SparseGptOptions())[0].digest()
+    )
 
 
 class TestKindsOfWeights:
@@ -308,7 +312,7 @@ class TestWhatIsLeftAlone:
         def refuse() -> list[Any]:
             raise AssertionError("the batches were asked for")
 
-        masks, updates = updated(vlm_run(batches=refuse), vlm_masks(0.0))
+        masks, updates = updated(vlm_run(batches=refuse), vlm_masks(0.0), SparseGptOptions())
         assert (dict(masks.new_values), updates) == ({}, [])
 
     def test_a_layer_of_which_nothing_is_kept_is_zero_for_those_after_it(self) -> None:
@@ -316,7 +320,7 @@ class TestWhatIsLeftAlone:
         gone = {**{name: masks[name] for name in masks}, "blocks.0.down.weight": torch.zeros(8, 16, dtype=torch.bool)}
         packed = {name: mfcompile.masks.PackedMask.pack(mask) for name, mask in gone.items()}
         run = PruningRun(captured, mfcompile.infer_regions(captured), 0.5, batches=lambda: [pixels()])
-        found, updates = updated(run, replace(masks, packed=packed, new_values={}))
+        found, updates = updated(run, replace(masks, packed=packed, new_values={}), SparseGptOptions())
         assert "blocks.0.down.weight" not in found.new_values
         model = two_layers()
         with torch.no_grad():
@@ -354,7 +358,7 @@ class TestWhatIsLeftAlone:
     def test_generators_of_devices_that_the_model_is_not_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         run, masks, seeds = vlm_run(), vlm_masks(), list[int]()
         monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-        assert updated(run, masks)[0].new_values
+        assert updated(run, masks, SparseGptOptions())[0].new_values
         assert not seeds
 
 
@@ -387,5 +391,5 @@ def test_the_seed_decides_what_a_random_model_sees() -> None:
     for outside, seed in ((1, 3), (2, 3), (2, 4)):
         torch.manual_seed(outside)
         run = PruningRun(captured, regions, 0.5, seed=seed, batches=lambda: [pixels()])
-        digests.append(updated(run, masks)[0].digest())
+        digests.append(updated(run, masks, SparseGptOptions())[0].digest())
     assert digests[0] == digests[1] != digests[2]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import mfcompile
 from mfcompile.errors import CalibrationError, InputError
 from mfcompile.passes.pruning_run import PruningRun
-from mfcompile.passes.sparsegpt import updated
+from mfcompile.passes.sparsegpt import SparseGptOptions
+from mfcompile.passes.weight_update import updated
 from tests.models import tiny_vlm, vlm_batch, vlm_captured, vlm_regions
 from tests.unit.passes.test_sparsegpt import pixels, two_layers, vlm_batches, vlm_masks, vlm_run
 
@@ -20,7 +21,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"dampening": 1}, "sparsegpt has no option 'dampening'; its options are damping, block_columns"),
+            ({"dampening": 1}, "sparsegpt has no option 'dampening'; its options are damping, memory_mib"),
             ({"damping": -0.1}, "damping is a number of at least 0, got -0.1"),
             ({"damping": float("nan")}, "damping is a number of at least 0, got nan"),
             ({"memory_mib": "much"}, "memory_mib is a number of at least 0, got 'much'"),
@@ -77,9 +78,9 @@ class TestOptions:
         regions = mfcompile.infer_regions(captured)
         masks = mfcompile.select_masks(captured, regions, sparsity=0.5, criterion="magnitude")
         with pytest.raises(InputError, match=r"Stubborn cannot be copied .*socket has no copy.*or the update"):
-            updated(PruningRun(captured, regions, 0.5, batches=refuse), masks)
+            updated(PruningRun(captured, regions, 0.5, batches=refuse), masks, SparseGptOptions())
 
     def test_an_onnx_file_is_refused(self) -> None:
         captured = replace(vlm_captured(), frontend="onnx")
         with pytest.raises(InputError, match=r"this model is an \.onnx file\. Prune the module that the file was made from"):
-            updated(vlm_run(captured=captured), vlm_masks())
+            updated(vlm_run(captured=captured), vlm_masks(), SparseGptOptions())
