@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -23,11 +23,13 @@ class FlopCount:
         total: of all nodes, for inputs of the sizes of the example.
         by_module: submodule -> its own share, without those inside it.
         uncounted: operators that compute products and have no formula here; empty where the count is whole.
+        by_weight: FQN of a parameter of two axes or more -> the share of the products that read it.
     """
 
     total: int
     by_module: Mapping[str, int]
     uncounted: tuple[str, ...] = ()
+    by_weight: Mapping[str, int] = field(default_factory=dict)
 
     def below(self, path: str) -> int:
         """The share of a submodule with all that is inside it."""
@@ -43,16 +45,30 @@ def count_flops(program: ExportedProgram) -> FlopCount:
         program: as torch.export gives it, or rewritten.
     """
     by_module: dict[str, int] = {}
+    by_weight: dict[str, int] = {}
     uncounted: dict[str, None] = {}
     for node in program.graph.nodes:
         name = operator_name(node)
         formula = _FORMULAS.get(name)
         if formula is not None:
-            path = module_path(node)
-            by_module[path] = by_module.get(path, 0) + formula(node)
+            path, count = module_path(node), formula(node)
+            by_module[path] = by_module.get(path, 0) + count
+            for fqn in _weights_of(node, program.graph_signature.inputs_to_parameters):
+                by_weight[fqn] = by_weight.get(fqn, 0) + count
         elif name in _WITHOUT_FORMULA:
             uncounted[name] = None
-    return FlopCount(sum(by_module.values()), by_module, tuple(uncounted))
+    return FlopCount(sum(by_module.values()), by_module, tuple(uncounted), by_weight)
+
+
+def _weights_of(node: fx.Node, parameters: Mapping[str, str]) -> set[str]:
+    """FQNs of the matrices that a product reads, as they are or turned and reshaped; not of biases."""
+    found = set()
+    for operand in node.all_input_nodes:
+        while operand.op == "call_function" and len(operand.all_input_nodes) == 1:
+            operand = operand.all_input_nodes[0]
+        if operand.name in parameters and len(_sizes(operand)) > 1:
+            found.add(parameters[operand.name])
+    return found
 
 
 def _sizes(node: Any) -> list[int]:

@@ -70,3 +70,16 @@ def test_the_saving_is_that_of_the_shorter_layers() -> None:
     assert before.below("blocks") == before.total
     assert after.below("blocks.0.attention") == before.below("blocks.0.attention")
     assert after.by_module["blocks.0"] == 2 * 3 * 2 * 10 * 10 * 8  # q k' once more, for 3 samples and 2 heads of 8
+
+
+def test_products_are_known_by_their_weights() -> None:
+    inputs = {"image": patches()}
+    captured = fixed(seeded(Encoder), inputs)
+    assert captured.exported is not None
+    found = count_flops(captured.exported.program)
+    samples, tokens, width = 3, 10, 16
+    sizes = {name: parameter.numel() for name, parameter in captured.module.named_parameters() if parameter.ndim == 2}
+    for name in ("blocks.0.attention.query.weight", "blocks.1.up.weight", "blocks.1.down.weight"):
+        assert found.by_weight[name] == 2 * samples * tokens * sizes[name]
+    attentions = 2 * (2 * 2 * samples * tokens * tokens * width)  # of two blocks, two products each, which read no weight
+    assert sum(found.by_weight.values()) == found.total - attentions
