@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,14 +14,16 @@ import mfcompile
 from benchmarks.tavlp.configuration import Scale, cell_config, config_hash, mask_seed
 from benchmarks.tavlp.families import family as family_of
 from benchmarks.tavlp.families.contract import TaskModel
-from benchmarks.tavlp.finetuning import clock, fine_tune
+from benchmarks.tavlp.finetuning import clock, fine_tune, half_precision
 from benchmarks.tavlp.pruners import PRUNERS, ROWS, SEEDS, SPARSITIES
 from benchmarks.tavlp.pruning import Folders, masks_of, region_sparsity
 from benchmarks.tavlp.records import read_record, write_record
 from benchmarks.tavlp.tasks import TASKS
 
-FIRST_ROWS = ("dense", "random", "omp", "lamp", "multiflow", "without-multimodality", "inversion")
-"""Rows that make a table worth reading, run before the others."""
+FIRST_ROWS = ("dense", "random", "omp", "multiflow", "without-multimodality", "lamp", "wanda", "snip")
+"""Rows that make a table worth reading, run before the others and with all seeds first."""
+LAST_ROWS = ("itersnip", "chita", "chita++")
+"""Rows whose masks cost as much as their cells, run when all others are there."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,34 @@ class Choice:
 
 
 def cells(choice: Choice, families: Iterable[str]) -> Iterator[Cell]:
-    """The wanted cells, those first that say most: one seed of one task, first rows first, high sparsities first."""
+    """The wanted cells, those first that say most; see `_usefulness`."""
+    known = tuple(families)
     wanted = choice.pruners or tuple(row.name for row in ROWS)
-    first = [name for name in FIRST_ROWS if name in wanted]
-    rest = [name for name in wanted if name not in FIRST_ROWS]
-    for seed, task in product(choice.seeds or SEEDS, choice.tasks or tuple(TASKS)):
-        for group, family in product((first, rest), choice.families or tuple(families)):
-            if "dense" in group:
-                yield Cell(family, task, "dense", 0.0, seed)
-            for sparsity, pruner in product(choice.sparsities or reversed(SPARSITIES), group):
-                if pruner != "dense":
-                    yield Cell(family, task, pruner, sparsity, seed)
+    found = [
+        Cell(family, task, pruner, sparsity, seed)
+        for seed, task, family in product(choice.seeds or SEEDS, choice.tasks or tuple(TASKS), choice.families or known)
+        for pruner in wanted
+        for sparsity in ((0.0,) if pruner == "dense" else choice.sparsities or SPARSITIES)
+    ]
+    return iter(sorted(found, key=lambda cell: _usefulness(cell, known)))
+
+
+def _usefulness(cell: Cell, families: Sequence[str]) -> tuple[int, ...]:
+    """What cells are sorted by: retrieval before the other tasks, high sparsities before low ones, one seed before three."""
+    sparsities = sorted(SPARSITIES, reverse=True)
+    place = 0 if cell.pruner == "dense" else sparsities.index(cell.sparsity)
+    is_first, is_lowest, is_repeat = cell.pruner in FIRST_ROWS, place == len(sparsities) - 1, cell.seed != min(SEEDS)
+    if cell.pruner in LAST_ROWS:
+        stage = 4
+    elif is_lowest or (is_repeat and not is_first):
+        stage = 3
+    elif cell.task != "retrieval":
+        stage = 3 if is_repeat else 2
+    else:
+        stage = 0 if place == 0 and not is_repeat else 1
+    row = FIRST_ROWS.index(cell.pruner) if is_first else len(FIRST_ROWS)
+    task = tuple(TASKS).index(cell.task)
+    return (stage, place, cell.seed, not is_first, task, families.index(cell.family), row)
 
 
 def run_cell(cell: Cell, scale: Scale, folders: Folders, device: torch.device) -> dict[str, Any]:
@@ -168,5 +187,5 @@ def _pruned(cell: Cell, scale: Scale, folders: Folders, device: torch.device) ->
 
 
 def _tested(model: TaskModel, cell: Cell, scale: Scale, device: torch.device) -> dict[str, float]:
-    with torch.inference_mode():
+    with torch.inference_mode(), half_precision(device, scale.recipes[cell.task]):
         return TASKS[cell.task].evaluate(model, family_of(cell.family), scale.recipes[cell.task], device)

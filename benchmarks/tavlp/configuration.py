@@ -82,6 +82,7 @@ def mask_config(family: Family, row: PrunerRow, sparsity: float, seed: int | Non
         "sparsity": sparsity,
         "seed": seed,
         "calibration": {"batches": count, "batch_size": size} if row.needs_statistics or row.needs_batches else None,
+        **({"loss": "bf16 autocast"} if row.needs_loss else {}),
     }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from emoji_xvlm.training import quick_attention
 from torch import Tensor, nn
 
 from benchmarks.tavlp.families.contract import Family, TaskModel
@@ -45,7 +46,7 @@ def fine_tune(model: TaskModel, task: Task, family: Family, recipe: Recipe, seed
     losses: list[float] = []
     started = clock(device)
     for step in range(recipe.steps):
-        with torch.autocast(device.type, torch.bfloat16) if recipe.bf16 else contextlib.nullcontext():
+        with half_precision(device, recipe), quick_attention(device):
             loss = task.loss(model, moved(next(batches), device), generator)
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
@@ -59,6 +60,11 @@ def fine_tune(model: TaskModel, task: Task, family: Family, recipe: Recipe, seed
     fifth = max(1, math.ceil(len(losses) / 5))
     parts = [losses[start : start + fifth] for start in range(0, len(losses), fifth)]
     return Tuning(clock(device) - started, tuple(sum(part) / len(part) for part in parts))
+
+
+def half_precision(device: torch.device, recipe: Recipe) -> contextlib.AbstractContextManager[object]:
+    """bf16 autocast where the recipe asks for it; weights, losses and rankings stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16) if recipe.bf16 else contextlib.nullcontext()
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -98,4 +104,5 @@ def _optimizer(model: TaskModel, recipe: Recipe) -> torch.optim.AdamW:
             for (is_new, decays), parameters in groups.items()
         ],
         betas=(0.9, 0.98),
+        fused=True,
     )

@@ -12,9 +12,10 @@ from benchmarks.tavlp.cells import Choice, cells
 from benchmarks.tavlp.configuration import Scale
 from benchmarks.tavlp.families import FAMILIES, family
 from benchmarks.tavlp.figures import draw_allocations, draw_highest_sparsity
+from benchmarks.tavlp.orderings import HEADLINES, choice, orderings
 from benchmarks.tavlp.pruners import ABLATIONS, PRUNERS, ROWS, SEEDS, SPARSITIES
 from benchmarks.tavlp.pruning import Folders, masks_of
-from benchmarks.tavlp.summary import MISSING, Figure, Results, table, title, with_best
+from benchmarks.tavlp.summary import MISSING, NEAR, STANDARD_ERRORS, Figure, Results, table, title, with_best
 from benchmarks.tavlp.tasks import TASKS
 
 ALLOCATION_SPARSITY = 0.75
@@ -52,10 +53,22 @@ def _parts(results: Results) -> Iterator[str]:
         f"Written by `python -m benchmarks.tavlp tables --scale {results.scale.name}` from the files in "
         f"`benchmarks/results/tavlp/{results.scale.name}`; do not edit. What they mean is in [benchmark.md](benchmark.md). "
         f"All metrics are in per cent (CIDEr as papers print it), after fine-tuning with masks kept. `±` is the sample "
-        f"standard deviation over seeds {', '.join(map(str, SEEDS))}; a figure without it is of one seed; `{MISSING}` is a "
-        f"cell that has not been run. Bold is the largest mean of a column within a sparsity."
+        f"standard deviation over seeds, of {', '.join(map(str, SEEDS))}, and the number in brackets says how many there are; "
+        f"`{MISSING}` is a cell that has not been run. Bold is the largest mean of a column within a sparsity; "
+        f"`{NEAR}` is within noise of it: less than {STANDARD_ERRORS:g} standard errors below, with the scatter over seeds "
+        f"that all rows of a task have together."
     )
     yield _coverage(results)
+    yield scatters(results)
+    yield "## Which pruner to choose"
+    yield "Retrieval as the mean R@1 of both directions, captioning as CIDEr, questions as accuracy."
+    yield choice(results)
+    yield "## The paper's orderings"
+    yield (
+        f"Differences of two rows over the seeds that both have, in the metrics above, with their standard error. Less than "
+        f"{STANDARD_ERRORS:g} of these errors are noise."
+    )
+    yield orderings(results)
     yield "## Retrieval (Tab. 1 of the paper)"
     yield comparison(results, ("retrieval",))
     yield "## Captioning and questions (Tab. 2)"
@@ -75,18 +88,33 @@ def _parts(results: Results) -> Iterator[str]:
 
 
 def _coverage(results: Results) -> str:
+    done, there = results.count(list(cells(Choice(), FAMILIES)))
     rows = []
     for name in FAMILIES:
         for task in TASKS:
             counts = [results.count(list(cells(Choice((name,), (task,), seeds=(seed,)), FAMILIES))) for seed in SEEDS]
             rows.append([f"{name}, {task}", *(f"{done} of {there}" for done, there in counts)])
-    return table(["cells that are there", *(f"seed {seed}" for seed in SEEDS)], rows)
+    return f"{done} of {there} cells are there.\n\n" + table(["cells", *(f"seed {seed}" for seed in SEEDS)], rows)
+
+
+def scatters(results: Results) -> str:
+    """How far seeds scatter, by metric."""
+    rows = []
+    for task, found in TASKS.items():
+        for metrics, name in [((metric,), name) for metric, name in found.metrics.items()] + [(HEADLINES[task], "mean of R@1")]:
+            value = results.scatter(task, metrics)
+            if value is not None and (len(metrics) > 1 or name != "mean of R@1"):
+                rows.append([f"{task}, {name}", f"{value:.1f}"])
+    if not rows:
+        return "No row has two seeds, so that nothing is known of noise."
+    return table(["metric", "standard deviation over seeds, all rows together"], rows)
 
 
 def comparison(results: Results, tasks: Sequence[str]) -> str:
     """Rows of all pruners by sparsity, columns of all families and metrics of some tasks."""
     columns = [(name, task, metric) for name in FAMILIES for task in tasks for metric in TASKS[task].metrics]
     headings = ["sparsity, pruner", *(f"{name} {TASKS[task].metrics[metric]}" for name, task, metric in columns)]
+    noise = [results.scatter(task, (metric,)) for name, task, metric in columns]
     rows = [["DENSE", *(_text(results.figure(name, task, "dense", 0.0, metric)) for name, task, metric in columns)]]
     for sparsity in SPARSITIES:
         figures = [
@@ -94,7 +122,7 @@ def comparison(results: Results, tasks: Sequence[str]) -> str:
         ]
         rows += [
             [f"{100 * sparsity:.0f} % {title(pruner)}", *shown]
-            for pruner, shown in zip(COMPARED, with_best(figures), strict=True)
+            for pruner, shown in zip(COMPARED, with_best(figures, noise), strict=True)
         ]
     return table(headings, rows)
 
@@ -107,7 +135,8 @@ def ablations(results: Results) -> str:
         [results.figure(ABLATION_FAMILY, "retrieval", pruner, sparsity, metric) for pruner in ABLATIONS]
         for sparsity, metric in columns
     ]
-    rows = [[title(pruner), *shown] for pruner, shown in zip(ABLATIONS, with_best(figures), strict=True)]
+    noise = [results.scatter("retrieval", (metric,)) for _, metric in columns]
+    rows = [[title(pruner), *shown] for pruner, shown in zip(ABLATIONS, with_best(figures, noise), strict=True)]
     return table(["pruner", *(f"{100 * sparsity:.0f} % {names[metric]}" for sparsity, metric in columns)], rows)
 
 

@@ -20,6 +20,7 @@ class PrunerRow:
         is_seeded: whether another seed gives other masks (data, or random scores); the others are made once.
         needs_statistics: whether calibration is part of its cost.
         needs_batches: whether it runs the model itself.
+        shares_gradients: whether the mean gradients of the dense model, which serve all sparsities, are all it asks the loss.
         passes: option that counts how often the model is run -> key of the scale's ``pruning`` options.
     """
 
@@ -31,7 +32,13 @@ class PrunerRow:
     is_seeded: bool = True
     needs_statistics: bool = False
     needs_batches: bool = False
+    shares_gradients: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether it takes gradients; updates run the model forward alone."""
+        return self.needs_batches and self.update is None
 
     def criterion_options(self, pruning: Mapping[str, Any]) -> dict[str, Any]:
         """Options of the criterion at a scale."""
@@ -43,7 +50,7 @@ _CHITA = {"gradients": "chita_gradients"}
 ROWS = (
     PrunerRow("dense", "DENSE", None, is_seeded=False),
     PrunerRow("random", "RANDOM", "random"),
-    PrunerRow("snip", "SNIP", "snip", needs_batches=True),
+    PrunerRow("snip", "SNIP", "snip", needs_batches=True, shares_gradients=True),
     PrunerRow(
         "itersnip",
         "ITERSNIP",

@@ -49,7 +49,7 @@ class Captioning:
     """Language modelling with label smoothing; tested by BLEU@4 and CIDEr of the likeliest word at every place."""
 
     name = "captioning"
-    version = 1
+    version = 2
     metrics = {"bleu4": "BLEU@4", "cider": "CIDEr"}  # noqa: RUF012 - read only
     has_zero_shot = False
 

@@ -24,7 +24,7 @@ class Recipe:
         test_size: samples of the test set.
         weight_decay: on matrices.
         clip: largest norm of the gradient.
-        bf16: autocast in training; tests are in float32.
+        bf16: autocast in training and in tests; what is ranked is summed up in float32.
     """
 
     steps: int

@@ -43,7 +43,7 @@ class Retrieval:
     """ITC and ITM, as X-VLM and BLIP fine-tune; tested by R@1 and R@5 of both directions."""
 
     name = "retrieval"
-    version = 1
+    version = 2
     metrics = {"tr1": "TR@1", "tr5": "TR@5", "ir1": "IR@1", "ir5": "IR@5"}  # noqa: RUF012 - read only
     has_zero_shot = True
 
@@ -73,7 +73,8 @@ class Retrieval:
         texts = torch.cat(
             [model.encode_text(*part) for part in zip(torch.split(ids, TEST_BATCH), torch.split(mask, TEST_BATCH), strict=True)]
         )
-        near = (model.scale() * model.embed_image(images).float() @ model.embed_text(texts).float().T).cpu()
+        with torch.autocast(device.type, enabled=False):
+            near = (model.scale() * model.embed_image(images.float()) @ model.embed_text(texts.float()).T).cpu()
         count = min(CANDIDATES, len(data))
         wanted = torch.zeros_like(near, dtype=torch.bool)
         wanted.scatter_(1, near.topk(count, dim=1).indices, True)
@@ -126,7 +127,7 @@ def _scores(
         image, text = rows.T.to(images.device)
         length = int(mask[text].sum(1).max())
         logits = model.match(images[image], texts[text][:, :length], ids[text][:, :length], mask[text][:, :length])
-        scored[rows[:, 0], rows[:, 1]] = (logits[:, 1] - logits[:, 0]).float().cpu() + near[rows[:, 0], rows[:, 1]]
+        scored[rows[:, 0], rows[:, 1]] = (logits[:, 1].float() - logits[:, 0].float()).cpu() + near[rows[:, 0], rows[:, 1]]
     return scored
 
 

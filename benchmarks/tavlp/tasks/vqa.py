@@ -90,7 +90,7 @@ class Answering:
     """Cross-entropy over the closed set; tested by accuracy on the official test split."""
 
     name = "vqa"
-    version = 1
+    version = 2
     metrics = {"accuracy": "accuracy"}  # noqa: RUF012 - read only
     has_zero_shot = False
 

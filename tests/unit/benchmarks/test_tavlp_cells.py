@@ -12,6 +12,7 @@ import torch
 
 import mfcompile
 from benchmarks.tavlp import cells as runner
+from benchmarks.tavlp import pruning
 from benchmarks.tavlp.cells import Cell, Choice, cells, run_cell
 from benchmarks.tavlp.configuration import config_hash
 from benchmarks.tavlp.families import FAMILIES, family
@@ -98,13 +99,13 @@ def test_masks_are_made_once_for_all_tasks_and_without_a_seed_for_all_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    select = mfcompile.select_masks
+    select = pruning.select_masks
 
-    def counted(*arguments: Any, **options: Any) -> mfcompile.MaskSet:
-        made.append(options["criterion"])
-        return select(*arguments, **options)
+    def counted(captured: Any, regions: Any, statistics: Any, options: Any, **others: Any) -> mfcompile.MaskSet:
+        made.append(options.criterion)
+        return select(captured, regions, statistics, options, **others)
 
-    monkeypatch.setattr(mfcompile, "select_masks", counted)
+    monkeypatch.setattr(pruning, "select_masks", counted)
 
     def masks(pruner: str, seed: int) -> mfcompile.MaskSet:
         return masks_of(family("xvlm"), PRUNERS[pruner], 0.63, seed, TINY, folders(tmp_path))
@@ -133,7 +134,8 @@ def test_cells_come_in_the_order_that_makes_tables_useful() -> None:
     order = list(cells(Choice(families=("xvlm",)), FAMILIES))
     assert len(order) == len(set(order)) == 3 * 3 * (1 + 13 * 3)
     assert order[0] == Cell("xvlm", "retrieval", "dense", 0.0, 0)
-    assert {cell.seed for cell in order[:120]} == {0}
-    assert {cell.task for cell in order[:40]} == {"retrieval"}
-    assert {cell.pruner for cell in order[:19]} == set(runner.FIRST_ROWS)
+    assert {cell.pruner for cell in order[:8]} == set(runner.FIRST_ROWS)
+    assert {(cell.seed, cell.task, cell.sparsity) for cell in order[1:11]} == {(0, "retrieval", 0.9)}
+    assert {cell.task for cell in order[:50]} == {"retrieval"}
+    assert {cell.pruner for cell in order[-81:]} == set(runner.LAST_ROWS)
     assert list(cells(Choice(("xvlm",), ("vqa",), ("lamp",), (0.9,), (2,)), FAMILIES)) == [Cell("xvlm", "vqa", "lamp", 0.9, 2)]

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.tavlp import page
 from benchmarks.tavlp.cells import Cell
+from benchmarks.tavlp.orderings import Difference, Ordering, choice, difference, orderings
 from benchmarks.tavlp.summary import Figure, Results, with_best
 from tests.unit.benchmarks.tavlp_runs import TINY, folders, made_up, other_recipe
 
@@ -33,9 +34,9 @@ def row_of(text: str, label: str) -> list[str]:
 
 def test_tables_show_mean_and_deviation_over_seeds(results: Results) -> None:
     text = page.comparison(results, ("retrieval",))
-    assert row_of(text, "63 % MULTIFLOW")[1:5] == ["**75.0 ± 5.0**", "**76.0 ± 5.0**", "**77.0 ± 5.0**", "**78.0 ± 5.0**"]
-    assert row_of(text, "63 % OMP")[1] == "74.2"
-    assert row_of(text, "DENSE")[1] == "90.0"
+    assert row_of(text, "63 % MULTIFLOW")[1:5] == [f"**{mean}.0 ± 5.0 (3)**" for mean in (75, 76, 77, 78)]
+    assert row_of(text, "63 % OMP")[1] == "≈ 74.2 (1)"
+    assert row_of(text, "DENSE")[1] == "90.0 (1)"
     assert row_of(text, "90 % OMP")[1:5] == ["."] * 4
 
 
@@ -50,13 +51,51 @@ def test_a_stale_cell_is_a_missing_one(results: Results, tmp_path: Path) -> None
 def test_figures_use_the_sample_deviation() -> None:
     figure = Figure.of([1.0, 2.0, 3.0])
     assert figure == Figure(2.0, 1.0, 3)
-    assert str(figure) == "2.0 ± 1.0"
+    assert str(figure) == "2.0 ± 1.0 (3)"
     assert Figure.of([]) is None
 
 
 def test_the_best_of_a_column_is_bold_where_it_has_a_rival() -> None:
     low, high = Figure(1.0, None, 1), Figure(2.0, None, 1)
-    assert with_best([[low, high, None], [None, low, None]]) == [["1.0", "."], ["**2.0**", "1.0"], [".", "."]]
+    shown = with_best([[low, high, None], [None, low, None]], [None, None])
+    assert shown == [["1.0 (1)", "."], ["**2.0 (1)**", "1.0 (1)"], [".", "."]]
+
+
+def test_figures_within_noise_of_the_best_have_a_sign() -> None:
+    best, near, far = Figure(9.0, 1.0, 2), Figure(6.1, None, 2), Figure(5.9, None, 2)  # 2 * 1.5 * sqrt(1/2 + 1/2) = 3
+    assert [row[0][:2] for row in with_best([[best, near, far]], [1.5])] == ["**", "≈ ", "5."]
+
+
+def test_the_scatter_of_seeds_is_pooled_over_rows(results: Results, tmp_path: Path) -> None:
+    assert results.scatter("retrieval", ("tr1",)) == pytest.approx(5.0)
+    made_up(Cell("blip", "retrieval", "omp", 0.9, 0), metrics(10.0), tmp_path)
+    made_up(Cell("blip", "retrieval", "omp", 0.9, 2), metrics(12.0), tmp_path)  # a variance of 2 with one degree of freedom
+    assert results.scatter("retrieval", ("tr1",)) == pytest.approx(((2 * 25 + 2) / 3) ** 0.5)
+    for seed in (1, 2):
+        made_up(Cell("xvlm", "retrieval", "dense", 0.0, seed), metrics(90.0), tmp_path)  # counted once, not per sparsity
+    assert results.scatter("retrieval", ("tr1",)) == pytest.approx(((2 * 25 + 2) / 5) ** 0.5)
+    assert results.scatter("vqa", ("accuracy",)) is None
+
+
+def test_orderings_compare_rows_over_the_seeds_that_both_have(results: Results, tmp_path: Path) -> None:
+    def against(*below: str) -> Difference | None:
+        return difference(results, "xvlm", "retrieval", Ordering("", "multiflow", below), 0.63)
+
+    error = 5 * 2**0.5  # one seed of each
+    assert against("omp") == Difference("omp", pytest.approx(0.75), pytest.approx(error), 1)
+    assert against("lamp") is None
+    made_up(Cell("xvlm", "retrieval", "lamp", 0.63, 0), metrics(72.0), tmp_path)
+    assert against("omp", "lamp") == Difference("lamp", pytest.approx(-2.0), pytest.approx(error), 1)
+    made_up(Cell("xvlm", "retrieval", "random", 0.63, 2), metrics(10.0), tmp_path)
+    rows = [line for line in orderings(results).splitlines() if "xvlm, retrieval, 63 %" in line]
+    assert [line.split("|")[-2].strip() for line in rows] == ["holds", "within noise"]
+    assert Difference("", -20.0, 2.0, 3).verdict == "**does not hold**"
+
+
+def test_the_table_to_choose_by_shows_rows_and_columns_that_have_cells(results: Results) -> None:
+    lines = choice(results).splitlines()
+    assert lines[0] == "| pruner | xvlm R@1 63 % |"
+    assert lines[2:] == ["| DENSE | 91.0 (1) |", "| OMP | ≈ 75.2 (1) |", "| MULTIFLOW | **76.0 ± 5.0 (3)** |"]
 
 
 def test_the_page_is_written_from_records_alone_but_for_masks_of_its_picture(results: Results, tmp_path: Path) -> None:
@@ -64,8 +103,9 @@ def test_the_page_is_written_from_records_alone_but_for_masks_of_its_picture(res
     docs.mkdir()
     text = page.write_page(results.folders, TINY, docs).read_text()
     assert row_of(text, "xvlm, retrieval")[1:4] == ["2 of 40", "2 of 40", "1 of 40"]
+    assert "5 of 720 cells are there." in text
     ablations = text.split("## Ablations")[1].split("## ")[0]
-    assert row_of(ablations, "MULTIFLOW")[1] == "75.0 ± 5.0"  # not bold: it has no rival yet
+    assert row_of(ablations, "MULTIFLOW")[1] == "75.0 ± 5.0 (3)"  # not bold: it has no rival yet
     removed = row_of(text.split("(Fig. 4)")[1].split("## ")[0], "xvlm, MULTIFLOW")
     assert removed[1:5] == ["75.00"] * 4
     assert sorted(path.name for path in (docs / "images").iterdir()) == [
