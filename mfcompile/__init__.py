@@ -41,6 +41,16 @@ if TYPE_CHECKING:
     from mfcompile.region import PruneSite, RegionMap
     from mfcompile.statistics import CalibrationStatistics
     from mfcompile.steps import apply_masks, calibrate, capture, infer_regions, select_masks
+    from mfcompile.structure import (
+        RefusedUnit,
+        StructuralUnit,
+        StructuralUnits,
+        find_units,
+        output_weights,
+        prune_structure,
+        remove_units,
+        unit_norms,
+    )
     from mfcompile.tokens import TokenEvidence, find_token_sites, prune_tokens, token_schedule, with_token_program
     from mfcompile.training.files import load, mask_module, save
     from mfcompile.training.lora import add_lora, merge_lora
@@ -73,9 +83,12 @@ __all__ = [
     "PostconditionError",
     "PreconditionError",
     "PruneSite",
+    "RefusedUnit",
     "RegionError",
     "RegionMap",
     "SiteData",
+    "StructuralUnit",
+    "StructuralUnits",
     "TokenEvidence",
     "__version__",
     "add_lora",
@@ -87,6 +100,7 @@ __all__ = [
     "compile_pruned",
     "export_onnx",
     "find_token_sites",
+    "find_units",
     "infer_regions",
     "load",
     "load_parts",
@@ -94,12 +108,16 @@ __all__ = [
     "mask_module",
     "masks_of",
     "merge_lora",
+    "output_weights",
+    "prune_structure",
     "prune_tokens",
+    "remove_units",
     "save",
     "select_masks",
     "strip",
     "token_schedule",
     "transfer_masks",
+    "unit_norms",
     "unpack",
     "verify",
     "verify_masks",
@@ -122,6 +140,16 @@ _HOMES = {
     "mfcompile.region": ("PruneSite", "RegionMap"),
     "mfcompile.statistics": ("CalibrationStatistics",),
     "mfcompile.steps": ("apply_masks", "calibrate", "capture", "infer_regions", "select_masks"),
+    "mfcompile.structure": (
+        "RefusedUnit",
+        "StructuralUnit",
+        "StructuralUnits",
+        "find_units",
+        "output_weights",
+        "prune_structure",
+        "remove_units",
+        "unit_norms",
+    ),
     "mfcompile.tokens": ("TokenEvidence", "find_token_sites", "prune_tokens", "token_schedule", "with_token_program"),
     "mfcompile.training.files": ("load", "mask_module", "save"),
     "mfcompile.training.lora": ("add_lora", "merge_lora"),

@@ -44,6 +44,7 @@ class ProgramEditor:
             node.name = original.name  # copying renames nodes called like a Python builtin; the signature does not
         self.nodes = {node.name: node for node in self.graph.nodes}
         self._constants: dict[str, Tensor] = {}
+        self._stored: dict[str, Tensor] = {}
         values = [node.meta.get("val") for node in self.graph.nodes if node.op == "placeholder"]
         modes = [value.fake_mode for value in values if hasattr(value, "fake_mode")]
         if not modes:
@@ -124,6 +125,22 @@ class ProgramEditor:
         self._constants[node.name] = tensor.detach()
         return node
 
+    def store(self, node: fx.Node, name: str, tensor: Tensor) -> None:
+        """Another tensor in place of a stored one: a parameter, a buffer or a constant, of any sizes.
+
+        Args:
+            node: its placeholder.
+            name: its FQN in the state dict, or its name among the constants.
+            tensor: takes its place; the program keeps the old one.
+        """
+        lenient, self._mode.allow_non_fake_inputs = self._mode.allow_non_fake_inputs, True
+        try:
+            node.meta["val"] = self._mode.from_tensor(tensor, static_shapes=True)
+        finally:
+            self._mode.allow_non_fake_inputs = lenient
+        node.meta.pop("tensor_meta", None)
+        self._stored[name] = tensor
+
     def _placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
@@ -185,10 +202,13 @@ class ProgramEditor:
             root=fx.GraphModule(program.graph_module, self.graph),
             graph=self.graph,
             graph_signature=ExportGraphSignature(input_specs=inputs, output_specs=outputs),
-            state_dict=program.state_dict,
+            state_dict={name: self._stored.get(name, tensor) for name, tensor in program.state_dict.items()},
             range_constraints=dict(program.range_constraints),
             module_call_graph=calls,
             example_inputs=program.example_inputs,
-            constants={**program.constants, **self._constants},
+            constants={
+                **{name: self._stored.get(name, value) for name, value in program.constants.items()},
+                **self._constants,
+            },
             verifiers=program.verifiers,
         )

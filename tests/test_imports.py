@@ -16,7 +16,7 @@ TOP = {"mfcompile.compile", "mfcompile.exporting", "mfcompile.steps", "mfcompile
 TOP |= {"mfcompile.loading", "mfcompile.tokens", "mfcompile.benchmark"}
 ABOVE_CORE = {
     "compile.py", "comparison.py", "comparison_result.py", "exporting.py", "steps.py", "onnx_ladder.py", "onnx_entry.py",
-    "tokens.py", "__init__.py", "__main__.py", "loading.py",
+    "tokens.py", "structure.py", "__init__.py", "__main__.py", "loading.py",
 }  # fmt: skip
 
 

@@ -14,7 +14,8 @@ PUBLIC = {
     "__version__", "add_lora", "apply_masks", "calibrate", "capture", "compare", "compile_pruned", "export_onnx",
     "find_token_sites", "infer_regions", "load", "load_parts", "load_session", "mask_module", "masks_of", "merge_lora",
     "prune_tokens", "save", "select_masks", "strip", "token_schedule", "transfer_masks", "unpack", "verify", "verify_masks",
-    "with_token_program",
+    "with_token_program", "RefusedUnit", "StructuralUnit", "StructuralUnits", "find_units", "output_weights",
+    "prune_structure", "remove_units", "unit_norms",
 }  # fmt: skip
 
 
