@@ -75,6 +75,14 @@ ROWS = (
         needs_statistics=True,
         needs_batches=True,
     ),
+    PrunerRow(
+        "multiflow+least-squares",
+        "MULTIFLOW + least squares",
+        "multiflow",
+        update="least-squares",
+        needs_statistics=True,
+        needs_batches=True,
+    ),
 )
 PRUNERS = {row.name: row for row in ROWS}
 BASELINES = ("random", "snip", "itersnip", "omp", "lamp", "wanda", "chita", "chita++")
