@@ -19,6 +19,7 @@ from benchmarks.tavlp.families import FAMILIES, family
 from benchmarks.tavlp.pruners import PRUNERS
 from benchmarks.tavlp.pruning import masks_of
 from benchmarks.tavlp.summary import Figure, Results
+from mfcompile.passes import mask_selection
 from tests.unit.benchmarks.tavlp_runs import TINY, folders, other_recipe
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def test_masks_are_made_once_for_all_tasks_and_without_a_seed_for_all_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    select = pruning.select_masks
+    select = mask_selection.select_masks
 
     def counted(captured: Any, regions: Any, statistics: Any, options: Any, **others: Any) -> mfcompile.MaskSet:
         made.append(options.criterion)
