@@ -44,7 +44,7 @@ class CompiledModel:
     """A pruned model: the trainable module, its masks, and everything that is known of them.
 
     Attributes:
-        module: the user's own class with masks in force (``torch.nn.utils.parametrize``); it shares its weights with
+        module: the user's own class with masks in force, its parameters under their own names; it shares its weights with
             the model that was given, so that training one trains the other. Weights that an update changed are its own.
         captured: the captured graph with its linear nodes rewritten with masks.
         regions: regions, evidence and sites.
@@ -146,6 +146,7 @@ def compile_pruned(
     padding_mask: str | None = None,
     num_calibration_samples: int | None = None,
     precision: str = "model",
+    weighting: str = "none",
     rounding: str = "exact",
     seed: int = 0,
     keep_gradients: bool = False,
@@ -172,6 +173,7 @@ def compile_pruned(
         padding_mask: name of the mask input of the text; None finds it by convention and shape.
         num_calibration_samples: use at most about this many samples; None uses all.
         precision: "model", or "float64" to calibrate a copy in float64; see ``mfcompile.calibrate``.
+        weighting: "none", or "cip" for norms weighted by token importance; see ``mfcompile.calibrate``.
         rounding: "exact" or "official".
         seed: seeds torch, NumPy and Python while batches run, for models and loaders that draw, and random scores.
         keep_gradients: keep the gradients that a criterion took, as large as the pruned weights, for ``at_sparsity``.
@@ -213,11 +215,16 @@ def compile_pruned(
         statistics = None
     elif statistics is None:
         asked: dict[str, Any] = {"padding_mask": padding_mask, "num_samples": num_calibration_samples, "precision": precision}
-        asked["progress"] = stages.step("calibrate")
+        asked |= {"weighting": weighting, "progress": stages.step("calibrate")}
         with seeded(seed, captured.module):
             statistics = calibrated(captured, batches, found, cache, asked)
     else:
         statistics = statistics_of(statistics, captured, found)
+        if weighting not in {"none", statistics.weighting}:
+            raise InputError(
+                f"weighting={weighting!r} was asked for, but the given statistics weigh tokens {statistics.weighting!r}. Leave "
+                f"out one of the two"
+            )
     again = batches if callable(batches) else None
     known = DenseFacts() if keep_gradients else None
     return Pruning(captured, found, statistics, options, again, loss_fn, known).compile(progress)

@@ -25,6 +25,8 @@ VALUES = ("fp32", "fp16", "int8")
 SPLITS = ("regions",)
 ROUNDINGS = ("exact", "official")
 PRECISIONS = ("model", "float64")
+WEIGHTINGS = ("none", "cip")
+"""How calibration weighs tokens: all alike, or by their importance (Eq. 4 of CoMP, CVPR 2026)."""
 UPDATES = ("sparsegpt", "least-squares")
 
 MASK_OPTIONS = (
@@ -46,6 +48,7 @@ MASK_OPTIONS = (
     "calibration",
     "num_calibration_samples",
     "precision",
+    "weighting",
     "statistics",
 )
 """The options that decide the masks; with any of them changed, the recorded digest says nothing."""
@@ -79,6 +82,7 @@ class Recipe:
         calibration: file or directory with calibration data; None takes what the source gives.
         num_calibration_samples: how many samples to calibrate with; None for all.
         precision: "model", or "float64" to calibrate in float64.
+        weighting: "none", or "cip" to weigh tokens by their importance in calibration.
         statistics: file of an earlier calibration that is used in place of one; None calibrates.
         onnx: whether an ONNX file is written.
         format: how pruned weights are stored in it, "packed" or "dense".
@@ -111,6 +115,7 @@ class Recipe:
     calibration: Path | None = None
     num_calibration_samples: int | None = None
     precision: str = "model"
+    weighting: str = "none"
     statistics: Path | None = None
     onnx: bool = True
     format: str = "packed"
@@ -376,6 +381,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "padding_mask": _is_optional_string,
     "num_calibration_samples": _is_sample_count,
     "precision": _one_of(PRECISIONS),
+    "weighting": _one_of(WEIGHTINGS),
     "onnx": _is_flag,
     "format": _one_of(FORMATS),
     "values": _one_of(VALUES),

@@ -147,6 +147,7 @@ def _calibration(statistics: CalibrationStatistics | None) -> dict[str, Any] | N
         "batches": statistics.batch_count,
         "observed_by": statistics.observed_by,
         "padding_masks": list(statistics.padding_masks),
+        "weighting": statistics.weighting,
     }
 
 

@@ -23,16 +23,45 @@ class SiteStatistics:
         token_count: rows that were counted; padding is not.
         padding_count: rows that were left out because a padding mask covers them.
         sample_count: batch rows (samples, not tokens) that passed through the site.
+        weighting: "none": ``input_norm`` is the plain norm; "cip": it is weighted by token importance; "uniform": calibration
+            weighed other sites, no attention has the tokens of this one, and its plain norm is put to the scale of theirs.
+        norm_sum: (in_features,) float64, sum over samples of the weighted norm of each; None where not weighted.
+        norm_count: samples of which ``norm_sum`` is the sum: those with a token that counts.
     """
 
     sum_of_squares: Tensor
     token_count: int
     padding_count: int
     sample_count: int
+    weighting: str = "none"
+    norm_sum: Tensor | None = None
+    norm_count: int = 0
 
     def input_norm(self) -> Tensor:
-        """(in_features,) float64 L2 norm of each input feature over all counted tokens (the ||a|| of Eq. 4 and 5)."""
+        """(in_features,) float64 norm of each input feature.
+
+        Plain: the L2 norm over all counted tokens, the ||a|| of Eq. 4 and 5 of MULTIFLOW. Weighted: the mean over samples of
+        (sum_n w_n x_n^2)^(1/2), Eq. 4 of CoMP. Uniform: the root of the mean square over all counted tokens, which ranks
+        features as the plain norm does.
+        """
+        if self.norm_sum is not None:
+            return self.norm_sum / max(self.norm_count, 1)
+        if self.weighting == "uniform":
+            return (self.sum_of_squares / max(self.token_count, 1)).sqrt()
         return self.sum_of_squares.sqrt()
+
+    def merge(self, other: SiteStatistics) -> SiteStatistics:
+        """Of the samples of both, weighted alike."""
+        both = self.norm_sum is not None and other.norm_sum is not None
+        return SiteStatistics(
+            self.sum_of_squares + other.sum_of_squares,
+            self.token_count + other.token_count,
+            self.padding_count + other.padding_count,
+            self.sample_count + other.sample_count,
+            self.weighting,
+            self.norm_sum + other.norm_sum if both else None,  # type: ignore[operator]  # both looked
+            self.norm_count + other.norm_count,
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +76,7 @@ class CalibrationStatistics:
         padding_masks: names of the padding masks that were applied.
         diagnostics: where padding was decided by a weaker rule, or could not be left out.
         fingerprint: fingerprint of the model that was calibrated ("" when unknown).
+        weighting: how tokens were weighed, "none" or "cip".
     """
 
     sites: Mapping[str, SiteStatistics]
@@ -56,6 +86,7 @@ class CalibrationStatistics:
     padding_masks: tuple[str, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()
     fingerprint: str = ""
+    weighting: str = "none"
 
     def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
         """Statistics of both sets of batches together.
@@ -71,15 +102,14 @@ class CalibrationStatistics:
         if set(self.sites) != set(other.sites):
             odd = sorted(set(self.sites) ^ set(other.sites))
             raise CalibrationError(f"statistics of different sites cannot be added; only one side has {odd[0]}")
-        merged = {
-            name: SiteStatistics(
-                own.sum_of_squares + other.sites[name].sum_of_squares,
-                own.token_count + other.sites[name].token_count,
-                own.padding_count + other.sites[name].padding_count,
-                own.sample_count + other.sites[name].sample_count,
-            )
-            for name, own in self.sites.items()
-        }
+        weightings = {name: (own.weighting, other.sites[name].weighting) for name, own in self.sites.items()}
+        for name, (mine, theirs) in {"all": (self.weighting, other.weighting), **weightings}.items():
+            if mine != theirs:
+                raise CalibrationError(
+                    f"statistics whose tokens are weighed in different ways cannot be added: {mine!r} and {theirs!r} (sites: "
+                    f"{name}). Calibrate both with one weighting"
+                )
+        merged = {name: own.merge(other.sites[name]) for name, own in self.sites.items()}
         return replace(
             self,
             sites=merged,
@@ -98,7 +128,7 @@ class CalibrationStatistics:
             CalibrationError: a sum is NaN or infinite (names the site and the feature).
         """
         for name, site in self.sites.items():
-            finite = torch.isfinite(site.sum_of_squares)
+            finite = torch.isfinite(site.sum_of_squares if site.norm_sum is None else site.sum_of_squares + site.norm_sum)
             if not bool(finite.all()):
                 feature = int((~finite).nonzero()[0])
                 raise CalibrationError(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +22,21 @@ from mfcompile.statistics import CalibrationStatistics, SiteStatistics
 
 FORMAT = "mfcompile.statistics"
 FORMAT_VERSION = "1"
+WEIGHTED_VERSION = "2"
+"""Of files whose norms are weighted: readers of version 1 would take them for plain ones."""
 
 _HELP = "Calibrate again"
 
-_Arrays = tuple[NDArray[np.float64], NDArray[np.int64]]
+_Arrays = Mapping[str, NDArray[Any]]
 
 
 def save_statistics(statistics: CalibrationStatistics, path: Path) -> Path:
     """Write statistics, complete or not at all.
 
     ``sums`` holds the sums of squares of all sites one after the other, (in_features of all sites,) float64; ``counts``
-    is (sites, 4) int64: in_features, tokens, padding, samples. A model of thousands of experts has a header as short.
+    is (sites, 4) int64: in_features, tokens, padding, samples. A model of thousands of experts has a header as short. Where
+    tokens were weighed, ``norms`` holds the sums of weighted norms like ``sums`` (zero where there are none), ``norm_counts``
+    (sites,) int64 the samples in them, -1 where there are none.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -52,8 +58,14 @@ def save_statistics(statistics: CalibrationStatistics, path: Path) -> Path:
         "diagnostics": json.dumps([[item.subject, item.reason] for item in statistics.diagnostics]),
         "base_model_fingerprint": statistics.fingerprint,
     }
-    metadata["sha256"] = _digest(metadata, (sums, counts))
-    return write_atomically(path, serialize({"sums": sums, "counts": counts}, metadata=metadata))
+    arrays = {"sums": sums, "counts": counts}
+    if statistics.weighting != "none":
+        metadata |= {"format_version": WEIGHTED_VERSION, "weighting": statistics.weighting}
+        norms = [(torch.zeros_like(site.sum_of_squares) if site.norm_sum is None else site.norm_sum).cpu() for site in sites]
+        arrays["norms"] = torch.cat(norms).numpy() if norms else np.zeros(0, np.float64)
+        arrays["norm_counts"] = np.array([-1 if site.norm_sum is None else site.norm_count for site in sites], np.int64)
+    metadata["sha256"] = _digest(metadata, arrays.values())
+    return write_atomically(path, serialize(arrays, metadata=metadata))
 
 
 def load_statistics(path: Path) -> CalibrationStatistics:
@@ -72,13 +84,15 @@ def load_statistics(path: Path) -> CalibrationStatistics:
                     f"{path} is a safetensors file, but not of calibration statistics: its metadata names "
                     f"{metadata.get('format', 'no mfcompile format')}"
                 )
-            if metadata.get("format_version") != FORMAT_VERSION:
+            if metadata.get("format_version") not in {FORMAT_VERSION, WEIGHTED_VERSION}:
                 raise InputError(
-                    f"{path} is of statistics format {metadata.get('format_version')}; this version reads {FORMAT_VERSION}. "
+                    f"{path} is of statistics format {metadata.get('format_version')}; this version reads {FORMAT_VERSION} "
+                    f"and {WEIGHTED_VERSION}. "
                     f"{_HELP} with this version of mfcompile"
                 )
-            arrays = file.get_tensor("sums"), file.get_tensor("counts")
-        if metadata.pop("sha256", None) != _digest(metadata, arrays):
+            names = ("sums", "counts", *(("norms", "norm_counts") if "weighting" in metadata else ()))
+            arrays = {name: file.get_tensor(name) for name in names}
+        if metadata.pop("sha256", None) != _digest(metadata, arrays.values()):
             raise InputError(f"{path}: the statistics do not match their sha256; the file is damaged. {_HELP}, or use a backup")
         return _statistics(metadata, arrays)
     except InputError:
@@ -90,17 +104,26 @@ def load_statistics(path: Path) -> CalibrationStatistics:
 
 
 def _statistics(metadata: Mapping[str, str], arrays: _Arrays) -> CalibrationStatistics:
-    sums, counts = arrays
+    sums, counts = arrays["sums"], arrays["counts"]
+    weighting = metadata.get("weighting", "none")
+    none = np.full(len(counts), -1)
+    norms, norm_counts = arrays.get("norms", sums), arrays.get("norm_counts", none)
     if sums.dtype != np.float64 or counts.dtype != np.int64:
         raise ValueError(f"sums are {sums.dtype} and counts are {counts.dtype}")
     ends = np.cumsum(counts[:, 0])
-    if sums.size != (ends[-1] if len(ends) else 0):
+    if sums.size != (ends[-1] if len(ends) else 0) or norms.size != sums.size:
         raise ValueError(f"{sums.size} sums for {counts[:, 0].sum()} features")
     sites = {}
-    for name, end, (width, tokens, padding, samples) in zip(
-        json.loads(metadata["sites"]), ends.tolist(), counts.tolist(), strict=True
+    for name, end, (width, tokens, padding, samples), normed in zip(
+        json.loads(metadata["sites"]), ends.tolist(), counts.tolist(), norm_counts.tolist(), strict=True
     ):
-        sites[name] = SiteStatistics(torch.from_numpy(sums[end - width : end].copy()), tokens, padding, samples)
+        own = SiteStatistics(torch.from_numpy(sums[end - width : end].copy()), tokens, padding, samples)
+        if normed >= 0:
+            weighted = torch.from_numpy(norms[end - width : end].copy())
+            own = replace(own, weighting=weighting, norm_sum=weighted, norm_count=normed)
+        elif weighting != "none":
+            own = replace(own, weighting="uniform")
+        sites[name] = own
     return CalibrationStatistics(
         sites,
         int(metadata["batch_count"]),
@@ -109,10 +132,11 @@ def _statistics(metadata: Mapping[str, str], arrays: _Arrays) -> CalibrationStat
         tuple(json.loads(metadata["padding_masks"])),
         tuple(Diagnostic(subject, reason) for subject, reason in json.loads(metadata["diagnostics"])),
         metadata["base_model_fingerprint"],
+        weighting,
     )
 
 
-def _digest(metadata: Mapping[str, str], arrays: _Arrays) -> str:
+def _digest(metadata: Mapping[str, str], arrays: Iterable[NDArray[Any]]) -> str:
     """sha256 over everything that is stored."""
     state = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
     for array in arrays:

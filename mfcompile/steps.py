@@ -86,6 +86,7 @@ def calibrate(
     num_samples: int | None = None,
     observe: str = "auto",
     precision: str = "model",
+    weighting: str = "none",
     progress: Callable[[int, int | None], None] | None = None,
 ) -> CalibrationStatistics:
     """Run calibration batches and collect the norm of every activation that feeds a pruned weight.
@@ -99,6 +100,8 @@ def calibrate(
         observe: "auto", "graph" (observers in the captured graph) or "module" (the user's module is watched).
         precision: "model", or "float64" to run a copy of the module in float64: then masks do not depend on how batches of a
             few rows are cut, which float32 products can.
+        weighting: "none", or "cip": norms are weighted by token importance, Eq. 4 of CoMP (CVPR 2026), so that every
+            criterion that takes norms asks what matters to the tokens that matter.
         progress: called with (batches done, batches in all or None).
 
     Raises:
@@ -114,6 +117,8 @@ def calibrate(
         num_samples=num_samples,
         observe=observe,
         precision=precision,
+        weighting=weighting,
+        recapture=capture,
         progress=progress,
     )
 
@@ -140,7 +145,8 @@ def calibrated(
     from mfcompile.passes.cached_calibration import calibrate_cached
 
     require_values(captured.module)
-    found = calibrate_cached(captured, regions, batches, cache_dir=None if cache is True else cache, **options)
+    cache_dir = None if cache is True else cache
+    found = calibrate_cached(captured, regions, batches, cache_dir=cache_dir, recapture=capture, **options)
     return replace(found.statistics, diagnostics=(*found.statistics.diagnostics, *found.diagnostics))
 
 

@@ -31,6 +31,7 @@ from mfcompile.passes.calibration import (
     source_of,
 )
 from mfcompile.passes.padding import PaddingMask
+from mfcompile.passes.weighted_runner import Recapture
 from mfcompile.region import RegionMap
 from mfcompile.statistics import CalibrationStatistics
 from mfcompile.statistics_cache import BatchHasher, StatisticsCache, tensor_bytes
@@ -65,6 +66,8 @@ def calibrate_cached(
     num_samples: int | None = None,
     observe: str = "auto",
     precision: str = "model",
+    weighting: str = "none",
+    recapture: Recapture | None = None,
     progress: Progress | None = None,
     cache_dir: Path | str | None = None,
 ) -> CachedCalibration:
@@ -89,6 +92,8 @@ def calibrate_cached(
         num_samples: see calibrate.
         observe: see calibrate.
         precision: see calibrate.
+        weighting: see calibrate.
+        recapture: see calibrate.
         progress: see calibrate; not called where statistics are reused.
         cache_dir: the cache directory; None takes the one that MFCOMPILE_CACHE names, or the user's.
 
@@ -97,10 +102,10 @@ def calibrate_cached(
             that cannot be written, is a diagnostic.
     """
     source = _Source(batches)
-    check_arguments(source.first, num_samples, observe, precision)
+    check_arguments(source.first, num_samples, observe, precision, weighting)
     own = fingerprint(captured.module)
     masks = plan_padding(captured, regions, padding_mask).masks
-    options: dict[str, Any] = {"num_samples": num_samples, "observe": observe, "precision": precision}
+    options: dict[str, Any] = {"num_samples": num_samples, "observe": observe, "precision": precision, "weighting": weighting}
     model_key = _model_key(captured, regions, own, masks, options)
     cache, notes, looked_at = StatisticsCache(cache_dir), list[Diagnostic](), 0
     if cache.has_model(model_key) and source.is_single:
@@ -114,7 +119,8 @@ def calibrate_cached(
     reading = _HashedBatches(captured, source)
     given = None if source.first is None else reading
     try:
-        statistics = calibrate(captured, regions, given, padding_mask=padding_mask, progress=progress, **options)
+        again: dict[str, Any] = {"padding_mask": padding_mask, "recapture": recapture, "progress": progress}
+        statistics = calibrate(captured, regions, given, **again, **options)
     except CalibrationError as error:
         if looked_at and not reading.count:
             raise CalibrationError(

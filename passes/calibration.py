@@ -17,6 +17,8 @@ from mfcompile.passes.losses import batch_count
 from mfcompile.passes.observers import StatisticsCollector
 from mfcompile.passes.padding import PaddingPlan, find_padding_masks
 from mfcompile.passes.runner import Runner, runner_of
+from mfcompile.passes.weighted_runner import Recapture, WeightedRunner
+from mfcompile.recipe import WEIGHTINGS
 from mfcompile.region import RegionMap
 from mfcompile.statistics import CalibrationStatistics
 
@@ -55,6 +57,8 @@ def calibrate(
     num_samples: int | None = None,
     observe: str = "auto",
     precision: str = "model",
+    weighting: str = "none",
+    recapture: Recapture | None = None,
     progress: Progress | None = None,
 ) -> CalibrationStatistics:
     """Run calibration batches and collect the statistics of every pruned site.
@@ -70,6 +74,8 @@ def calibrate(
         precision: "model" runs the model as it is. "float64" runs a copy of the module in float64, which takes twice the
             memory of a float32 model on top: matrix products of few rows (below sixteen) round otherwise when batches are
             cut or threads are counted otherwise, which can flip a weight at a threshold; in float64 that is out of sight.
+        weighting: "none", or "cip": norms are weighted by token importance, Eq. 4 of CoMP (CVPR 2026).
+        recapture: records a module on other inputs: with a weighting, for batches that the captured graph does not fit.
         progress: called with (batches done, batches in all or None) after every batch.
 
     Returns:
@@ -80,16 +86,16 @@ def calibrate(
         CalibrationError: no batch, a region without a single token, NaN or infinity in an activation, or a batch that
             the model refuses.
     """
-    check_arguments(batches, num_samples, observe, precision)
+    check_arguments(batches, num_samples, observe, precision, weighting)
     plan = plan_padding(captured, regions, padding_mask)
-    collector = StatisticsCollector(regions.pruned_sites, plan, repeated_weights(regions))
+    collector = StatisticsCollector(regions.pruned_sites, plan, repeated_weights(regions), weighting=weighting)
     runner = run_batches(
-        captured, regions, collector, batches, plan,
-        num_samples=num_samples, observe=observe, precision=precision, progress=progress,
+        captured, regions, collector, batches, plan, num_samples=num_samples, observe=observe, precision=precision,
+        recapture=recapture, progress=progress,
     )  # fmt: skip
     statistics = CalibrationStatistics(
         collector.statistics(), collector.batch_count, source_of(captured, batches), "+".join(sorted(runner.observed_by)),
-        tuple(dict.fromkeys(item.mask for item in plan.masks)), runner.diagnostics,
+        tuple(dict.fromkeys(item.mask for item in plan.masks)), runner.diagnostics, weighting=weighting,
     )  # fmt: skip
     statistics.check()
     check_regions(regions, statistics)
@@ -106,6 +112,7 @@ def run_batches(
     num_samples: int | None = None,
     observe: str = "auto",
     precision: str = "model",
+    recapture: Recapture | None = None,
     progress: Progress | None = None,
 ) -> Runner:
     """Run batches and hand the activations that feed the collector's sites to it; the arguments are those of ``calibrate``.
@@ -113,7 +120,12 @@ def run_batches(
     Raises:
         CalibrationError: there is no batch, or one that the model refuses.
     """
-    runner, total, samples = runner_of(captured, regions, collector, observe, precision, plan), batch_count(batches), 0
+    runner: Runner
+    if collector.weighting == "none":
+        runner = runner_of(captured, regions, collector, observe, precision, plan)
+    else:
+        runner = WeightedRunner(captured, regions, collector, observe, precision, recapture)
+    total, samples = batch_count(batches), 0
     for index, batch in enumerate([captured.example_inputs] if batches is None else batches):
         inputs = normalize_batch(captured, batch, index)
         runner.run(inputs, index)
@@ -137,7 +149,9 @@ def source_of(captured: CapturedGraph, batches: Iterable[Any] | None) -> str:
     return "random inputs" if is_random else "example inputs"
 
 
-def check_arguments(batches: Iterable[Any] | None, num_samples: int | None, observe: str, precision: str = "model") -> None:
+def check_arguments(
+    batches: Iterable[Any] | None, num_samples: int | None, observe: str, precision: str = "model", weighting: str = "none"
+) -> None:
     """Refuse arguments of ``calibrate`` that are not valid, before any work.
 
     Raises:
@@ -147,6 +161,8 @@ def check_arguments(batches: Iterable[Any] | None, num_samples: int | None, obse
         raise InputError(f"observe={observe!r} is unknown; choose auto, graph or module")
     if precision not in {"model", "float64"}:
         raise InputError(f"precision={precision!r} is unknown; choose model or float64")
+    if weighting not in WEIGHTINGS:
+        raise InputError(f"weighting={weighting!r} is unknown; choose {' or '.join(WEIGHTINGS)}")
     if precision == "float64" and observe == "graph":
         raise InputError("precision='float64' runs the module: the graph is fixed to the model's dtypes. Leave observe out")
     if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1):

@@ -26,7 +26,7 @@ from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, written_argum
 from mfcompile.passes.padding import PaddingPlan
 from mfcompile.passes.padding_flow import PaddingTracker
 from mfcompile.passes.placement import Match, match
-from mfcompile.passes.reduction import Reduction, distinct, read, reduce_activation
+from mfcompile.passes.reduction import Reduction, WeightedNorms, distinct, read, reduce_activation
 from mfcompile.passes.routing import RoutedReduction, reduce_routed
 from mfcompile.passes.weight_places import WeightPlaces
 from mfcompile.region import PruneSite, Reading, RegionMap, WeightUse
@@ -44,6 +44,8 @@ class StatisticsCollector:
             counted once.
         batch_count: forward passes that were added.
         batch_size: samples of the running forward pass, None where the inputs do not agree.
+        weighting: whether tokens are weighed, "none" or "cip"; then ``weighted`` names the parameters whose inputs are.
+        weighted: FQNs of the parameters whose inputs come with token scores.
     """
 
     sites: Sequence[PruneSite]
@@ -51,10 +53,14 @@ class StatisticsCollector:
     repeated: frozenset[str] = frozenset()
     batch_count: int = 0
     batch_size: int | None = None
+    weighting: str = "none"
+    weighted: frozenset[str] = frozenset()
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _tokens: dict[str, int] = field(default_factory=dict)
     _padding: dict[str, int] = field(default_factory=dict)
     _samples: dict[str, int] = field(default_factory=dict)
+    _norms: dict[str, Tensor] = field(default_factory=dict)
+    _normed: dict[str, int] = field(default_factory=dict)
     _seen: dict[str, list[Reduction]] = field(default_factory=dict)
     _met: set[str] = field(default_factory=set)
 
@@ -84,12 +90,19 @@ class StatisticsCollector:
                 self._tokens[name] = self._tokens.get(name, 0) + reduction.token_count
                 self._padding[name] = self._padding.get(name, 0) + reduction.padding_count
                 self._samples[name] = self._samples.get(name, 0) + reduction.sample_count
+                self._add_norms(name, reduction.weighted)
         for fqn in self._met:  # every sample passed through the router, whichever expert it was sent to
             for site in self.by_fqn[fqn]:
                 self._samples[site.name] = self._samples.get(site.name, 0) + (self.batch_size or 1)
         self.batch_count += 1
         self._seen, self._met = {}, set()
         self.tracker.end()
+
+    def _add_norms(self, name: str, weighted: WeightedNorms | None) -> None:
+        if weighted is not None:
+            total = weighted.norms[weighted.counted].sum(0)
+            self._norms[name] = self._norms[name] + total if name in self._norms else total
+            self._normed[name] = self._normed.get(name, 0) + int(weighted.counted.sum())
 
     def reduce(
         self, activation: Tensor, reading: Reading, experts: int | None, routing: Tensor | None, *, by_sample: bool
@@ -136,15 +149,22 @@ class StatisticsCollector:
 
     def statistics(self) -> dict[str, SiteStatistics]:
         """Site name -> statistics; a site that was never called has zero tokens."""
-        return {
-            site.name: SiteStatistics(
-                self._sums.get(site.name, torch.zeros(site.in_features, dtype=torch.float64, device="cpu")).cpu(),
+        found = {}
+        for site in self.sites:
+            zeros = torch.zeros(site.in_features, dtype=torch.float64, device="cpu")
+            plain = SiteStatistics(
+                self._sums.get(site.name, zeros).cpu(),
                 self._tokens.get(site.name, 0),
                 self._padding.get(site.name, 0),
                 self._samples.get(site.name, 0),
             )
-            for site in self.sites
-        }
+            if self.weighting != "none" and site.fqn in self.weighted:
+                norms, count = self._norms.get(site.name, zeros).cpu(), self._normed.get(site.name, 0)
+                plain = replace(plain, weighting=self.weighting, norm_sum=norms, norm_count=count)
+            elif self.weighting != "none":
+                plain = replace(plain, weighting="uniform")
+            found[site.name] = plain
+        return found
 
 
 class ModuleObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no __init_subclass__
@@ -286,10 +306,10 @@ class InsertObservers:
         copies: dict[fx.Node, fx.Node] = {}
         output = new_graph.graph_copy(graph.graph, copies)
         new_graph.output(output)
-        root = _shallow_root(graph.graph_module)
+        root = shallow_root(graph.graph_module)
         by_name = {node.name: copy for node, copy in copies.items()}
         order = {node.name: index for index, node in enumerate(graph.graph.nodes)}
-        writes = _writes_before(graph.graph)
+        writes = writes_before(graph.graph)
         groups: dict[tuple[Any, ...], list[WeightUse]] = {}
         for fqn in self.collector.by_fqn:
             for use in self.regions.evidence.get(fqn, ()):
@@ -311,7 +331,7 @@ class InsertObservers:
             raise PostconditionError("inserting observers changed other nodes of the graph")
 
 
-def _writes_before(graph: fx.Graph) -> dict[str, int]:
+def writes_before(graph: fx.Graph) -> dict[str, int]:
     """Node name -> how many operators before it write in place."""
     count, found = 0, {}
     for node in graph.nodes:
@@ -320,7 +340,7 @@ def _writes_before(graph: fx.Graph) -> dict[str, int]:
     return found
 
 
-def _shallow_root(graph_module: fx.GraphModule) -> nn.Module:
+def shallow_root(graph_module: fx.GraphModule) -> nn.Module:
     """A module that holds the same attributes as a graph module: submodules and tensors are shared."""
     root = nn.Module()
     for name, child in graph_module.named_children():

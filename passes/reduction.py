@@ -32,6 +32,7 @@ class Reduction:
         padding_count: rows that were left out.
         sample_count: samples that the rows belong to.
         by_sample: where asked for, what tells repeats of a sample from one another.
+        weighted: where tokens are weighed, the norms of every sample.
     """
 
     sum_of_squares: Tensor
@@ -39,6 +40,26 @@ class Reduction:
     padding_count: int
     sample_count: int
     by_sample: SampleSums | None = None
+    weighted: WeightedNorms | None = None
+
+
+@dataclass(frozen=True)
+class WeightedNorms:
+    """Norms of one activation whose tokens are weighed, sample by sample.
+
+    Attributes:
+        norms: (samples, in_features) float64, (sum_n w_n x_n^2)^(1/2).
+        counted: (samples,) bool, False where all tokens are padding.
+    """
+
+    norms: Tensor
+    counted: Tensor
+
+    def of(self, samples: Tensor) -> WeightedNorms:
+        """Of some samples: (samples,) bool. All of them where samples are told apart in another way here."""
+        if samples.shape != self.counted.shape:
+            return self
+        return WeightedNorms(self.norms[samples.to(self.norms.device)], self.counted[samples.to(self.counted.device)])
 
 
 @dataclass(frozen=True)
@@ -131,6 +152,25 @@ def reduce_activation(
     )
 
 
+def weighted_norms(rows: Tensor, weights: Tensor, counted: Tensor) -> WeightedNorms:
+    """(sum_n w_n x_n^2)^(1/2) of every sample and feature: the norm of Eq. 4 of CoMP (CVPR 2026).
+
+    Args:
+        rows: (samples, tokens, in_features), any float dtype.
+        weights: (samples, tokens), not negative; zero for padding.
+        counted: (samples,) bool, False where all tokens are padding.
+
+    Returns:
+        The norms; a token of weight zero cannot spread NaN.
+    """
+    kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    factors = weights.to(kind)[:, None, :]
+    sums = _weighted_squares(factors, rows)
+    if not bool(torch.isfinite(sums).all()):
+        sums = _weighted_squares(factors, torch.where((weights > 0)[:, :, None], rows, 0.0))
+    return WeightedNorms(sums[:, 0].sqrt(), counted)
+
+
 def features_last(activation: Tensor, features: tuple[int, ...]) -> Tensor:
     """(..., in_features): the dimensions of the features moved to the end, as one."""
     if features == (-1,):
@@ -186,7 +226,8 @@ def distinct(reductions: Sequence[Reduction]) -> list[Reduction]:
         if bool(fresh.any()):
             counted, taken = int(samples.tokens[fresh].sum()), int(fresh.sum())
             sums = samples.sums[fresh.to(samples.sums.device), 0].sum(0)
-            found.append(Reduction(sums, counted, taken * samples.rows - counted, taken))
+            weighted = None if reduction.weighted is None else reduction.weighted.of(fresh)
+            found.append(Reduction(sums, counted, taken * samples.rows - counted, taken, weighted=weighted))
     return found
 
 

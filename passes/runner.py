@@ -84,7 +84,7 @@ class _Runner:
 
     @cached_property
     def _module(self) -> nn.Module:
-        return _widened(self._captured.module) if self._is_wide else _runnable(self._captured)
+        return widened(self._captured.module) if self._is_wide else _runnable(self._captured)
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
@@ -136,7 +136,7 @@ class _Runner:
         for tensor in tensors.values():
             self._observer.state.watch(tensor)
         try:
-            with _inference(self._module), _default_dtype(self._is_wide), self._observer:
+            with _inference(self._module), default_dtype(self._is_wide), self._observer:
                 inputs.call(self._module)
         finally:
             self._observer.state.restore()
@@ -172,7 +172,7 @@ def _runnable(captured: CapturedGraph) -> nn.Module:
         return captured.module
 
 
-def _widened(module: nn.Module) -> nn.Module:
+def widened(module: nn.Module) -> nn.Module:
     """A copy of the module in float64, with weights of its own.
 
     Raises:
@@ -188,7 +188,7 @@ def _widened(module: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _default_dtype(is_wide: bool) -> Iterator[None]:
+def default_dtype(is_wide: bool) -> Iterator[None]:
     """What the model makes without saying a dtype (zeros, positions) is float64, where all of it is."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if is_wide else before)

@@ -21,12 +21,16 @@ class TokenEvidence:
         states: (batch, tokens, width) of the stream at the place where tokens are cut.
         valid: (batch, tokens) bool, False for padding: what no token may look at.
         readout: (batch,) position of the token that is read in the end (CLS, EOS); None where there is none.
+        live_heads: (heads,) float32 weight of every head, between 0 and 1: zero for heads whose results masks have removed,
+            while the graph still computes them. Such a head looks at all tokens alike, or as it did before it was pruned; its
+            ``attention`` must not count (Eq. 7 of CoMP). None where all heads count.
     """
 
     attention: Tensor
     states: Tensor
     valid: Tensor
     readout: Tensor | None
+    live_heads: Tensor | None = None
 
 
 class TokenScorer(Protocol):
@@ -42,12 +46,13 @@ class Cit:
     """Attention that a token receives: sum over queries of the largest over heads, S_i = sum_n max_h A_hni.
 
     Token importance of CoMP (CVPR 2026), Eq. 6; the self-attention term of MADTP (CVPR 2024). Its normalisation to a sum
-    of one changes no rank. Heads that were removed from the graph are not in the attention, which is Eq. 7.
+    of one changes no rank. Heads that were removed from the graph are not in the attention, and those that masks removed do
+    not count, which is Eq. 7.
     """
 
     def __call__(self, evidence: TokenEvidence) -> Tensor:
         """(batch, tokens) attention received."""
-        return evidence.attention.amax(dim=1).sum(dim=1)
+        return received(evidence.attention, evidence.live_heads)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,21 @@ def resolve_scorer(scorer: str | TokenScorer) -> TokenScorer:
     if not callable(scorer):
         raise InputError(f"scorer is a {type(scorer).__name__}; give a name or a callable that takes a TokenEvidence")
     return scorer
+
+
+def received(attention: Tensor, live_heads: Tensor | None = None) -> Tensor:
+    """Attention that every key receives: sum over queries of the largest over heads, Eq. 6 and 7 of CoMP (CVPR 2026).
+
+    Args:
+        attention: (batch, heads, queries, keys) weights.
+        live_heads: (heads,) factors between 0 and 1, one per head; None for all one. Soft factors suppress heads gradually.
+
+    Returns:
+        (batch, keys).
+    """
+    if live_heads is not None:
+        attention = attention * live_heads[:, None, None]
+    return attention.amax(dim=1).sum(dim=1)
 
 
 def weigh(logits: Tensor, batch_size: int, masked: bool, negligible: float) -> tuple[Tensor, Tensor]:

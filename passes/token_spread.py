@@ -30,13 +30,14 @@ def spread(start: fx.Node, axis: int, within: Iterable[fx.Node]) -> dict[fx.Node
         places: set[Place] = set()
         for operand in node.all_input_nodes:
             for place in found.get(operand, ()):
-                places |= _outs(node, operand, place, size)
+                places |= places_behind(node, operand, place, size)
         if places:
             found[node] = found.get(node, frozenset()) | places
     return found
 
 
-def _outs(node: fx.Node, operand: fx.Node, place: Place, size: Any) -> set[Place]:
+def places_behind(node: fx.Node, operand: fx.Node, place: Place, size: Any) -> set[Place]:
+    """Where a followed axis of an operand is in the result; nowhere where it ends."""
     if operator_name(node) in VIEWS:
         moved = place_in_view(node_sizes(operand), node_sizes(node), place, size) if node.args[0] is operand else None
         return set() if moved is None else {moved}

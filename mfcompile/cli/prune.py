@@ -31,7 +31,7 @@ from mfcompile.cli.pruning_options import (
     sparsity_name,
 )
 from mfcompile.files import staged_directory
-from mfcompile.recipe import PRECISIONS, Recipe
+from mfcompile.recipe import PRECISIONS, WEIGHTINGS, Recipe
 
 if TYPE_CHECKING:
     from mfcompile.cli.evaluation import Evaluation
@@ -93,6 +93,11 @@ def add_parser(subparsers: Subparsers) -> None:
         choices=PRECISIONS,
         help="float64 calibrates a copy of the model in float64: masks then do not depend on how small batches are cut "
         "(default: model)",
+    )
+    how.add_argument(
+        "--weighting",
+        choices=WEIGHTINGS,
+        help="cip weighs tokens by the attention that they receive when norms are taken (CoMP, CVPR 2026; default: none)",
     )
     add_region_options(parser)
     output = parser.add_argument_group("output")
@@ -250,6 +255,7 @@ def _compile(
     runs = bool(recipe.update) or Need.GRADIENTS in chosen.needs or (Need.STATISTICS in chosen.needs and not is_given)
     spent = {
         "--precision": recipe.precision != "model",
+        "--weighting": recipe.weighting != "none" and not runs,
         "--num-calibration-samples": recipe.num_calibration_samples is not None and not runs,
         "--padding-mask": recipe.padding_mask is not None and not runs,
     }
@@ -268,6 +274,7 @@ def _compile(
         padding_mask=recipe.padding_mask or source.padding_mask,
         num_calibration_samples=recipe.num_calibration_samples,
         precision=recipe.precision,
+        weighting=recipe.weighting,
         keep_gradients=len(sparsities(args.sparsity)) > 1,
         progress=progress,
         **options,

@@ -53,7 +53,8 @@ def show_sparsities(reports: Mapping[str, Mapping[str, Any]], terminal: Terminal
 def calibration_line(calibration: Mapping[str, Any]) -> str:
     """What the statistics were collected from."""
     padding = ", ".join(calibration["padding_masks"]) or "none found"
-    return f"Calibrated with {calibration['source']} ({calibration['batches']:,} in all); padding mask: {padding}."
+    weighed = " Tokens are weighed by importance." if calibration["weighting"] != "none" else ""
+    return f"Calibrated with {calibration['source']} ({calibration['batches']:,} in all); padding mask: {padding}.{weighed}"
 
 
 def size_lines(export: Mapping[str, Any]) -> list[str]:

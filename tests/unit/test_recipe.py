@@ -39,6 +39,7 @@ def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
         calibration=tmp_path / "data" / "batches.npz",
         num_calibration_samples=8,
         precision="float64",
+        weighting="cip",
         statistics=tmp_path / "old" / "statistics.safetensors",
         onnx=False,
         format="dense",

@@ -143,7 +143,7 @@ def rewrite(path: Path, changes: dict[str, str], arrays: dict[str, Any]) -> None
 
 
 WRONG: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
-    "version": ({"format_version": "0"}, {}, r"is of statistics format 0; this version reads 1\. Calibrate again"),
+    "version": ({"format_version": "0"}, {}, r"is of statistics format 0; this version reads 1 and 2\. Calibrate again"),
     "digest": ({"sha256": "0" * 64}, {}, "the statistics do not match their sha256"),
     "source": ({"source": "other batches"}, {}, "do not match their sha256"),
     "sums": ({}, {"sums": np.zeros(6)}, "do not match their sha256"),
