@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.tavlp.cells import Cell, Choice, cells, run_cell, run_untuned, untuned_config, untuned_path
 from benchmarks.tavlp.configuration import SCALES, Scale, config_hash
-from benchmarks.tavlp.families import FAMILIES
+from benchmarks.tavlp.families import FAMILIES, VARIANTS
 from benchmarks.tavlp.pruners import PRUNERS
 from benchmarks.tavlp.pruning import Folders
 from benchmarks.tavlp.records import read_record
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tavlp", description="The task-agnostic pruning benchmark.")
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="fill missing and stale cells; exit code 3 where the time limit leaves some")
-    runs.add_argument("--family", action="append", default=[], choices=sorted(FAMILIES))
+    runs.add_argument("--family", action="append", default=[], choices=sorted(FAMILIES | VARIANTS))
     runs.add_argument("--task", action="append", default=[], choices=sorted(TASKS))
     runs.add_argument("--pruner", action="append", default=[], choices=sorted(PRUNERS))
     runs.add_argument("--sparsity", action="append", default=[], type=float)

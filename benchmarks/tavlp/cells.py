@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 import mfcompile
 from benchmarks.tavlp.configuration import Scale, cell_config, config_hash, mask_seed
+from benchmarks.tavlp.families import VARIANTS
 from benchmarks.tavlp.families import family as family_of
 from benchmarks.tavlp.families.contract import TaskModel
 from benchmarks.tavlp.finetuning import clock, fine_tune, half_precision
@@ -59,13 +60,15 @@ class Choice:
     seeds: tuple[int, ...] = ()
 
 
-def cells(choice: Choice, families: Iterable[str]) -> Iterator[Cell]:
+def cells(choice: Choice, families: Collection[str]) -> Iterator[Cell]:
     """The wanted cells, those first that say most; see `_usefulness`."""
-    known = tuple(families)
+    known = (*families, *VARIANTS)
     wanted = choice.pruners or tuple(row.name for row in ROWS)
     found = [
         Cell(family, task, pruner, sparsity, seed)
-        for seed, task, family in product(choice.seeds or SEEDS, choice.tasks or tuple(TASKS), choice.families or known)
+        for seed, task, family in product(
+            choice.seeds or SEEDS, choice.tasks or tuple(TASKS), choice.families or tuple(families)
+        )
         for pruner in wanted
         for sparsity in ((0.0,) if pruner == "dense" else choice.sparsities or SPARSITIES)
     ]

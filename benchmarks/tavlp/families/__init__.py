@@ -8,6 +8,8 @@ from benchmarks.tavlp.families.contract import Family
 
 FAMILIES = {"xvlm": "benchmarks.tavlp.families.xvlm:XVLM", "blip": "benchmarks.tavlp.families.blip:BLIP"}
 """Name -> module and object, imported when it is used."""
+VARIANTS = {"xvlm-text-x2": "benchmarks.tavlp.families.unequal:UNEQUAL_XVLM"}
+"""Families that one question alone is asked of; a run has them only where they are named."""
 
 
 def family(name: str) -> Family:
@@ -16,8 +18,9 @@ def family(name: str) -> Family:
     Raises:
         SystemExit: there is none.
     """
-    if name not in FAMILIES:
-        raise SystemExit(f"there is no family {name!r}; choose one of {', '.join(FAMILIES)}")
-    module, _, attribute = FAMILIES[name].partition(":")
+    known = FAMILIES | VARIANTS
+    if name not in known:
+        raise SystemExit(f"there is no family {name!r}; choose one of {', '.join(known)}")
+    module, _, attribute = known[name].partition(":")
     found: Family = getattr(importlib.import_module(module), attribute)
     return found
