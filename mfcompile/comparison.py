@@ -228,7 +228,7 @@ class _Bench:
             diagnostics=masks.diagnostics,
         )
         del module
-        gc.collect()  # parametrized submodules refer to themselves: their masks would pile up
+        gc.collect()  # what a copy of a module refers to in circles would pile up, masks and all
         return row, masks.packed
 
 

@@ -1,28 +1,28 @@
 """Weights under a mask: how a module holds its pruned places at zero, and what it shows of that to the outside.
 
-A masked weight is a parametrization of torch: an optimizer moves the stored values, everybody who reads ``weight`` gets
-them with zeros at the pruned places. To the outside the module looks as if it had no masks: ``state_dict()`` has the names and
-the effective values that a plain model has, ``load_state_dict`` takes the same, and the module can be pickled.
+A masked weight stays the parameter that it was, under its own name and in its own place: ``named_parameters``, optimizers,
+state dicts and wrappers find it there and move the stored values as they like. Whoever reads ``layer.weight`` gets these
+values with zeros at the pruned places: the class of a masked layer has a property of that name, which stands before the
+parameter.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.weak import WeakIdKeyDictionary
 
-from mfcompile.errors import InputError
+from mfcompile.errors import InputError, MaskError
 from mfcompile.low_rank import LowRank
 from mfcompile.masks import MaskSet, PackedMask
 
+_MASKS = "_weight_masks"
 _BASE = "base"
 
 
@@ -59,46 +59,63 @@ class MaskRecord:
     sparsity: float | Mapping[str, float] | None = None
 
 
-class WeightMask(nn.Module):
-    """A parametrization that holds a weight's pruned places at zero.
+class WeightMask:
+    """What holds the pruned places of one weight at zero.
 
-    The mask is no buffer: averages of weights, broadcasts of buffers and checkpoints have no business with it.
+    It is no buffer: averages of weights, broadcasts of buffers and checkpoints have no business with it.
 
     Args:
         mask: bool, shape of the weight, 1 = kept; never written to.
-        order: parameter names of the module that owns the weight, in order of registration.
         shared: the parameter of a dense model that the masked module shares; zeros are not written into it.
         record: where the mask comes from.
     """
 
-    def __init__(
-        self,
-        mask: Tensor,
-        order: tuple[str, ...] = (),
-        shared: nn.Parameter | None = None,
-        record: MaskRecord | None = None,
-    ) -> None:
-        super().__init__()
+    def __init__(self, mask: Tensor, shared: nn.Parameter | None = None, record: MaskRecord | None = None) -> None:
         self.mask = mask
-        self.order = order
         self.record = record or MaskRecord()
-        self._shared = None if shared is None else weakref.ref(shared)
+        # By its id and not by a reference, which would forbid torch to exchange what the parameter holds. A parameter
+        # that comes to have the id of one that is gone is taken for shared, and none of its values is lost by that.
+        self._shared = None if shared is None else id(shared)
+        self._cut_dimensions = 0
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def __call__(self, weight: Tensor) -> Tensor:
         """The weight with zeros at its pruned places; see ``mask_weight``."""
-        return mask_weight(weight, _sharded_like(weight, self.mask))
+        return mask_weight(weight, self.over(weight))
 
-    def is_shared(self, original: Tensor) -> bool:
+    def over(self, weight: Tensor) -> Tensor:
+        """The mask where the weight is, and cut as it is: layers of FSDP hold whole tensors in their forward only."""
+        mask = self.mask if self.mask.device == weight.device else self.mask.to(weight.device)
+        mesh: Any = None if type(weight) in (Tensor, nn.Parameter) else getattr(weight, "device_mesh", None)
+        if mesh is None:
+            return mask
+        from torch.distributed.tensor import distribute_tensor
+
+        placements: Any = weight.placements  # type: ignore[attr-defined]
+        return distribute_tensor(mask, mesh, placements, src_data_rank=None)  # every process has the whole mask
+
+    def is_shared(self, stored: Tensor) -> bool:
         """The stored tensor is a dense model's own, whose values at pruned places must stay."""
-        is_cut = hasattr(original, "device_mesh")  # by FSDP, which leaves no dense model over the same parameters
-        return self._shared is not None and self._shared() is original and not is_cut
+        is_cut = hasattr(stored, "device_mesh")  # by FSDP, which leaves no dense model over the same parameters
+        return self._shared == id(stored) and not is_cut
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> WeightMask:
-        self.mask = self.mask.to(fn(self.mask.new_empty(0)).device)
-        return self
+    def is_cut(self, owner: nn.Module, stored: Tensor) -> bool:
+        """FSDP has cut what is stored, and nobody computes with it; FSDP itself asks the module for it, and must get it.
+
+        What it puts together for a forward is a plain tensor, or, under tensor parallelism, cut along fewer dimensions.
+        """
+        if type(stored) in (Tensor, nn.Parameter) or not getattr(owner, "_is_fsdp_managed_module", False):
+            return False
+        dimensions: int = getattr(getattr(stored, "device_mesh", None), "ndim", 0)
+        self._cut_dimensions = max(self._cut_dimensions, dimensions)
+        return dimensions == self._cut_dimensions > 0
+
+    def move(self, device: torch.device) -> None:
+        """Keep the mask on this device, but where devices hold no values."""
+        if device.type != "meta":
+            self.mask = self.mask.to(device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightMask:
-        twin = WeightMask(self.mask, self.order, None, self.record).train(self.training)
+        twin = WeightMask(self.mask, None, self.record)
         twin._shared = self._shared  # only a copy over the very same parameter still shares it
         return twin
 
@@ -107,9 +124,11 @@ class WeightMask(nn.Module):
 
 
 def hold(owner: nn.Module, leaf: str, mask: WeightMask) -> None:
-    """Put a mask on a parameter of a module, in place; the parameter object stays the one that optimizers know."""
-    parametrize.register_parametrization(owner, leaf, mask, unsafe=True)
-    _look_plain(type(owner))
+    """Put a mask on a parameter of a module, in place; the parameter stays the one that optimizers know."""
+    masks: dict[str, WeightMask] = owner.__dict__.get(_MASKS) or {}
+    owner.__dict__[_MASKS] = masks | {leaf: mask}
+    kind = type(owner)
+    owner.__class__ = _masked_kind(vars(kind).get("_mfcompile_base", kind), tuple(sorted(masks | {leaf: mask})))
 
 
 def put_masks(module: nn.Module, masks: MaskSet, *, shared: bool) -> None:
@@ -130,15 +149,15 @@ def put_masks(module: nn.Module, masks: MaskSet, *, shared: bool) -> None:
                 f"the masks hold {fqn} {packed.shape}, but the model has no such weight: they belong to another model"
             )
     places: dict[int, list[tuple[nn.Module, str]]] = {}
-    orders = {id(owner): tuple(name for name, _ in owner._parameters.items()) for owner in module.modules()}
     for owner in module.modules():
-        for leaf, parameter in owner.named_parameters(recurse=False):
+        for leaf, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             places.setdefault(id(parameter), []).append((owner, leaf))
     for fqn, packed in masks.packed.items():
-        mask = packed.unpack().to(named[fqn].device)
         record = MaskRecord(masks.regions.get(fqn, ""), masks.fingerprint, masks.sparsity)
+        mask = WeightMask(packed.unpack(), named[fqn] if shared else None, record)
+        mask.move(named[fqn].device)
         for owner, leaf in places[id(named[fqn])]:
-            hold(owner, leaf, WeightMask(mask, orders[id(owner)], named[fqn] if shared else None, record))
+            hold(owner, leaf, mask)
 
 
 def masks_of(module: nn.Module) -> MaskSet:
@@ -150,40 +169,62 @@ def masks_of(module: nn.Module) -> MaskSet:
     packed: dict[str, PackedMask] = {}
     records: dict[str, MaskRecord] = {}
     seen: set[int] = set()
-    for path, owner in module.named_modules():
-        for leaf, stack, mask in stacks_of(owner):
-            if id(stack.original) not in seen:
-                seen.add(id(stack.original))
-                fqn = f"{path}.{leaf}" if path else leaf
-                packed[fqn], records[fqn] = PackedMask.pack(mask.mask), mask.record
+    for fqn, owner, leaf, mask in masked_places(module):
+        stored = stored_weight(owner, leaf)
+        if id(stored) not in seen:
+            seen.add(id(stored))
+            packed[fqn], records[fqn] = PackedMask.pack(mask.mask), mask.record
     first = next(iter(records.values()), MaskRecord())
     alike = all((item.fingerprint, item.sparsity) == (first.fingerprint, first.sparsity) for item in records.values())
     regions = {fqn: record.region for fqn, record in records.items() if record.region}
     return MaskSet(packed, regions, first.fingerprint if alike else "", first.sparsity if alike else None)
 
 
-def stacks_of(owner: nn.Module) -> Iterator[tuple[str, Any, WeightMask]]:
-    """(parameter name, its parametrizations, its mask) of every masked weight that a module owns itself."""
-    for leaf, stack in getattr(owner, "parametrizations", {}).items():
-        masks = [item for item in stack if isinstance(item, WeightMask)]
-        if masks:
-            yield leaf, stack, masks[-1]
+def masked_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, WeightMask]]:
+    """(FQN, owner, parameter name, mask) of every masked weight of a module, a tied one under each of its names.
+
+    Raises:
+        MaskError: something was put over a masked weight that reads its values once and trains others.
+    """
+    for path, owner in module.named_modules():
+        masks: Mapping[str, WeightMask] = owner.__dict__.get(_MASKS) or {}
+        for leaf, mask in masks.items():
+            fqn = f"{path}.{leaf}" if path else leaf
+            if leaf not in owner._parameters and leaf not in owner.__dict__:
+                raise MaskError(
+                    f"{fqn} has a mask, and no parameter any more: another parametrization (weight_norm, spectral_norm, "
+                    f"torch.nn.utils.prune, ...) took it away. Put that on the dense model before it is pruned, or bake the "
+                    f"zeros in first with mfcompile.strip(module)"
+                )
+            yield fqn, owner, leaf, mask
 
 
 def masked_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(FQN without parametrization, dense original, mask) of every masked weight of a module, each name once."""
-    for path, owner in module.named_modules():
-        for leaf, stack, mask in stacks_of(owner):
-            yield f"{path}.{leaf}" if path else leaf, stack.original, mask.mask
+    """(FQN, stored values, mask) of every masked weight of a module, a tied one under each of its names."""
+    for fqn, owner, leaf, mask in masked_places(module):
+        yield fqn, stored_weight(owner, leaf), mask.mask
 
 
-def plain_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name without parametrization, stored parameter) of every parameter, a tied one under each of its names."""
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        yield _STORED.sub(r"\1", name), parameter
+def stored_weight(owner: nn.Module, leaf: str) -> Tensor:
+    """What is stored of a weight: the parameter, without zeros. Wrappers put plain tensors in its place for a while."""
+    stored = owner.__dict__.get(leaf)
+    stored = owner._parameters.get(leaf) if stored is None else stored
+    if stored is None:
+        raise AttributeError(f"{type(owner).__name__} has no parameter {leaf}", name=leaf, obj=owner)
+    return stored
 
 
-_STORED = re.compile(r"parametrizations\.([^.]+)\.original$")
+def computed_weight(owner: nn.Module, leaf: str) -> Tensor:
+    """What a layer computes with: the stored values, and an adapter's, under the mask."""
+    stored, adapter = stored_weight(owner, leaf), adapter_of(owner, leaf)
+    mask: WeightMask = owner.__dict__[_MASKS][leaf]
+    return mask(stored if adapter is None else adapter(stored))
+
+
+def adapter_of(owner: nn.Module, leaf: str) -> LowRank | None:
+    """What ``add_lora`` put before a mask."""
+    found = owner._modules.get(f"{leaf}_lora")
+    return found if isinstance(found, LowRank) else None
 
 
 def replaced_weights(module: nn.Module, dense: nn.Module) -> dict[str, Tensor]:
@@ -191,12 +232,11 @@ def replaced_weights(module: nn.Module, dense: nn.Module) -> dict[str, Tensor]:
 
     Loading with ``assign=True``, for instance, brings other parameters; an adapter adds to one.
     """
-    own = dict(plain_parameters(module))
+    own = dict(module.named_parameters(remove_duplicate=False))
     found = {fqn: own[fqn].detach() for fqn, parameter in dense.named_parameters() if own.get(fqn, parameter) is not parameter}
-    for path, owner in module.named_modules():
-        for leaf, stack, _ in stacks_of(owner):
-            if any(isinstance(item, LowRank) for item in stack):
-                found[f"{path}.{leaf}" if path else leaf] = getattr(owner, leaf).detach()
+    for fqn, owner, leaf, _ in masked_places(module):
+        if adapter_of(owner, leaf) is not None:
+            found[fqn] = computed_weight(owner, leaf).detach()
     first = {fqn for fqn, _ in dense.named_parameters()}
     return {fqn: value for fqn, value in found.items() if fqn in first}
 
@@ -210,42 +250,30 @@ def strip(module: nn.Module) -> nn.Module:
         module: a module with masks in force (``compiled.module``).
 
     Returns:
-        The same object, without parametrizations of mfcompile.
+        The same object, of plain classes again.
     """
     baked: dict[int, nn.Parameter] = {}
-    for owner in list(module.modules()):
-        for leaf, stack, mask in list(stacks_of(owner)):
-            original: Tensor = stack.original
-            if id(original) not in baked:
-                trainable = original.requires_grad or any(isinstance(item, LowRank) for item in stack)
-                baked[id(original)] = nn.Parameter(getattr(owner, leaf).detach(), requires_grad=trainable)
-            _own_class(owner)
-            parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
-            setattr(owner, leaf, baked[id(original)])
-            _reorder(owner, mask.order)
+    places = list(masked_places(module))
+    for _, owner, leaf, _ in places:
+        stored, adapter = stored_weight(owner, leaf), adapter_of(owner, leaf)
+        if id(stored) not in baked:
+            trainable = stored.requires_grad or adapter is not None
+            baked[id(stored)] = nn.Parameter(computed_weight(owner, leaf).detach(), requires_grad=trainable)
+    for _, owner, leaf, _ in places:
+        new = baked[id(stored_weight(owner, leaf))]
+        if adapter_of(owner, leaf) is not None:
+            del owner._modules[f"{leaf}_lora"]
+        owner.__dict__.pop(leaf, None)
+        owner._parameters[leaf] = new
+    for owner in {id(owner): owner for _, owner, _, _ in places}.values():
+        del owner.__dict__[_MASKS]
+        owner.__class__ = vars(type(owner)).get("_mfcompile_base", type(owner))
     return module
 
 
-def _own_class(owner: nn.Module) -> None:
-    """Give a module a class of its own: a deep copy shares its class with its model, which taking a mask off would break."""
-    kind = type(owner)
-    owner.__class__ = type(
-        kind.__name__, kind.__bases__, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-    )
-
-
-def _reorder(owner: nn.Module, order: tuple[str, ...]) -> None:
-    """Bring parameters back into their order of registration, which ``named_parameters`` and optimizers follow."""
-    found = dict(owner._parameters)
-    owner._parameters.clear()
-    owner._parameters.update({name: found.pop(name) for name in order if name in found} | found)
-
-
-def _look_plain(kind: Any) -> None:
-    """Give the class that torch made for one parametrized module plain state dicts and a way to be pickled."""
-    if "_mfcompile_base" in vars(kind):
-        return
-    base = kind.__bases__[0]
+@functools.cache
+def _masked_kind(base: Any, leaves: tuple[str, ...]) -> type[nn.Module]:
+    """The class of masked modules of a class: equal layers share one, so that what is compiled for one serves all."""
 
     def state_dict(
         self: nn.Module, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
@@ -253,122 +281,114 @@ def _look_plain(kind: Any) -> None:
         if args:  # torch still takes them by position
             destination, prefix, keep_vars = [*args, *[destination, prefix, keep_vars][len(args) :]]
         found: dict[str, Any] = base.state_dict(self, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        _to_plain(self, found, prefix, keep_vars)
+        _to_effective(self, found, prefix, keep_vars)
         return found
 
     def load(
         self: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
-        _from_plain(self, state, prefix, missing)
+        for leaf in leaves:  # under an adapter the weight's own name holds what is computed
+            if adapter_of(self, leaf) is not None and f"{prefix}{leaf}_lora.{_BASE}" in state:
+                state[f"{prefix}{leaf}"] = state.pop(f"{prefix}{leaf}_lora.{_BASE}")
         base._load_from_state_dict(self, state, prefix, metadata, strict, missing, *rest)
 
+    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        base._apply(self, fn, recurse)
+        for leaf, mask in (self.__dict__.get(_MASKS) or {}).items():
+            mask.move(stored_weight(self, leaf).device)
+        return self
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        mask = (self.__dict__.get(_MASKS) or {}).get(name)
+        if mask is not None and param is not None and param.shape != mask.mask.shape and not hasattr(param, "device_mesh"):
+            raise InputError(
+                f"{name} of {base.__name__} has a mask of shape {tuple(mask.mask.shape)}, the new parameter is "
+                f"{tuple(param.shape)}: bake the zeros in first (mfcompile.strip(module)), then change the layer"
+            )
+        base.register_parameter(self, name, param)
+
     def reduce_ex(self: nn.Module, protocol: int) -> Any:
-        return _unmasked, (base,), _pickled(self), None, None, _unpickle
+        return _new, (base, leaves), self.__getstate__()  # type: ignore[no-untyped-call]
 
-    kind._mfcompile_base = base
-    kind.state_dict = state_dict
-    kind._load_from_state_dict = load
-    kind.__reduce_ex__ = reduce_ex
+    members: dict[str, Any] = {
+        "state_dict": state_dict,
+        "_load_from_state_dict": load,
+        "_apply": apply,
+        "__reduce_ex__": reduce_ex,
+    }
+    members |= {leaf: _masked_property(leaf) for leaf in leaves}
+    members |= {"register_parameter": register_parameter, "_mfcompile_base": base, "__doc__": base.__doc__}
     # What libraries write into configurations is the user's class.
-    kind.__name__, kind.__qualname__, kind.__module__ = base.__name__, base.__qualname__, base.__module__
+    members |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), members)
 
 
-_BAKED: MutableMapping[Any, weakref.ref[Tensor]] = WeakIdKeyDictionary()
-"""Stored tensor -> its effective values, as last given in a state dict that still exists."""
+def _masked_property(leaf: str) -> property:
+    """What reads a masked weight; it stands before the parameter of its name, which torch finds last."""
+
+    def computed(self: nn.Module) -> Tensor:
+        stored = stored_weight(self, leaf)
+        mask = (self.__dict__.get(_MASKS) or {}).get(leaf)
+        if mask is None or mask.is_cut(self, stored):
+            return stored
+        key = (id(self), leaf)
+        if not parametrize._cache_enabled:  # as other computed weights of torch
+            return computed_weight(self, leaf)
+        if key not in parametrize._cache:
+            parametrize._cache[key] = computed_weight(self, leaf)
+        found: Any = parametrize._cache[key]
+        return found  # type: ignore[no-any-return]
+
+    def replace(self: nn.Module, value: Tensor) -> None:
+        # By those who take parameters away for a while: replicas of DataParallel, views of FSDP.
+        self.__dict__.pop(leaf, None)
+        if isinstance(value, nn.Parameter):
+            self._parameters[leaf] = value
+        else:
+            self.__dict__[leaf] = value
+
+    def remove(self: nn.Module) -> None:
+        del self.__dict__[leaf]
+
+    return property(computed, replace, remove)
 
 
-def _to_plain(owner: nn.Module, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-    """Rename what torch saved of a masked module to what it would have saved of a plain one."""
-    tail = list(itertools.takewhile(lambda key: key.startswith(prefix), reversed(state)))
-    saved = {key: state.pop(key) for key in reversed(tail)}
-    order: tuple[str, ...] = ()
-    for leaf, stack, mask in stacks_of(owner):
-        stored = f"{prefix}parametrizations.{leaf}"
-        order = mask.order
-        if f"{stored}.original" not in saved:
+def _new(base: Any, leaves: tuple[str, ...]) -> nn.Module:
+    kind: Any = _masked_kind(base, leaves)
+    made: nn.Module = kind.__new__(kind)
+    return made
+
+
+_BAKED: MutableMapping[int, Tensor] = weakref.WeakValueDictionary()
+"""id of a stored tensor -> its effective values, as last given in a state dict that still exists."""
+
+
+def _to_effective(owner: nn.Module, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    """Put what a masked module computes with in the place of what torch saved of it; its own values stand beside an adapter."""
+    for leaf, mask in (owner.__dict__.get(_MASKS) or {}).items():
+        if f"{prefix}{leaf}" not in state:
             continue  # a hook of the user's left it out
-        original = saved.pop(f"{stored}.original")
-        saved[f"{prefix}{leaf}"] = _effective(owner, leaf, stack, mask, state, keep_vars)
-        for index, item in enumerate(stack):
-            if isinstance(item, LowRank):
-                saved[f"{prefix}{leaf}_lora.{_BASE}"] = original
-                for name in ("down", "up"):
-                    saved[f"{prefix}{leaf}_lora.{name}"] = saved.pop(f"{stored}.{index}.{name}")
-    state.update({key: saved.pop(key) for key in (prefix + name for name in order) if key in saved})
-    state.update(saved)
-    metadata = getattr(state, "_metadata", {})
-    for key in [key for key in metadata if key.startswith(f"{prefix}parametrizations")]:
-        del metadata[key]
+        saved = state[f"{prefix}{leaf}"]
+        state[f"{prefix}{leaf}"] = _effective(owner, leaf, mask, state, keep_vars)
+        if adapter_of(owner, leaf) is not None:
+            state[f"{prefix}{leaf}_lora.{_BASE}"] = saved
 
 
-def _effective(owner: nn.Module, leaf: str, stack: Any, mask: WeightMask, state: Mapping[str, Any], keep_vars: bool) -> Tensor:
+def _effective(owner: nn.Module, leaf: str, mask: WeightMask, state: Mapping[str, Any], keep_vars: bool) -> Tensor:
     """The values that a layer computes with: the stored tensor itself, with its zeros, wherever that may hold them.
 
     Averages of weights are often taken by writing into the tensors of a state dict. A copy of a model owns its stored
     values, so that zeros are written there; those of a model that shares a dense one's are given as new tensors.
     """
-    original: Tensor = stack.original
-    if not mask.is_shared(original) and not any(isinstance(item, LowRank) for item in stack):
+    stored = stored_weight(owner, leaf)
+    if not mask.is_shared(stored) and adapter_of(owner, leaf) is None:
         with torch.no_grad():
-            original.masked_fill_(~_sharded_like(original, mask.mask), 0.0)
-        return original if keep_vars else original.detach()
+            stored.masked_fill_(~mask.over(stored), 0.0)
+        return stored if keep_vars else stored.detach()
     if keep_vars:
-        weight: Tensor = getattr(owner, leaf)
-        return weight
-    made = _BAKED[original]() if original in _BAKED else None
+        return computed_weight(owner, leaf)
+    made = _BAKED.get(id(stored))
     if made is None or all(value is not made for value in state.values()):
-        made = getattr(owner, leaf).detach()
-        _BAKED[original] = weakref.ref(made)
+        made = computed_weight(owner, leaf).detach()
+        _BAKED[id(stored)] = made
     return made  # a tied weight is the same tensor under all its names in one state dict
-
-
-def _sharded_like(original: Tensor, mask: Tensor) -> Tensor:
-    """The mask, cut as the stored tensor is: layers of FSDP hold whole tensors in their forward only."""
-    if type(original) in (Tensor, nn.Parameter):
-        return mask
-    mesh: Any = getattr(original, "device_mesh", None)
-    if mesh is None:
-        return mask
-    from torch.distributed.tensor import distribute_tensor
-
-    placements: Any = original.placements  # type: ignore[attr-defined]
-    return distribute_tensor(mask, mesh, placements, src_data_rank=None)  # every process has the whole mask
-
-
-def _from_plain(owner: nn.Module, state: dict[str, Any], prefix: str, missing: list[str]) -> None:
-    """Rename the keys of a plain state dict to those that torch expects of a parametrized module."""
-    for leaf, stack, _ in stacks_of(owner):
-        stored = f"{prefix}parametrizations.{leaf}"
-        adapted = [str(index) for index, item in enumerate(stack) if isinstance(item, LowRank)]
-        plain = state.pop(f"{prefix}{leaf}", state.pop(f"{stored}.original", None))  # or as named_parameters calls it
-        base = state.pop(f"{prefix}{leaf}_lora.{_BASE}", plain) if adapted else plain
-        if base is None:  # no such name in the file, which is said in the model's own words
-            missing.append(f"{prefix}{leaf}")
-            base = stack.original.detach()
-        state[f"{stored}.original"] = base
-        for index in adapted:
-            for name in ("down", "up"):
-                key = f"{prefix}{leaf}_lora.{name}"
-                if key not in state:
-                    missing.append(key)
-                state[f"{stored}.{index}.{name}"] = state.pop(key, getattr(stack[int(index)], name).detach())
-
-
-def _unmasked(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
-
-
-def _pickled(owner: nn.Module) -> dict[str, Any]:
-    """What a masked module is made of, with plain parameters and its masks apart."""
-    held = {leaf: (stack.original, list(stack)) for leaf, stack in owner.parametrizations.items()}  # type: ignore[union-attr,operator]
-    modules = {name: item for name, item in owner._modules.items() if name != "parametrizations"}
-    return {"state": owner.__dict__ | {"_modules": modules}, "held": held}
-
-
-def _unpickle(owner: nn.Module, pickled: Mapping[str, Any]) -> None:
-    owner.__dict__.update(pickled["state"])
-    for leaf, (original, items) in pickled["held"].items():
-        owner.register_parameter(leaf, original)
-        for item in items:
-            parametrize.register_parametrization(owner, leaf, item, unsafe=True)
-    _look_plain(type(owner))

@@ -1,4 +1,4 @@
-"""Masks applied: in the graph, by rewriting linear nodes; in the user's module, by parametrizations."""
+"""Masks applied: in the graph, by rewriting linear nodes; in the user's module, over its parameters."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class ApplyMasks:
 def mask_module(module: nn.Module, masks: MaskSet) -> nn.Module:
     """The user's module with its masks in force: a second object of the same class over the same weights.
 
-    The dense values stay in ``parametrizations.<name>.original``; reading ``weight`` gives the masked one. A tied
-    weight keeps one parameter and one mask under all its names.
+    Parameters keep their names and dense values; reading ``layer.weight`` gives the masked one. A tied weight keeps one
+    parameter and one mask under all its names.
 
     Args:
         module: the dense module; its attributes are left alone, its parameters are shared.

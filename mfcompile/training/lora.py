@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import nn
 
 from mfcompile.errors import InputError
 from mfcompile.low_rank import LowRank
-from mfcompile.masked_weights import stacks_of
+from mfcompile.masked_weights import adapter_of, masked_places, stored_weight
 from mfcompile.patterns import WeightNames, select
 
 
@@ -48,15 +47,14 @@ def add_lora(
         raise InputError(f"rank must be at least 1, got {rank}")
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     names: dict[str, WeightNames] = {}
-    for path, owner in module.named_modules():
-        for leaf, stack, mask in stacks_of(owner):
-            fqn = f"{path}.{leaf}" if path else leaf
-            if any(isinstance(item, LowRank) for item in stack):
-                raise InputError(f"{fqn} has an adapter already: merge it first (mfcompile.merge_lora(module))")
-            if stack.original.ndim == 2:
-                if id(stack.original) not in places:
-                    names[fqn] = WeightNames((fqn,), _classes(module, fqn), mask.record.region)
-                places.setdefault(id(stack.original), []).append((fqn, owner, leaf))
+    for fqn, owner, leaf, mask in masked_places(module):
+        stored = stored_weight(owner, leaf)
+        if adapter_of(owner, leaf) is not None:
+            raise InputError(f"{fqn} has an adapter already: merge it first (mfcompile.merge_lora(module))")
+        if stored.ndim == 2:
+            if id(stored) not in places:
+                names[fqn] = WeightNames((fqn,), _classes(module, fqn), mask.record.region)
+            places.setdefault(id(stored), []).append((fqn, owner, leaf))
     if not names:
         raise InputError(
             f"{type(module).__name__} has no masked matrix to adapt: give what compile_pruned (.module), mfcompile.load or "
@@ -70,9 +68,9 @@ def add_lora(
     scale = (2.0 * rank if alpha is None else alpha) / rank
     for group in places.values():
         if group[0][0] in chosen:
-            adapter = LowRank(_stack(*group[0][1:]).original.detach(), rank, scale)
+            adapter = LowRank(stored_weight(*group[0][1:]).detach(), rank, scale)
             for _, owner, leaf in group:
-                _stack(owner, leaf).insert(0, adapter)
+                owner.add_module(f"{leaf}_lora", adapter)
     return tuple(fqn for fqn in names if fqn in chosen)
 
 
@@ -91,27 +89,18 @@ def merge_lora(module: nn.Module) -> nn.Module:
         InputError: it has no adapters.
     """
     merged: set[int] = set()
-    for owner in list(module.modules()):
-        for leaf, _, mask in list(stacks_of(owner)):
-            stack = _stack(owner, leaf)
-            if not any(isinstance(item, LowRank) for item in stack):
-                continue
-            original = stack.original
-            if id(original) not in merged:
-                merged.add(id(original))
-                with torch.no_grad():
-                    original.copy_(torch.where(mask.mask, getattr(owner, leaf), original))
-            for index in reversed(range(len(stack))):
-                if isinstance(stack[index], LowRank):
-                    del stack[index]
+    adapted = [place for place in masked_places(module) if adapter_of(place[1], place[2]) is not None]
+    for _, owner, leaf, mask in adapted:
+        stored = stored_weight(owner, leaf)
+        if id(stored) not in merged:
+            merged.add(id(stored))
+            with torch.no_grad():
+                stored.copy_(torch.where(mask.over(stored), getattr(owner, leaf), stored))
+    for _, owner, leaf, _ in adapted:
+        delattr(owner, f"{leaf}_lora")
     if not merged:
         raise InputError(f"{type(module).__name__} has no adapters to merge: mfcompile.add_lora(module) adds them")
     return module
-
-
-def _stack(owner: nn.Module, leaf: str) -> Any:
-    """The parametrizations of one parameter, in the order in which they are applied."""
-    return cast(Any, owner.parametrizations)[leaf]
 
 
 def _classes(module: nn.Module, fqn: str) -> frozenset[str]:

@@ -11,7 +11,6 @@ from torch import nn
 
 from mfcompile.errors import InputError
 from mfcompile.frontends.unwrapping import unwrap
-from mfcompile.masked_weights import plain_parameters
 from mfcompile.masks import MaskSet, PackedMask
 
 
@@ -65,7 +64,7 @@ def transfer_masks(
     first: dict[int, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     alias: dict[str, str] = {}
-    for name, parameter in plain_parameters(module):
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         alias[name] = first.setdefault(id(parameter), name)
         shapes[name] = tuple(parameter.shape)
     wanted = _by_names(masks, names or {})

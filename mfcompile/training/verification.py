@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mfcompile.errors import InputError, MaskError
 from mfcompile.frontends.unwrapping import unwrap
-from mfcompile.masked_weights import masks_of, stacks_of
+from mfcompile.masked_weights import masked_places, masks_of
 from mfcompile.masks import MaskSet
 
 
@@ -124,7 +124,7 @@ def refuse_foreign_adapters(module: nn.Module) -> None:
 
 
 def _holds_mask(layer: nn.Module) -> bool:
-    return any(next(stacks_of(item), None) is not None for item in layer.modules())
+    return next(masked_places(layer), None) is not None
 
 
 def _check(fqn: str, weight: Tensor, mask: Tensor) -> WeightCheck:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import mfcompile
 from mfcompile.comparison_result import ComparedModel, MetricChoice, ranked
 from mfcompile.errors import CalibrationError, InputError, MfcompileError
+from mfcompile.masked_weights import WeightMask, masked_places
 from mfcompile.passes import gradients
-from mfcompile.passes.masking import WeightMask
 from mfcompile.passes.output_error import OutputErrors
 from tests.models import Batch, tiny_vlm, vlm_batch, vlm_statistics
 
@@ -152,12 +152,12 @@ def test_one_pass_of_gradients_and_one_hash_serve_all_sparsities(monkeypatch: py
 
 
 def test_one_masked_module_at_a_time() -> None:
-    masks: list[weakref.ref[nn.Module]] = []
+    masks: list[weakref.ref[WeightMask]] = []
     alive = []
 
     def count(module: nn.Module) -> float:
         alive.append(sum(item() is not None for item in masks))
-        masks.extend(weakref.ref(item) for item in module.modules() if isinstance(item, WeightMask))
+        masks.extend(weakref.ref(mask) for _, _, _, mask in masked_places(module))
         return 0.0
 
     compared(criteria=["lamp", "l2"], sparsities=[0.5], evaluate=count)

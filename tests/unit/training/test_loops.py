@@ -150,7 +150,7 @@ def test_a_cached_weight_is_masked_once_per_block() -> None:
 WORKER = """
 import sys, torch
 from torch import distributed
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -179,6 +179,9 @@ for step in range(2):
     optimizer.step()
 whole = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
 torch.save(dict(whole), f"{folder}/sharded{rank}.pt")
+whole_dict = StateDictOptions(full_state_dict=True)
+set_model_state_dict(sharded, {name: value.clone() for name, value in masked(seed=3).state_dict().items()}, options=whole_dict)
+torch.save(dict(get_model_state_dict(sharded, options=whole_dict)), f"{folder}/loaded{rank}.pt")
 distributed.destroy_process_group()
 """
 
@@ -208,3 +211,6 @@ def test_processes_that_copy_or_cut_the_model_train_one_pruned_model(tmp_path: P
     plain = small(seed=1)
     plain.load_state_dict(states[2])
     assert_pruned(plain)
+    loaded = torch.load(tmp_path / "loaded0.pt", weights_only=True)
+    for name, value in masked(seed=3).state_dict().items():
+        assert torch.equal(loaded[name], value), name
