@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +22,8 @@ from benchmarks.tavlp.tasks import TASKS
 ALLOCATION_SPARSITY = 0.75
 ALLOCATION_ROWS = ("without-distribution", "omp", "multiflow")
 ABLATION_FAMILY = "xvlm"
+VARIANT = "xvlm-text-x2"
+STACK_ROWS = ("omp", "without-multimodality", "multiflow")
 COMPARED = tuple(row.name for row in ROWS if row.criterion and row.name not in ABLATIONS[1:-1])
 """Rows of the large tables: all but the ablations, which have a table of their own."""
 
@@ -81,6 +84,12 @@ def _parts(results: Results) -> Iterator[str]:
     yield "![sparsity per layer and region under three allocations](images/benchmark_allocations.png)"
     yield regions(results)
     yield magnitudes(results)
+    yield "## Stacks of unequal size"
+    yield (
+        f"`{VARIANT}` computes what xvlm computes, with text weights of twice the size (`families/unequal.py`). Text removed "
+        f"in % of its weights, mean R@1 of retrieval before and after fine-tuning."
+    )
+    yield stacks(results)
     yield "## Retrieval before fine-tuning"
     yield before(results)
     yield "## Cost of each pruner"
@@ -141,14 +150,15 @@ def ablations(results: Results) -> str:
 
 
 def before(results: Results) -> str:
-    """TR@1 as pruned, before any fine-tuning: seeds differ in their calibration data alone."""
+    """R@1 as pruned, before any fine-tuning: seeds differ in their calibration data alone."""
     columns = [(name, sparsity) for name in FAMILIES for sparsity in SPARSITIES]
     pruners = ["dense", *(row.name for row in ROWS if row.criterion)]
     figures = [
-        [results.untuned(name, "retrieval", pruner, sparsity, "tr1") for pruner in pruners] for name, sparsity in columns
+        [results.untuned(name, "retrieval", pruner, sparsity, *HEADLINES["retrieval"]) for pruner in pruners]
+        for name, sparsity in columns
     ]
     rows = [[title(pruner), *map(_text, shown)] for pruner, shown in zip(pruners, zip(*figures, strict=True), strict=True)]
-    return table(["TR@1", *(f"{name} {100 * sparsity:.0f} %" for name, sparsity in columns)], rows)
+    return table(["mean R@1", *(f"{name} {100 * sparsity:.0f} %" for name, sparsity in columns)], rows)
 
 
 def regions(results: Results) -> str:
@@ -166,6 +176,22 @@ def regions(results: Results) -> str:
         [label, *(f"{100 * found[region]:.2f}" if region in found else MISSING for region in headings)] for label, found in rows
     ]
     return table(["removed, in %", *headings], shown)
+
+
+def stacks(results: Results) -> str:
+    """What groups by region are for: the same model with stacks of like and of unequal size."""
+    rows = []
+    for pruner, family_name in product(STACK_ROWS, (ABLATION_FAMILY, VARIANT)):
+        shown = []
+        for sparsity in SPARSITIES:
+            record = results.masks(family_name, PRUNERS[pruner], sparsity, 0)
+            removed = MISSING if record is None else f"{100 * record['region_sparsity']['text']:.1f}"
+            place = (family_name, "retrieval", pruner, sparsity)
+            tuned = Figure.of(list(results.values(*place, HEADLINES["retrieval"]).values()))
+            shown += [removed, _text(results.untuned(*place, *HEADLINES["retrieval"])), _text(tuned)]
+        rows.append([f"{title(pruner)}, {family_name}", *shown])
+    kinds = ("text removed", "before", "after")
+    return table(["pruner, family", *(f"{100 * sparsity:.0f} % {kind}" for sparsity, kind in product(SPARSITIES, kinds))], rows)
 
 
 def magnitudes(results: Results) -> str:

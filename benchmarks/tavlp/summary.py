@@ -114,15 +114,16 @@ class Results:
                 freedom += len(values) - 1
         return math.sqrt(squares / freedom) if freedom else None
 
-    def untuned(self, family: str, task: str, pruner: str, sparsity: float, metric: str) -> Figure | None:
-        """A metric before fine-tuning over the seeds; one value for pruners without a seed. Arguments as of `figure`."""
+    def untuned(self, family: str, task: str, pruner: str, sparsity: float, *metrics: str) -> Figure | None:
+        """The mean of some metrics before fine-tuning; one value for pruners without a seed. Arguments as of `figure`."""
         at = 0.0 if pruner == "dense" else sparsity
         seeds = self.seeds if PRUNERS[pruner].is_seeded else self.seeds[:1]
         records = []
         for cell in (Cell(family, task, pruner, at, seed) for seed in seeds):
             expected = config_hash(untuned_config(cell, self.scale))
             records.append(read_record(untuned_path(cell, self.folders), expected))
-        return Figure.of([record["metrics"][metric] for record in records if record is not None])
+        there = [record["metrics"] for record in records if record is not None]
+        return Figure.of([statistics.fmean(found[metric] for metric in metrics) for found in there])
 
     def masks(self, family: str, row: PrunerRow, sparsity: float, seed: int) -> dict[str, Any] | None:
         """The record of masks: what they cost and what is left where."""

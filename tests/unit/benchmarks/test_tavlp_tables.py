@@ -9,6 +9,8 @@ import pytest
 from benchmarks.tavlp import page
 from benchmarks.tavlp.cells import Cell
 from benchmarks.tavlp.orderings import Difference, Ordering, choice, difference, orderings
+from benchmarks.tavlp.pruners import PRUNERS
+from benchmarks.tavlp.reduced import beside
 from benchmarks.tavlp.summary import Figure, Results, standard_error, with_best
 from tests.unit.benchmarks.tavlp_runs import TINY, folders, made_up, other_recipe
 
@@ -102,8 +104,9 @@ def test_the_page_is_written_from_records_alone_but_for_masks_of_its_picture(res
     docs = tmp_path / "docs"
     docs.mkdir()
     text = page.write_page(results.folders, TINY, docs).read_text()
-    assert row_of(text, "xvlm, retrieval")[1:4] == ["2 of 40", "2 of 40", "1 of 40"]
-    assert "5 of 720 cells are there." in text
+    one_seed = 1 + 3 * (len(PRUNERS) - 1)
+    assert row_of(text, "xvlm, retrieval")[1:4] == [f"{done} of {one_seed}" for done in (2, 2, 1)]
+    assert f"5 of {2 * 3 * 3 * one_seed} cells are there." in text
     ablations = text.split("## Ablations")[1].split("## ")[0]
     assert row_of(ablations, "MULTIFLOW")[1] == "75.0 ± 5.0 (3)"  # not bold: it has no rival yet
     removed = row_of(text.split("(Fig. 4)")[1].split("## ")[0], "xvlm, MULTIFLOW")
@@ -112,3 +115,14 @@ def test_the_page_is_written_from_records_alone_but_for_masks_of_its_picture(res
         "benchmark_allocations.png",
         "benchmark_highest_sparsity.png",
     ]
+
+
+def test_a_cell_made_anew_is_set_beside_the_one_that_is_kept() -> None:
+    assert beside({"tr1": 3.0, "ir1": 5.0}, None) == {"tr1": 3.0, "ir1": 5.0}
+    assert beside({"tr1": 3.0, "ir1": 5.0}, {"tr1": 4.0, "ir1": 3.0}) == {
+        "tr1": 3.0,
+        "ir1": 5.0,
+        "kept_tr1": 4.0,
+        "kept_ir1": 3.0,
+        "largest_difference": 2.0,
+    }
