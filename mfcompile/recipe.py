@@ -27,7 +27,10 @@ ROUNDINGS = ("exact", "official")
 PRECISIONS = ("model", "float64")
 WEIGHTINGS = ("none", "cip")
 """How calibration weighs tokens: all alike, or by their importance (Eq. 4 of CoMP, CVPR 2026)."""
-UPDATES = ("sparsegpt", "least-squares")
+TOKEN_REST = ("drop", "merge")
+TOKEN_RESTORE = ("zeros", "last")
+TOKEN_OUTPUTS = ("restore", "shorter")
+UPDATES = ("sparsegpt", "least-squares", "gradual")
 
 MASK_OPTIONS = (
     "source",
@@ -50,6 +53,10 @@ MASK_OPTIONS = (
     "precision",
     "weighting",
     "statistics",
+    "tokens",
+    "token_scorer",
+    "token_rest",
+    "token_restore",
 )
 """The options that decide the masks; with any of them changed, the recorded digest says nothing."""
 
@@ -84,6 +91,12 @@ class Recipe:
         precision: "model", or "float64" to calibrate in float64.
         weighting: "none", or "cip" to weigh tokens by their importance in calibration.
         statistics: file of an earlier calibration that is used in place of one; None calibrates.
+        tokens: a share of the image tokens that stay, or place (site, pattern, "region:vision") -> a share, or a number of
+            tokens; None keeps all.
+        token_scorer: what ranks tokens.
+        token_rest: "drop", or "merge" for one token in place of the others.
+        token_restore: what dropped tokens hold where all are read, "zeros" or "last".
+        token_outputs: whether outputs that list tokens "restore" their size or are "shorter".
         onnx: whether an ONNX file is written.
         format: how pruned weights are stored in it, "packed" or "dense".
         values: precision of their values, "fp32" or "fp16"; "int8" of all linear layers.
@@ -117,6 +130,11 @@ class Recipe:
     precision: str = "model"
     weighting: str = "none"
     statistics: Path | None = None
+    tokens: int | float | Mapping[str, int | float] | None = None
+    token_scorer: str = "cit"
+    token_rest: str = "drop"
+    token_restore: str = "zeros"
+    token_outputs: str = "restore"
     onnx: bool = True
     format: str = "packed"
     values: str = "fp32"
@@ -337,6 +355,17 @@ def _allocation_problem(value: Any) -> str | None:
     return sparsity_problem(value) if is_map else f"{value!r} is neither the name of an allocation nor a mapping"
 
 
+def _tokens_problem(value: Any) -> str | None:
+    if value is None:
+        return None
+    kept = list(value.values()) if isinstance(value, Mapping) else [value]
+    is_map = not isinstance(value, Mapping) or (bool(value) and all(isinstance(key, str) for key in value))
+    is_keep = all(isinstance(item, (int, float)) and not isinstance(item, bool) and item > 0 for item in kept)
+    if is_map and is_keep:
+        return None
+    return f"{value!r} is no share (0.7) and no number of tokens (64), and no mapping of places to them"
+
+
 def _is_flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else f"{value!r} is neither true nor false"
 
@@ -382,6 +411,11 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "num_calibration_samples": _is_sample_count,
     "precision": _one_of(PRECISIONS),
     "weighting": _one_of(WEIGHTINGS),
+    "tokens": _tokens_problem,
+    "token_scorer": _is_string,
+    "token_rest": _one_of(TOKEN_REST),
+    "token_restore": _one_of(TOKEN_RESTORE),
+    "token_outputs": _one_of(TOKEN_OUTPUTS),
     "onnx": _is_flag,
     "format": _one_of(FORMATS),
     "values": _one_of(VALUES),

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mfcompile.passes.reconstruction import RowReconstructor
+from mfcompile.passes.sparsity_patterns import Pattern
 from mfcompile.passes.weight_update import UpdateOptions
 
 _SYSTEM_ELEMENTS = 1 << 22
@@ -39,7 +40,7 @@ class LeastSquaresOptions(UpdateOptions):
 
     name: ClassVar[str] = "least-squares"
 
-    def solver(self, gram: Tensor) -> LeastSquares:
+    def solver(self, gram: Tensor, pattern: Pattern) -> LeastSquares:
         """See UpdateOptions."""
         return LeastSquares(gram, self.damping)
 

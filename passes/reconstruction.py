@@ -34,12 +34,14 @@ class Reconstruction:
         masked_error: squared error of the output over all tokens before, ||(W - M * V) X||^2.
         error: the same with the new values; never larger.
         rows: rows whose values changed.
+        kept: bool, (out_features, in_features), where the update chose other weights to stay; None where it did not.
     """
 
     weight: Tensor
     masked_error: float
     error: float
     rows: int
+    kept: Tensor | None = None
 
 
 class RowReconstructor(ABC):

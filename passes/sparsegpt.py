@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mfcompile.passes.reconstruction import Reconstructor
+from mfcompile.passes.sparsity_patterns import Pattern
 from mfcompile.passes.weight_update import UpdateOptions
 
 
@@ -30,6 +31,6 @@ class SparseGptOptions(UpdateOptions):
         super().__post_init__()
         self._check_count("block_columns")
 
-    def solver(self, gram: Tensor) -> Reconstructor:
+    def solver(self, gram: Tensor, pattern: Pattern) -> Reconstructor:
         """See UpdateOptions."""
         return Reconstructor(gram, self.damping, self.block_columns)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mfcompile.errors import InputError
+from mfcompile.passes.gradual import GradualOptions
 from mfcompile.passes.least_squares import LeastSquaresOptions
 from mfcompile.passes.sparsegpt import SparseGptOptions
 from mfcompile.passes.weight_update import UpdateOptions
 from mfcompile.recipe import UPDATES
 
-_KINDS: dict[str, type[UpdateOptions]] = {kind.name: kind for kind in (SparseGptOptions, LeastSquaresOptions)}
+_KINDS: dict[str, type[UpdateOptions]] = {kind.name: kind for kind in (SparseGptOptions, LeastSquaresOptions, GradualOptions)}
 assert tuple(_KINDS) == UPDATES, "recipe.UPDATES names them for those who must not import torch"
 
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from mfcompile.errors import InputError
 from mfcompile.graph import Diagnostic
-from mfcompile.masks import MaskSet
+from mfcompile.masks import MaskSet, PackedMask
 from mfcompile.passes.calibration import plan_padding, repeated_weights, run_batches
 from mfcompile.passes.gram import GramCollector
 from mfcompile.passes.pruning_run import PruningRun
 from mfcompile.passes.random_numbers import seeded
 from mfcompile.passes.reconstruction import RowReconstructor
+from mfcompile.passes.sparsity_patterns import Pattern
 from mfcompile.passes.update_stages import SiteGroup, group_sites, plan_stages
 from mfcompile.passes.weight_values import with_values
 from mfcompile.region import PruneSite
@@ -81,8 +82,12 @@ class UpdateOptions(ABC):
             raise InputError(f"{self.name}: {name} is a positive integer, got {value!r}")
 
     @abstractmethod
-    def solver(self, gram: Tensor) -> RowReconstructor:
-        """What rewrites the matrices whose input has this Gram matrix, (in_features, in_features), finite, not all zero.
+    def solver(self, gram: Tensor, pattern: Pattern) -> RowReconstructor:
+        """What rewrites the matrices whose input has this Gram matrix.
+
+        Args:
+            gram: (in_features, in_features) X^T X, finite, not all zero.
+            pattern: in which weights were removed, for an update that chooses others.
 
         Raises:
             ArithmeticError: nothing can be solved with it.
@@ -107,7 +112,7 @@ class SiteUpdate:
 
 
 def update_weights(run: PruningRun, masks: MaskSet, options: UpdateOptions) -> MaskSet:
-    """New values for the kept weights of every masked site; the masks stay as they are.
+    """New values for the kept weights of every masked site; the masks stay as they are, unless the update chooses anew.
 
     The same batches give the same values to the last bits of float32, however they are cut into batches; with values
     stored in half precision some of these bits show.
@@ -159,6 +164,7 @@ class _Updater:
         self._plan = plan_padding(run.captured, run.regions, options.padding_mask)
         self._weights: dict[str, Tensor] = {}  # what the model has by now: dense where no site was reached
         self._changed = set(masks.new_values)
+        self._chosen: dict[str, dict[PruneSite, Tensor]] = {}  # what sites keep that an update chose anew
         self._mask_of = lru_cache(maxsize=2)(masks.__getitem__)  # not unpacked anew for every expert of a stack
         self.updates: list[SiteUpdate] = []
         with_values(run.captured, {})  # refuses a module that cannot be copied before anything has run
@@ -194,9 +200,20 @@ class _Updater:
 
     def masks(self) -> MaskSet:
         """The masks with the new values, and with what is to be said of the sites that were left alone."""
-        values = {fqn: self._weights[fqn][self._masks[fqn].to(self._weights[fqn].device)] for fqn in self._changed}
-        ordered = {fqn: values[fqn] for fqn in self._masks.packed if fqn in values}
-        return replace(self._masks, new_values=ordered, diagnostics=(*self._masks.diagnostics, *self._left()))
+        chosen = {fqn: PackedMask.pack(self._chosen_mask(fqn)) for fqn in self._chosen}
+        found = replace(self._masks, packed={**self._masks.packed, **chosen})
+        values = {fqn: self._weights[fqn][found[fqn].to(self._weights[fqn].device)] for fqn in self._changed}
+        ordered = {fqn: values[fqn] for fqn in found.packed if fqn in values}
+        return replace(found, new_values=ordered, diagnostics=(*self._masks.diagnostics, *self._left()))
+
+    def _chosen_mask(self, fqn: str) -> Tensor:
+        """The mask of a weight of which sites keep something else than they were given."""
+        mask = self._masks[fqn]
+        layout = next(iter(self._chosen[fqn])).layout
+        matrices = layout.matrices(mask).clone(memory_format=torch.contiguous_format)
+        for site, kept in self._chosen[fqn].items():
+            site.matrix(matrices).copy_(kept)
+        return layout.stored(matrices, mask.shape)
 
     def _rewritten(self, group: SiteGroup, collector: GramCollector) -> Iterator[tuple[PruneSite, Tensor]]:
         """Every site of a group, with its matrix as it is from now on."""
@@ -215,6 +232,8 @@ class _Updater:
             result = solver.reconstruct(dense, kept, current)
             if result.rows:
                 self._changed.add(site.fqn)
+            if result.kept is not None:
+                self._chosen.setdefault(site.fqn, {})[site] = result.kept
             left = None if result.rows or not result.masked_error else "no row of its output comes closer to the dense one"
             self.updates.append(SiteUpdate(site.name, result.masked_error, result.error, left))
             yield site, result.weight
@@ -228,7 +247,7 @@ class _Updater:
         if not bool(gram.diagonal().any()):
             return None, "its input is zero in every calibration token"
         try:
-            return self._options.solver(gram), None
+            return self._options.solver(gram, self._run.pattern), None
         except ArithmeticError as error:
             return None, str(error)
 

@@ -83,6 +83,14 @@ ROWS = (
         needs_statistics=True,
         needs_batches=True,
     ),
+    PrunerRow(
+        "multiflow+gradual",
+        "MULTIFLOW + gradual",
+        "multiflow",
+        update="gradual",
+        needs_statistics=True,
+        needs_batches=True,
+    ),
 )
 PRUNERS = {row.name: row for row in ROWS}
 BASELINES = ("random", "snip", "itersnip", "omp", "lamp", "wanda", "chita", "chita++")

@@ -108,7 +108,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"seed": 2**64, "criterion": "random"},
         r"seed must fit into 64 bits, .* got 18446744073709551616",
     ),
-    "update unknown": ({"update": "obs"}, r"update='obs' is unknown; choose sparsegpt, least-squares, or None to leave weights as they are"),
+    "update unknown": (
+        {"update": "obs"},
+        r"update='obs' is unknown; choose sparsegpt, least-squares, gradual, or None to leave weights as they are",
+    ),
 }
 
 
