@@ -9,7 +9,7 @@ Nothing is compared by size. What computes across elements ends the search with 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 from torch import fx
@@ -55,6 +55,7 @@ class Closure:
 
     Args:
         order: position of every node of the graph.
+        live: nodes that an output depends on; what others compute does not matter.
         same: placeholders that hold one and the same tensor.
 
     Attributes:
@@ -63,8 +64,11 @@ class Closure:
         sums: contractions over labelled axes: node -> the operands that have them.
     """
 
-    def __init__(self, order: Mapping[fx.Node, int], same: Mapping[fx.Node, frozenset[fx.Node]]) -> None:
+    def __init__(
+        self, order: Mapping[fx.Node, int], live: Collection[fx.Node], same: Mapping[fx.Node, frozenset[fx.Node]]
+    ) -> None:
         self.order = order
+        self.live = live
         self.same = same
         self.labels: dict[fx.Node, Labels] = {}
         self.elements = Partition(0)
@@ -90,7 +94,8 @@ class Closure:
                 self._check(node)
             else:
                 for reader in _readers(node):
-                    self._relate(node, reader)
+                    if reader in self.live:
+                        self._relate(node, reader)
                 for twin in self.same.get(node, ()):
                     self._put(twin, node, self.labels[node])
         for node, labels in self.labels.items():
@@ -159,7 +164,9 @@ class Closure:
             moved = labels
             if link.moved is not None and labels.shape[link.moved] > 1:
                 assert link.positions is not None  # of every link with an axis that moves
-                moved = labels.take(link.positions, axis=link.moved)
+                moved = self.elements.reduce(labels.take(link.positions, axis=link.moved))
+                if not dependent_axes(moved) and bool((moved >= 0).any()):
+                    raise InseparableError(applied, _ACROSS[Tie.READ])
             self._transfer(applied, moved, dict(link.axes), link.result, dropped=link.moved)
         if node is link.result:
             self._back_through_link(applied, labels, link)

@@ -221,15 +221,16 @@ def _attention(node: fx.Node) -> list[Relation]:
     heads = rank - 3
     if rule is None or rank < 4 or dims(query)[heads] == dims(key)[heads]:
         return [Unknown() if rule is None else rule]
-    groups = []
-    for group in rule.groups:
-        members = tuple(member for member in group.members if member not in ((key, heads), (value, heads)))
-        if members:
-            groups.append(Group(members, group.out, group.tie))
-    groups += [Group(((key, heads), (value, heads)), None)]
     shared = np.arange(dims(query)[heads]) // (dims(query)[heads] // dims(key)[heads])
-    found: list[Relation] = [Rule(tuple(groups), rule.rank)]
-    return [*found, *(Link(item, node, ((heads, heads),), heads, shared) for item in (key, value))]
+    leading = tuple((axis, axis) for axis in range(rank - 2))
+    links = [Link(key, node, leading, heads, shared), Link(value, node, (*leading, (rank - 1, rank - 1)), heads, shared)]
+    linked = {(key, axis) for axis in range(rank - 2)} | {(value, axis) for axis in (*range(rank - 2), rank - 1)}
+    groups = [Group((member,), None, Tie.IGNORE) for member in linked]
+    for group in rule.groups:
+        members = tuple(member for member in group.members if member not in linked)
+        if members or group.out is not None:
+            groups.append(Group(members, group.out, group.tie))
+    return [Rule(tuple(groups), rule.rank), *links]
 
 
 def _linear(node: fx.Node) -> Rule | None:

@@ -25,6 +25,7 @@ from mfcompile.passes.program_editor import ProgramEditor
 from mfcompile.passes.structured_labels import dependent_axes
 from mfcompile.passes.structured_sizes import Cuts, rewrite
 from mfcompile.passes.structured_units import StructuralUnit, UnitPlan, plan_units
+from mfcompile.passes.token_attention import ancestors
 from mfcompile.passes.token_places import node_sizes, sizes
 
 Kept = NDArray[np.bool_]
@@ -57,6 +58,7 @@ class RemoveUnits:
         editor = ProgramEditor(program)
         cuts = _cuts(chosen, editor)
         _cut_stored(editor, cuts)
+        _erase_unread(editor, cuts)
         rewrite(editor, cuts)
         result = editor.finish()
         notes = tuple(_describe(plan.unit, len(elements)) for plan, elements in chosen if elements)
@@ -146,6 +148,18 @@ def _cut_stored(editor: ProgramEditor, cuts: Cuts) -> None:
         if key not in made:
             made[key] = cut_tensor(tensor, cuts[node])
         editor.store(node, targets[node.name], made[key])
+
+
+def _erase_unread(editor: ProgramEditor, cuts: Cuts) -> None:
+    """Leave out what reads cut tensors and is read by no output: it was not followed."""
+    live = ancestors(editor.output)
+    touched = set(cuts)
+    for node in editor.graph.nodes:
+        if node.op == "call_function" and node not in live and not touched.isdisjoint(node.all_input_nodes):
+            touched.add(node)
+    for node in reversed(list(editor.graph.nodes)):
+        if node in touched and node not in live and node.op == "call_function":
+            editor.graph.erase_node(node)
 
 
 def cut_tensor(tensor: Tensor, kept: Mapping[int, Kept]) -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, SOFTMAX_ATTENTION, operator_name
+from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, SOFTMAX_ATTENTION, SOFTMAXES, argument, operator_name
 from mfcompile.passes.structured_closure import Closure, InseparableError
-from mfcompile.passes.structured_labels import NONE, Labels, dependent_axes
+from mfcompile.passes.structured_labels import NONE, Labels
 from mfcompile.passes.structured_relations import SPLITS, dims, relations_of
-from mfcompile.passes.token_attention import Attention, find_attentions, module_path
+from mfcompile.passes.token_attention import ancestors, find_attentions, module_path
 from mfcompile.passes.token_spread import VIEWS
 from mfcompile.passes.token_ties import Group, Rule, Tie, operands_of
 
@@ -159,6 +159,7 @@ class _Finder:
         self.graph: fx.Graph = program.graph
         self.regions = regions
         self.order = {node: position for position, node in enumerate(self.graph.nodes)}
+        self.live = ancestors(next(node for node in reversed(self.graph.nodes) if node.op == "output"))
         self.held = {
             spec.arg.name: str(spec.target)
             for spec in signature.input_specs
@@ -182,7 +183,7 @@ class _Finder:
             cone = _Cone(reading.activation, self.parameters, self.held)
             if not cone.is_middle:
                 continue
-            closure = Closure(self.order, self.same)
+            closure = Closure(self.order, self.live, self.same)
             try:
                 closure.spread(reading.activation, reading.axes)
                 self._check(closure, reading)
@@ -194,7 +195,7 @@ class _Finder:
 
     def _readings(self) -> Iterator[_Reading]:
         for node in self.graph.nodes:
-            if operator_name(node) in CONTRACTIONS | CONVOLUTIONS:
+            if node in self.live and operator_name(node) in CONTRACTIONS | CONVOLUTIONS:
                 for relation in relations_of(node):
                     if isinstance(relation, Rule):
                         yield from self._read_by(node, relation)
@@ -238,24 +239,25 @@ class _Finder:
         )
         fqns = tuple(dict.fromkeys(self.held[node.name] for node in labels if node.op == "placeholder"))
         fqn = self.held[reading.weight.name]
-        kind = HEADS if self._attention_in(closure) is not None else CHANNELS
-        name = self._name(kind, reading, fqns, self._attention_in(closure))
-        return UnitPlan(StructuralUnit(name, kind, len(names), self.regions.get(fqn, ""), fqn, inputs, fqns), labels)
+        attention = self._attention_in(closure)
+        name = self._name(attention, reading, fqns)
+        unit = StructuralUnit(
+            name, CHANNELS if attention is None else HEADS, len(names), self.regions.get(fqn, ""), fqn, inputs, fqns
+        )
+        return UnitPlan(unit, labels)
 
-    def _attention_in(self, closure: Closure) -> Attention | None:
-        """The first attention of which heads are labelled."""
-        for attention in self.attentions:
-            labels = closure.labels.get(attention.node)
-            if labels is not None and any(axis < labels.ndim - 2 for axis in dependent_axes(labels)):
-                return attention
+    def _attention_in(self, closure: Closure) -> str | None:
+        """Path of the first attention whose weights are labelled."""
+        names = {item.written or item.node: item.name.partition("@")[0] for item in self.attentions}
+        for node in sorted(closure.labels, key=self.order.__getitem__):
+            name, labels = operator_name(node), closure.labels[node]
+            if name in SOFTMAXES or (name in SOFTMAX_ATTENTION and max(labels.shape[:-2]) > 1):
+                return names.get(node) or names.get(node.all_input_nodes[0]) or module_path(node)
         return None
 
-    def _name(self, kind: str, reading: _Reading, fqns: tuple[str, ...], attention: Attention | None) -> str:
+    def _name(self, attention: str | None, reading: _Reading, fqns: tuple[str, ...]) -> str:
         owner = self.held[reading.weight.name].rpartition(".")[0]
-        if attention is not None:
-            path = attention.name.partition("@")[0]
-        else:
-            path = _common_path([fqn.rpartition(".")[0] for fqn in fqns]) or owner
+        path = attention or _common_path([fqn.rpartition(".")[0] for fqn in fqns]) or owner
         self.taken[path] = self.taken.get(path, 0) + 1
         return path if self.taken[path] == 1 else f"{path}@{self.taken[path] - 1}"
 
@@ -294,7 +296,10 @@ class _Cone:
             if name in CONTRACTIONS and any(_parameter_behind(item, parameters) is not None for item in node.all_input_nodes):
                 made = True
                 continue
-            if node.op == "placeholder" or name in CONVOLUTIONS | {"embedding"}:
+            if name in CONVOLUTIONS and not _is_apart(node):
+                made, is_stream = made or _is_pointwise(node), is_stream or not _is_pointwise(node)
+                continue
+            if node.op == "placeholder" or name == "embedding":
                 is_stream = is_stream or name != "" or node.name not in held
                 continue
             if name in {"add", "add_", "sub"} and len(given) > 1 and not self.has_attention:
@@ -308,6 +313,16 @@ class _Cone:
         self.is_middle = made and not is_stream
         outside = [user for node in inside if node.op != "placeholder" for user in node.users if user not in inside]
         self.is_private = len({user for user in outside if user.op != "placeholder"}) <= 1
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """A convolution that is a linear layer of each place."""
+    return all(size == 1 for size in dims(node.args[1])[2:])  # type: ignore[arg-type]  # its weight
+
+
+def _is_apart(node: fx.Node) -> bool:
+    """A convolution that treats each channel alone."""
+    return bool(argument(node, "groups", 6, 1) == dims(node.args[1])[0] > 1)  # type: ignore[arg-type]  # its weight
 
 
 def _is_constant(node: fx.Node, held: Mapping[str, str]) -> bool:
