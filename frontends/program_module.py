@@ -207,8 +207,10 @@ def _add_tensors(model: ProgramModule, program: ExportedProgram, runnable: nn.Mo
                 value = _attribute(runnable, str(node.target))
                 if isinstance(value, nn.Module):
                     owner.add_module(leaf, value)
-                else:
+                elif isinstance(value, Tensor):
                     owner.register_buffer(leaf, value, persistent=False)
+                else:  # how an operator over functions packs its arguments
+                    setattr(owner, leaf, value)
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
