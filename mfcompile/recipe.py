@@ -193,6 +193,11 @@ class Recipe:
         ]
         if moved:
             return f"The model is the same; versions changed: {', '.join(moved)}"
+        if self.update == "gradual":
+            return (
+                "The model and the versions are the same; update='gradual' chooses by values that it solved for, which round "
+                "otherwise on another processor or another number of threads, or the calibration data has changed"
+            )
         return (
             "The model and the versions are the same, so the calibration data has changed or is drawn at random, or the "
             "criterion or the loss_fn that the model's file defines has changed"

@@ -197,7 +197,7 @@ def select_masks(
             "uniform-rows", "erk", or pattern of weights -> fraction; None for what the criterion was published with.
         pattern: "unstructured", "N:M" of consecutive inputs ("2:4"), or blocks of outputs x inputs ("1x4", "4x1", "16x1").
         update: "sparsegpt" or "least-squares" rewrites the kept weights so that every layer's output changes less, or
-            least; None leaves them.
+            least; "gradual" also chooses anew which weights of a layer stay, as many; None leaves them.
         update_options: options of the update: damping, memory_mib, passes, ...; see ``passes.weight_update.UpdateOptions``.
         rounding: "exact" (integer budgets that sum to the request) or "official" (the published truncation).
         seed: of random scores, and of what a loss draws.

@@ -41,7 +41,8 @@ class SelectionOptions:
         allocation: name of an allocation; pattern of weights -> sparsity of these layers; None for what the criterion was
             published with.
         pattern: "unstructured", "N:M", "1x4", "4x1" or "16x1".
-        update: "sparsegpt" or "least-squares" rewrites the kept weights once the masks are chosen; None leaves them.
+        update: "sparsegpt" or "least-squares" rewrites the kept weights once the masks are chosen, "gradual" chooses anew in
+            every layer as well; None leaves them.
         rounding: "exact" or "official".
         seed: of random scores, and of what a loss draws.
         update_options: options of the update.

@@ -39,7 +39,7 @@ A PRUNER is one word:  CRITERION[,OPTION=VALUE...][@ALLOCATION][:PATTERN][+UPDAT
   multiflow-inverted           the paper's "inversion"
   wanda:2:4                    a pattern; it sets its own sparsity
   magnitude@uniform:4x1        the same from every layer, in blocks
-  multiflow+sparsegpt          weights that stay are rewritten
+  multiflow+sparsegpt          weights that stay are rewritten; least-squares, gradual: see docs/recipes.md
   itersnip,steps=20            an option of the criterion
   multiflow@budgets.yaml       PATTERN: SPARSITY per layer, from a file"""
 
