@@ -57,17 +57,25 @@ class Closure:
         order: position of every node of the graph.
         live: nodes that an output depends on; what others compute does not matter.
         same: placeholders that hold one and the same tensor.
+        apart: nodes that are cut where they are read, and left as they are: what they come from is not followed.
 
     Attributes:
         labels: node -> labels of its tensor.
+        beside: (reader, operand) -> labels of the operand, for operands that are cut where they are read.
         elements: the partition of the labels.
         sums: contractions over labelled axes: node -> the operands that have them.
     """
 
     def __init__(
-        self, order: Mapping[fx.Node, int], live: Collection[fx.Node], same: Mapping[fx.Node, frozenset[fx.Node]]
+        self,
+        order: Mapping[fx.Node, int],
+        live: Collection[fx.Node],
+        same: Mapping[fx.Node, frozenset[fx.Node]],
+        apart: Collection[fx.Node] = (),
     ) -> None:
         self.order = order
+        self.apart = apart
+        self.beside: dict[tuple[fx.Node, fx.Node], Labels] = {}
         self.live = live
         self.same = same
         self.labels: dict[fx.Node, Labels] = {}
@@ -100,6 +108,8 @@ class Closure:
                     self._put(twin, node, self.labels[node])
         for node, labels in self.labels.items():
             self.labels[node] = self._final(node, labels)
+        for key, labels in self.beside.items():
+            self.beside[key] = self._final(key[0], labels)
 
     def _final(self, node: fx.Node, labels: Labels) -> Labels:
         labels = self.elements.reduce(labels)
@@ -120,6 +130,9 @@ class Closure:
             raise InseparableError(origin, f"sizes of {node.name} do not fit what is known of them")
         if node.op == "output" or not dependent_axes(labels):
             return
+        if node in self.apart and origin not in self.apart:
+            self._put_beside(node, origin, labels)
+            return
         known = self.labels.get(node)
         if known is not None:
             first, second = np.broadcast_arrays(known, labels)
@@ -131,6 +144,13 @@ class Closure:
             self.labels[node] = labels
             heapq.heappush(self._backwards, (-self.order[node], node))
             heapq.heappush(self._forwards, (self.order[node], node))
+
+    def _put_beside(self, node: fx.Node, origin: fx.Node, labels: Labels) -> None:
+        known = self.beside.get((origin, node))
+        if known is not None:
+            self.elements.merge(*np.broadcast_arrays(known, labels))
+        else:
+            self.beside[origin, node] = labels
 
     def _relate(self, node: fx.Node, applied: fx.Node) -> None:
         """Carry a node's labels over to the other tensors of an operator: its own, or one that reads it."""

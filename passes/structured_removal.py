@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,7 @@ class RemoveUnits:
         cuts = _cuts(chosen, editor)
         _cut_stored(editor, cuts)
         _erase_unread(editor, cuts)
+        _cut_beside(editor, chosen)
         rewrite(editor, cuts)
         result = editor.finish()
         notes = tuple(_describe(plan.unit, len(elements)) for plan, elements in chosen if elements)
@@ -148,6 +149,28 @@ def _cut_stored(editor: ProgramEditor, cuts: Cuts) -> None:
         if key not in made:
             made[key] = cut_tensor(tensor, cuts[node])
         editor.store(node, targets[node.name], made[key])
+
+
+def _cut_beside(editor: ProgramEditor, chosen: Sequence[tuple[UnitPlan, frozenset[int]]]) -> None:
+    """Operands that other parts read too are cut where these units read them."""
+    made: dict[tuple[fx.Node, int, bytes], fx.Node] = {}
+    for plan, elements in chosen:
+        for (reader, original), labels in plan.beside.items() if elements else ():
+            operand = editor.nodes[original.name]
+            (axis,) = dependent_axes(labels)
+            kept = ~np.isin(labels.reshape(-1), list(elements))
+            if kept.all():
+                continue
+            key = (operand, axis, kept.tobytes())
+            if key not in made:
+                index = torch.from_numpy(np.flatnonzero(kept))
+                (made[key],) = editor.insert(_chosen_along(axis, index), [operand], operand)
+            editor.nodes[reader.name].replace_input_with(operand, made[key])
+    editor.sort()
+
+
+def _chosen_along(axis: int, index: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.index_select(axis, index)
 
 
 def _erase_unread(editor: ProgramEditor, cuts: Cuts) -> None:

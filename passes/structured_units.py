@@ -17,9 +17,10 @@ from torch.export.graph_signature import InputKind
 
 from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, SOFTMAX_ATTENTION, SOFTMAXES, argument, operator_name
 from mfcompile.passes.structured_closure import Closure, InseparableError
-from mfcompile.passes.structured_labels import NONE, Labels
+from mfcompile.passes.structured_labels import NONE, Labels, dependent_axes
 from mfcompile.passes.structured_relations import SPLITS, dims, relations_of
 from mfcompile.passes.token_attention import ancestors, find_attentions, module_path
+from mfcompile.passes.token_places import node_sizes
 from mfcompile.passes.token_spread import VIEWS
 from mfcompile.passes.token_ties import Group, Rule, Tie, operands_of
 
@@ -118,10 +119,12 @@ class UnitPlan:
     Attributes:
         unit: what is told of it.
         labels: node -> the element of every position of its tensor, along the one axis that they depend on.
+        beside: (reader, operand) -> the same of an operand that is cut where it is read.
     """
 
     unit: StructuralUnit
     labels: Mapping[fx.Node, Labels]
+    beside: Mapping[tuple[fx.Node, fx.Node], Labels]
 
 
 def plan_units(program: ExportedProgram, regions: Mapping[str, str]) -> tuple[list[UnitPlan], list[RefusedUnit]]:
@@ -169,6 +172,7 @@ class _Finder:
         self.same = _same_tensors(program, self.graph)
         self.attentions = find_attentions(self.graph.nodes, signature.inputs_to_parameters)
         self.parameters = set(signature.inputs_to_parameters)
+        self.apart = self._without_products()
         self.taken: dict[str, int] = {}
 
     def run(self) -> tuple[list[UnitPlan], list[RefusedUnit]]:
@@ -183,15 +187,43 @@ class _Finder:
             cone = _Cone(reading.activation, self.parameters, self.held)
             if not cone.is_middle:
                 continue
-            closure = Closure(self.order, self.live, self.same)
             try:
-                closure.spread(reading.activation, reading.axes)
-                self._check(closure, reading)
-                plans.append(self._plan(closure, reading, cone))
+                plans.append(self._plan(self._closure(reading), reading))
             except InseparableError as error:
                 if cone.is_private or not cone.crosses_normalisation:
                     refused.append(self._refuse(error, reading, cone))
         return plans, refused
+
+    def _closure(self, reading: _Reading) -> Closure:
+        """What is cut with the inputs of a weight; positions and masks that several parts read only as a second choice."""
+        try:
+            return self._spread(reading, frozenset())
+        except InseparableError as error:
+            try:
+                return self._spread(reading, self.apart)
+            except InseparableError:
+                raise error from None
+
+    def _spread(self, reading: _Reading, apart: frozenset[fx.Node]) -> Closure:
+        closure = Closure(self.order, self.live, self.same, apart)
+        closure.spread(reading.activation, reading.axes)
+        self._check(closure, reading)
+        return closure
+
+    def _without_products(self) -> frozenset[fx.Node]:
+        """What comes from positions, masks, tables and inputs without a product; views of weights are not among it."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                is_apart = node.name not in self.held
+            else:
+                is_product = operator_name(node) in CONTRACTIONS | CONVOLUTIONS | SOFTMAX_ATTENTION
+                given = [item for item in node.all_input_nodes if item.op != "placeholder" or item.name not in self.held]
+                is_view = _parameter_behind(node, self.parameters) is not None
+                is_apart = node.op == "call_function" and not is_product and not is_view and found.issuperset(given)
+            if is_apart:
+                found.add(node)
+        return frozenset(found)
 
     def _readings(self) -> Iterator[_Reading]:
         for node in self.graph.nodes:
@@ -220,20 +252,28 @@ class _Finder:
         for node, operands in closure.sums.items():
             if not any(_parameter_behind(item, self.parameters) in own for item in operands):
                 raise InseparableError(node, "sums over the elements too, so that more than W_out reads them")
+        for reader, operand in closure.beside:
+            (axis,) = dependent_axes(closure.beside[reader, operand])
+            if not isinstance(node_sizes(operand)[axis], int):
+                raise InseparableError(reader, f"{operand.name} would be cut along an axis of free size")
         for node in closure.labels:
             if node.op == "placeholder" and node.name not in self.held:
                 raise InseparableError(node, "it is an input of the model")
             if node.op == "placeholder" and self.held[node.name] in self.mutated:
                 raise InseparableError(node, "it is a buffer that the model writes to")
 
-    def _plan(self, closure: Closure, reading: _Reading, cone: _Cone) -> UnitPlan:
+    def _plan(self, closure: Closure, reading: _Reading) -> UnitPlan:
         given = closure.labels[reading.activation].reshape(-1)
         names = list(dict.fromkeys(int(item) for item in given))
         if NONE in names:
             raise InseparableError(reading.activation, "some of what W_out sums over cannot be followed")
         numbers = np.full(closure.elements.size, NONE, dtype=np.int64)
         numbers[names] = np.arange(len(names))
-        labels = {node: np.where(item >= 0, numbers[np.maximum(item, 0)], NONE) for node, item in closure.labels.items()}
+
+        def numbered(item: Labels) -> Labels:
+            return np.where(item >= 0, numbers[np.maximum(item, 0)], NONE)
+
+        labels = {node: numbered(item) for node, item in closure.labels.items()}
         inputs = tuple(
             tuple(map(int, np.flatnonzero(labels[reading.activation].reshape(-1) == index))) for index in range(len(names))
         )
@@ -244,7 +284,7 @@ class _Finder:
         unit = StructuralUnit(
             name, CHANNELS if attention is None else HEADS, len(names), self.regions.get(fqn, ""), fqn, inputs, fqns
         )
-        return UnitPlan(unit, labels)
+        return UnitPlan(unit, labels, {key: numbered(item) for key, item in closure.beside.items()})
 
     def _attention_in(self, closure: Closure) -> str | None:
         """Path of the first attention whose weights are labelled."""

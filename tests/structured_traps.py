@@ -131,6 +131,7 @@ class Attention(Part):
         else:
             self.q, self.k, self.v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, keys), nn.Linear(WIDTH, keys)
         self.out = nn.Linear(WIDTH, WIDTH)
+        self.given: Tensor | None = None
         self.bias = nn.Parameter(torch.randn(HEADS, 1, 1)) if way in {"bias", "temperature"} else None
         self.table = nn.Embedding(2 * TOKENS, HEADS) if way == "table" else None
         self.head_norm = nn.LayerNorm(self.width) if way == "head_norm" else None
@@ -202,6 +203,8 @@ class Attention(Part):
             logits = logits - self.slopes[:, None, None] * distance.abs()
         elif self.table is not None:
             logits = logits + self.table(distance + TOKENS).permute(2, 0, 1)[None]
+        elif self.given is not None:
+            logits = logits + self.given
         elif self.talk is not None:
             logits = self.talk(logits.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         elif self.way == "across":
@@ -295,5 +298,27 @@ class Library(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         states = image if self.batch_first else image.transpose(0, 1)
         states = self.layer(states, self.memory(states)) if self.decoder else self.layer(states)
+        result: Tensor = self.last(states)
+        return result
+
+
+class SharedBias(nn.Module):
+    """Attentions in a row with one relative bias of the first, a mask added to it, as T5 has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.table = nn.Embedding(2 * TOKENS, HEADS)
+        self.parts = nn.ModuleList(Attention("shared_bias") for _ in range(2))
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        states = self.first(image)
+        count = image.shape[1]
+        distance = torch.arange(count)[:, None] - torch.arange(count)[None]
+        bias = self.table(distance + TOKENS).permute(2, 0, 1)[None] + (1 - mask[:, None, None, :].float()) * -1e9
+        for part in self.parts:
+            part.given = bias
+            states = part(states)
         result: Tensor = self.last(states)
         return result

@@ -23,6 +23,7 @@ from tests.structured_traps import (
     Part,
     Plain,
     PointwiseConvolutions,
+    SharedBias,
     SharedInput,
     SharedMiddle,
     Twice,
@@ -105,6 +106,15 @@ def test_packed_projections_of_the_library_lose_rows_of_all_three(options: dict[
     assert len(heads) == 1 + options.get("decoder", False)
     assert smaller.module.get_parameter("layer.self_attn.in_proj_weight").shape == (24, 16)
     assert smaller.module.get_parameter("layer.self_attn.in_proj_bias").shape == (24,)
+
+
+def test_a_bias_that_several_attentions_share_is_cut_where_each_reads_it() -> None:
+    torch.manual_seed(0)
+    batch = {**tokens(), "mask": torch.ones(4, 4, dtype=torch.long).tril()}
+    units, smaller = check_removal(spread_out(SharedBias()), batch)
+    assert [(unit.kind, unit.count) for unit in units.units] == [("heads", 4)] * 2
+    assert smaller.module.get_parameter("table.weight").shape == (8, 4)
+    assert smaller.module.get_parameter("parts.1.q.weight").shape == (8, 16)
 
 
 def test_what_cannot_be_removed_says_where_and_why() -> None:
