@@ -34,6 +34,7 @@ from mfcompile.report import build_report, save_report
 from mfcompile.saving import save_weights
 from mfcompile.statistics import NO_STATISTICS, CalibrationStatistics
 from mfcompile.steps import apply_masks, calibrated, capture, infer_regions, statistics_of
+from mfcompile.token_request import TokenRequest, as_request
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total); total is None where it is not known."""
@@ -150,6 +151,7 @@ def compile_pruned(
     rounding: str = "exact",
     seed: int = 0,
     keep_gradients: bool = False,
+    tokens: int | float | Mapping[str, int | float] | TokenRequest | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Prune a vision-language model once; gradient-free, with MULTIFLOW (Farina et al., CVPR 2024), by default.
@@ -177,6 +179,8 @@ def compile_pruned(
         rounding: "exact" or "official".
         seed: seeds torch, NumPy and Python while batches run, for models and loaders that draw, and random scores.
         keep_gradients: keep the gradients that a criterion took, as large as the pruned weights, for ``at_sparsity``.
+        tokens: which tokens stay, as ``mfcompile.prune_tokens`` takes it in ``keep``, or a ``TokenRequest`` with its options;
+            norms are then observed with fewer tokens, and ``module`` is the one with fewer tokens. None keeps all.
         progress: called with (stage, done, total).
 
     Returns:
@@ -201,11 +205,15 @@ def compile_pruned(
         example_inputs, given = first_batch(given)
     batches = calibration if callable(calibration) else given
     refuse_unprunable(model, options)
+    if tokens is not None and is_onnx(model):
+        raise InputError("tokens are cut in PyTorch models, and the model is an .onnx file: leave out tokens")
     if Need.GRADIENTS in needs and loss_fn is None:
         check_needs(check_options(options), NO_STATISTICS, None, None)
     stages = _Stages(progress)
     stages.step("capture")(0, 1)
     captured = capture(model, example_inputs)
+    if tokens is not None:
+        captured = as_request(tokens).apply(captured, modalities)
     found = infer_regions(captured, modalities=modalities, regions=regions, targets=targets, ignore=ignore)
     refuse_broken_parameters(captured.module, found)
     stages.step("capture")(1, 1)

@@ -130,6 +130,7 @@ class CapturedGraph:
         remembered: inputs that the graph reads, and the module may not: it remembers what an earlier call made of them.
         masks: the masks that the graph applies, once a pass has rewritten it.
         versions: versions of the packages that took part.
+        diagnostics: what transforms of the graph could not do as asked, or what means something else since.
     """
 
     graph_module: fx.GraphModule
@@ -147,6 +148,7 @@ class CapturedGraph:
     remembered: tuple[str, ...] = ()
     masks: MaskSet | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    diagnostics: tuple[Diagnostic, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -178,6 +180,7 @@ class CapturedGraph:
         lines += [f"  input {spec.name}: {tuple(spec.shape)} {spec.dtype}" for spec in self.inputs]
         lines += [f"  output {name}" for name in self.output_names]
         lines += [f"  specialised: {text}" for text in self.specialised]
+        lines += [f"  note: {item}" for item in self.diagnostics]
         return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.masks import MaskSet
 from mfcompile.region import PruneSite, RegionMap
 from mfcompile.statistics import CalibrationStatistics, SiteStatistics
+from mfcompile.token_request import token_rows
 
 FORMAT_VERSION = 1
 
@@ -59,7 +60,7 @@ def build_report(
         },
         "options": {"sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else sparsity, **options},
         **describe_plan(captured, regions),
-        "diagnostics": _diagnostics((*regions.diagnostics, *masks.diagnostics)),
+        "diagnostics": _diagnostics((*captured.diagnostics, *regions.diagnostics, *masks.diagnostics)),
         "calibration": _calibration(statistics),
         "totals": _totals(captured, sites, sparsity),
         "regions": _region_rows(sites, None if isinstance(options.get("allocation"), Mapping) else sparsity),
@@ -89,7 +90,8 @@ def describe_plan(captured: CapturedGraph, regions: RegionMap) -> Report:
             for site in regions.skipped_sites
         ],
         "overrides": dict(regions.overrides),
-        "diagnostics": _diagnostics(regions.diagnostics),
+        "tokens": token_rows(captured),
+        "diagnostics": _diagnostics((*captured.diagnostics, *regions.diagnostics)),
     }
 
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from mfcompile.errors import ExportError, InputError
@@ -92,13 +93,15 @@ def prune_tokens(
     scorer: str | TokenScorer = "cit",
     rest: str = "drop",
     restore: str = "zeros",
+    outputs: str = "restore",
+    head_factors: Mapping[str, Tensor] | None = None,
     modalities: Mapping[str, str] | None = None,
 ) -> CapturedGraph:
     """Cut tokens behind self-attentions: score them, keep a fixed number, and go on with fewer.
 
     The first part of CoMP (CVPR 2026) with the places of MADTP (CVPR 2024), without training. Tokens that are read in the
     end (CLS, EOS), learned tokens and the text of a decoder always stay; padding goes first. Outputs keep their sizes: where
-    they list all tokens, those that were dropped are zero.
+    they list all tokens, those that were dropped are zero; ``outputs="shorter"`` leaves them out.
 
     Args:
         captured: what ``capture`` gave; nothing of it is changed.
@@ -107,14 +110,21 @@ def prune_tokens(
             the quarters of its depth. A number alone is one for ``region:vision``.
         scorer: "cit" (Eq. 6: attention received), "cls_attention", "last_token", "norm", "random", or any callable that
             takes a ``TokenEvidence`` and gives (batch, tokens) scores by torch operators.
-        rest: "drop", or "merge" for one more token, the mean of the dropped ones weighted by their scores.
+        rest: "drop", or "merge" for one more token, the mean of the dropped ones weighted by their scores. Beside it, rotary
+            tables and position embeddings give it the row of the best-scored of them; a mask lets a query look at it that
+            might look at all of them that are no padding, and lets it look at what any of them might.
         restore: what dropped tokens hold where all are read: "zeros", or "last", their state when they were dropped (where
-            the sizes allow it).
+            the sizes allow it; ``diagnostics`` says where not).
+        outputs: "restore", or "shorter": an output that lists tokens lists those that are left, and another one, its name
+            with ``_kept`` behind it, gives their positions in what it was before: (batch, tokens left) int64, ascending, -1
+            for a merged token. The model then gives one flat dict of its outputs, by the names that ONNX files have.
+        head_factors: site -> (heads,) factors between 0 and 1 of its heads in "cit" scores (Eq. 7), for heads that are being
+            removed; None leaves out those that zeros in the weights, or masks, have removed.
         modalities: as in ``find_token_sites``.
 
     Returns:
         A captured graph of a trainable module over the same parameters under the same names; it can be calibrated, masked
-        and exported like any other. ``specialised`` says what was cut.
+        and exported like any other. ``specialised`` says what was cut, ``diagnostics`` what means something else since.
 
     Raises:
         InputError: a site is unknown or refused (with node and reason), or a number does not fit.
@@ -123,14 +133,27 @@ def prune_tokens(
     chosen = resolve_scorer(scorer)
     program, named = _requested(captured, keep, modalities)
     exported = program.exported
-    transform = PruneTokens(named, program.modalities, program.image_tokens, chosen, rest, restore)
+    factors = _factors(head_factors, named)
+    transform = PruneTokens(
+        named, program.modalities, program.image_tokens, chosen, rest, restore, outputs,
+        masks=captured.masks, head_factors=factors,
+    )  # fmt: skip
     lifted = replace(captured, graph_module=exported.program.graph_module, exported=exported, masks=None)
-    result = run_transform(transform, lifted).graph
-    assert result.exported is not None  # the transform made it
-    cuts = result.exported.notes[len(exported.notes) :]
-    fewer = capture(program_module(result.exported.program), _example(captured, exported))
-    fewer = replace(fewer, exported=result.exported, specialised=(*fewer.specialised, *cuts))
+    done = run_transform(transform, lifted)
+    result = done.graph.exported
+    assert result is not None  # the transform made it
+    cuts = result.notes[len(exported.notes) :]
+    fewer = capture(program_module(result.program), _example(captured, exported))
+    notes = (*captured.diagnostics, *done.diagnostics)
+    fewer = replace(fewer, exported=result, specialised=(*fewer.specialised, *cuts), diagnostics=notes)
     return fewer if captured.masks is None else run_transform(ApplyMasks(captured.masks), fewer).graph
+
+
+def _factors(given: Mapping[str, Tensor] | None, named: Mapping[str, Keep]) -> Mapping[str, Tensor]:
+    for name in given or {}:
+        if name not in named:
+            raise InputError(f"head_factors names {name!r}, where no token is cut; cuts are at {', '.join(named)}")
+    return given or {}
 
 
 def token_schedule(sites: TokenSites, keep: Keep, *, region: str = VISION, at: Sequence[float] = QUARTERS) -> dict[str, Keep]:

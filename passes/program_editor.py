@@ -19,6 +19,7 @@ from torch.export.graph_signature import (
     InputKind,
     InputSpec,
     OutputKind,
+    OutputSpec,
     TensorArgument,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -175,14 +176,20 @@ class ProgramEditor:
                         last.append(node)
                     last = node
 
-    def finish(self) -> ExportedProgram:
+    def finish(self, named: Mapping[str, fx.Node] | None = None) -> ExportedProgram:
         """The changed graph as a program over the same weights.
 
+        Args:
+            named: what the program gives to its caller, as a dict, in place of what it gave.
+
         Returns:
-            A program with the same inputs, and outputs in the same order.
+            A program with the same inputs, and, without ``named``, outputs in the same order.
         """
-        self.graph.lint()
         program = self.program
+        specs = program.graph_signature.output_specs
+        if named is not None:
+            specs = self._give(named)
+        self.graph.lint()
         signature = program.graph_signature
         new = [InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name), name) for name in self._constants]
         known = {spec.arg.name: spec for spec in (*signature.input_specs, *new)}
@@ -192,12 +199,14 @@ class ProgramEditor:
             replace(spec, arg=TensorArgument(value.name))
             if isinstance(value, fx.Node) and isinstance(spec.arg, TensorArgument)
             else spec
-            for spec, value in zip(signature.output_specs, values, strict=True)  # type: ignore[arg-type]
+            for spec, value in zip(specs, values, strict=True)  # type: ignore[arg-type]
         ]
         users = [spec.arg for spec in outputs if spec.kind is OutputKind.USER_OUTPUT]
         calls = copy.deepcopy(program.module_call_graph)
         if calls[0].signature is not None:
             calls[0].signature = replace(calls[0].signature, outputs=users)
+            if named is not None:
+                calls[0].signature.out_spec = pytree.tree_structure(dict.fromkeys(named, 0))
         return ExportedProgram(
             root=fx.GraphModule(program.graph_module, self.graph),
             graph=self.graph,
@@ -212,3 +221,13 @@ class ProgramEditor:
             },
             verifiers=program.verifiers,
         )
+
+    def _give(self, named: Mapping[str, fx.Node]) -> list[OutputSpec]:
+        """Put other tensors in place of those that the program gives to its caller; what it writes into buffers stays."""
+        specs = self.program.graph_signature.output_specs
+        (values,) = self.output.args
+        assert isinstance(values, (list, tuple))  # by the contract of exported programs
+        kept = [(spec, value) for spec, value in zip(specs, values, strict=True) if spec.kind is not OutputKind.USER_OUTPUT]
+        given = [(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None), node) for node in named.values()]
+        self.output.args = (tuple(value for _, value in (*kept, *given)),)
+        return [spec for spec, _ in (*kept, *given)]

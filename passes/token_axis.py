@@ -251,6 +251,8 @@ class _Follower:
                 self.flow.positions.add(carried.offset if start == 0 else -1)
             fits = carried.offset + end <= self.kept.prefix if start == 0 else count <= self.kept.suffix
             if fits:
+                places = range(carried.offset, carried.offset + end) if start == 0 else range(-count, 0)
+                self.flow.positions.update(places)
                 self.flow.readers.add(node)
                 return False
         if end == length and start + carried.offset <= self.kept.prefix:
@@ -281,7 +283,9 @@ class _Follower:
                 for group in groups:
                     ignored = ignored and group.tie is Tie.IGNORE
                     outs |= self._tie(node, rule, group, carried, place, batch)
-        if outs:
+        if outs and batch is None and all(self.flow.carried[item].batch is not None for item in carriers):
+            self.flow.barriers += [(node, item) for item in carriers]  # behind it, which sample a token is of is not known
+        elif outs:
             offsets = {self.flow.carried[item].offset for item in carriers}
             if len(offsets) > 1:
                 raise TokenAxisError(node, "tokens meet with and without those in front of them")

@@ -64,23 +64,6 @@ def put_back(tensor: Tensor, kept: Tensor, axes: Sequence[int], batch: Place, si
     return tensor
 
 
-def merge_rest(states: Tensor, kept: Tensor, score: Tensor, valid: Tensor) -> Tensor:
-    """The mean of the tokens that are dropped, weighted by their scores: one more token, as in MADTP (CVPR 2024).
-
-    Args:
-        states: (batch, tokens, width).
-        kept: (batch, kept) positions.
-        score: (batch, tokens), not negative.
-        valid: (batch, tokens) bool.
-
-    Returns:
-        (batch, 1, width).
-    """
-    weights = (score.clamp(min=0.0) * valid).scatter(1, kept, 0.0)
-    total = weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return (weights / total).to(states.dtype)[:, None, :] @ states
-
-
 def _index(tensor: Tensor, kept: Tensor, axis: int, batch: int) -> Tensor:
     """``kept`` as an index of the tensor's sizes, but for the token axis."""
     shape = [1] * tensor.ndim

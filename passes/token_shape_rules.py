@@ -186,10 +186,11 @@ def expansion(node: fx.Node) -> Rule:
 
 
 def repetition(node: fx.Node) -> Rule:
-    """repeat: repeated axes cannot be followed."""
+    """repeat: repeated axes cannot be followed. A count that is a number of the graph may be one for all sizes."""
     source, counts = source_of(node), list(argument(node, "repeats", 1))
     added = len(counts) - rank_of(source)
-    grown = {axis: Tie.STOP for axis in range(rank_of(source)) if counts[axis + added] != 1}
+    before, after = node_sizes(source), node_sizes(node)[added:]
+    grown = {axis: Tie.STOP for axis in range(rank_of(source)) if before[axis] != after[axis]}
     return mapped(source, grown, {axis: axis + added for axis in range(rank_of(source))})
 
 

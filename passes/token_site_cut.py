@@ -16,7 +16,15 @@ from mfcompile.passes.operators import operator_name
 from mfcompile.passes.program_editor import ProgramEditor
 from mfcompile.passes.token_attention import NEGLIGIBLE
 from mfcompile.passes.token_axis import Carried, Side, TokenAxisError
-from mfcompile.passes.token_cutting import merge_rest, put_back, take, take_in_memory_order
+from mfcompile.passes.token_cutting import put_back, take, take_in_memory_order
+from mfcompile.passes.token_merging import (
+    MergedRow,
+    best_dropped,
+    mask_uses,
+    merge_rest,
+    spell_out_causal,
+    take_with_merged,
+)
 from mfcompile.passes.token_places import Place, node_sizes
 from mfcompile.passes.token_scores import TokenEvidence, TokenScorer, keep_best, weigh
 from mfcompile.passes.token_sites import Protection, SitePlan, protect
@@ -35,11 +43,13 @@ class CutOptions:
         scorer: gives the scores.
         rest: "drop" or "merge".
         restore: "zeros" or "last".
+        outputs: "restore" or "shorter".
     """
 
     scorer: TokenScorer
     rest: str
     restore: str
+    outputs: str = "restore"
 
 
 @dataclass(frozen=True)
@@ -101,36 +111,51 @@ class SiteCut:
         plan: the site.
         keep: how many tokens stay.
         options: how.
+        listed: places of the program's outputs that are shorter already -> positions of what they list; extended.
 
     Raises:
         InputError: the request cannot be met at this site.
     """
 
-    def __init__(self, editor: ProgramEditor, plan: SitePlan, keep: Keep, options: CutOptions) -> None:
+    def __init__(
+        self, editor: ProgramEditor, plan: SitePlan, keep: Keep, options: CutOptions, listed: dict[int, fx.Node]
+    ) -> None:
         self.editor = editor
         self.plan = plan
         self.options = options
+        self.listed = listed
         self.name = plan.attention.name
-        try:
-            self.protection: Protection = protect(plan, editor.order())
-        except TokenAxisError as error:
-            raise InputError(f"tokens cannot be cut at {self.name} behind the sites before it: {error}") from error
-        self.flow = self.protection.flow
+        self.protection = self._protect()
         self.count = kept_count(keep, plan.tokens, self.protection.count, self.name)
-        self.merges = options.rest == "merge" and self.count < plan.tokens
+        self.merged: MergedRow | None = None
+        if options.rest == "merge" and self.count < plan.tokens:
+            spell_out_causal(editor, self.protection.flow.carried)
+            self.protection = self._protect()
+            self.merged = MergedRow(self.count - self.protection.kept.suffix)
+        self.flow = self.protection.flow
+        self._masks = {} if self.merged is None else mask_uses(editor.graph.nodes)
         self._sides: dict[tuple[Any, ...], fx.Node] = {}
         self._kept: dict[int, fx.Node] = {}
+        self._dropped: list[fx.Node] = []
+        """With a merged token: (batch, 1) position of the best dropped one, (batch, tokens) whether a token is in it."""
         self._indices: dict[tuple[fx.Node, int], fx.Node] = {}
-        self._refuse_merge()
+        self._notes: list[Diagnostic] = []
+
+    def _protect(self) -> Protection:
+        try:
+            return protect(self.plan, self.editor.order())
+        except TokenAxisError as error:
+            raise InputError(f"tokens cannot be cut at {self.name} behind the sites before it: {error}") from error
 
     @property
     def after(self) -> int:
         """Tokens behind the site."""
-        return self.count + int(self.merges)
+        return self.count + int(self.merged is not None)
 
     def notes(self) -> list[Diagnostic]:
         """What means something else from now on."""
-        return [Diagnostic(f"{self.name} at {node.name}", reason) for node, reason in self.flow.notes]
+        reduced = [Diagnostic(f"{self.name} at {node.name}", reason) for node, reason in self.flow.notes]
+        return [*reduced, *self._notes]
 
     def run(self, later: Sequence[SitePlan]) -> TokenCut:
         """Cut, and carry the plans of later sites over."""
@@ -141,11 +166,11 @@ class SiteCut:
             if (node, self.plan.point) not in blocked:
                 node.replace_input_with(self.plan.point, stream)
             for operand, side in self.flow.sides.get(node, {}).items():
-                node.replace_input_with(operand, self._side(side))
+                node.replace_input_with(operand, self._side(node, side))
             if node in self.flow.carried:
                 self._resize(node, self.flow.carried[node])
                 self.editor.refresh(node)
-        restored = self._restore(before)
+        restored = self._restore(before, stream)
         for node, (_, index) in self.flow.indices.items():
             node.replace_input_with(index, self._moved(index))
         for plan in later:
@@ -153,17 +178,7 @@ class SiteCut:
                 self._carry_over(plan)
         self.editor.sort()
         counts = (self.flow.size, self.count, self.protection.count)
-        return TokenCut(self.name, *counts, self.merges, len(self._sides), restored)
-
-    def _refuse_merge(self) -> None:
-        if not self.merges:
-            return
-        sides = [operand.name for operands in self.flow.sides.values() for operand in operands]
-        is_plain = (self.plan.batch, self.plan.token, len(node_sizes(self.plan.point))) == (0, 1, 3)
-        if sides or self.protection.kept.suffix or not is_plain:
-            why = f"{sides[0]} gives every token a row of its own, and the merged one has none" if sides else ""
-            why = why or "its last position is read, or its tokens are not (batch, tokens, width)"
-            raise InputError(f"tokens of {self.name} cannot be merged: {why}. Use rest='drop'")
+        return TokenCut(self.name, *counts, self.merged is not None, len(self._sides), restored)
 
     def _readers(self) -> list[fx.Node]:
         """Nodes that read cut tokens, in the order in which they are computed."""
@@ -172,18 +187,18 @@ class SiteCut:
 
     def _cut_stream(self) -> fx.Node:
         """Score, choose, gather; gives the node of the cut stream."""
-        plan, protection = self.plan, self.protection
+        plan, protection, merged = self.plan, self.protection, self.merged
         attention, count = plan.attention, len(plan.attention.operands)
         masks = [] if plan.image_mask is None else [plan.image_mask]
 
-        def cut(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        def cut(*tensors: Tensor) -> tuple[Tensor, ...]:
             stream, placed = tensors[count], tensors[count + 1 :]
             states = stream.movedim((plan.batch, plan.token), (0, 1)).flatten(2)
             logits = attention.logits(*tensors[:count])
             weights, valid = weigh(logits, states.shape[0], attention.masked, NEGLIGIBLE)
             indices = placed[len(masks) :]
             protected = _protected(protection, valid, placed[: len(masks)], indices)
-            evidence = TokenEvidence(weights, states, valid, _readout(protection, valid, indices))
+            evidence = TokenEvidence(weights, states, valid, _readout(protection, valid, indices), plan.live_heads)
             score = self.options.scorer(evidence)
             if score.shape != valid.shape:
                 raise InputError(
@@ -191,12 +206,15 @@ class SiteCut:
                 )
             kept = keep_best(score, protected, valid, self.count)
             taken = take_in_memory_order(stream, kept, plan.token, plan.batch)
-            if self.merges:
-                taken = torch.cat([taken, merge_rest(states, kept, score.float(), valid)], dim=1)
-            return kept, taken
+            if merged is None:
+                return kept, taken
+            rest = merge_rest(states, kept, score.float(), valid)
+            sizes = [size for axis, size in enumerate(stream.shape) if axis not in (plan.batch, plan.token)]
+            row = rest.reshape(*rest.shape[:2], *sizes).movedim((0, 1), (plan.batch, plan.token))
+            return kept, merged.insert(taken, row, plan.token), *best_dropped(score, kept, valid)
 
         operands = [*attention.operands, plan.point, *masks, *protection.indices]
-        kept, stream = self.editor.insert(cut, operands, plan.point)
+        kept, stream, *self._dropped = self.editor.insert(cut, operands, plan.point)
         self._kept[0] = kept
         return stream
 
@@ -208,20 +226,35 @@ class SiteCut:
 
     def _moved(self, index: fx.Node, offset: int = 0) -> fx.Node:
         """(batch,) positions among the kept tokens, of positions among all behind an offset."""
-        key = (index, offset)
+        key, merged = (index, offset), self.merged
+
+        def moved(kept: Tensor, index: Tensor) -> Tensor:
+            before = (kept < index[:, None]).sum(dim=1)
+            before = before if merged is None else before + (before >= merged.at - offset)
+            return before.to(index.dtype)
+
         if key not in self._indices:
-            (self._indices[key],) = self.editor.insert(_count_before, [self._kept_behind(offset), index], self.plan.point)
+            (self._indices[key],) = self.editor.insert(moved, [self._kept_behind(offset), index], self.plan.point)
         return self._indices[key]
 
-    def _side(self, side: Side) -> fx.Node:
-        if side.key not in self._sides:
-            axes = sorted(side.axes)
-            (self._sides[side.key],) = self.editor.insert(
-                lambda tensor, kept: take(tensor, kept, axes, side.batch, side.lead),
-                [side.operand, self._kept_behind(side.offset)],
-                self.plan.point,
-            )
-        return self._sides[side.key]
+    def _side(self, reader: fx.Node, side: Side) -> fx.Node:
+        mask, merged = self._masks.get((reader, side.operand)), self.merged
+        key = (*side.key, mask)
+        if key not in self._sides:
+            axes, offset = sorted(side.axes), side.offset
+
+            def cut(tensor: Tensor, kept: Tensor, *dropped: Tensor) -> Tensor:
+                if merged is None:
+                    return take(tensor, kept, axes, side.batch, side.lead)
+                best, members = dropped
+                rows = merged.insert(kept, best) - offset
+                return take_with_merged(
+                    tensor, rows, members[:, offset:], axes, side.batch, side.lead, merged.at - offset, mask
+                )
+
+            kept = self._kept_behind(offset) if merged is None else self._kept[0]
+            (self._sides[key],) = self.editor.insert(cut, [side.operand, kept, *self._dropped], self.plan.point)
+        return self._sides[key]
 
     def _resize(self, node: fx.Node, carried: Carried) -> None:
         """Sizes that a view or an expansion lists: the number of tokens, where the token axis is."""
@@ -244,30 +277,52 @@ class SiteCut:
                 raise PassError(f"{node.name} lists a computed size for tokens and samples together, which cannot be rewritten")
         node.update_arg(at, listed)
 
-    def _restore(self, before: dict[fx.Node, tuple[Any, ...]]) -> tuple[str, ...]:
+    def _restore(self, before: dict[fx.Node, tuple[Any, ...]], stream: fx.Node) -> tuple[str, ...]:
         """All places again for readers that need them; they keep the sizes they had."""
         made: dict[fx.Node, fx.Node] = {}
         for reader, operand in self.flow.barriers:
+            if reader.op == "output" and self.options.outputs == "shorter":
+                self._list_kept(reader, operand)
+                reader.replace_input_with(operand, stream if operand is self.plan.point else operand)
+                continue
             if operand is self.plan.point:
                 continue
             if operand not in made:
-                made[operand] = self._put_back(operand, before[operand])
+                made[operand] = self._put_back(reader, operand, before[operand])
             reader.replace_input_with(operand, made[operand])
         return tuple(dict.fromkeys(operand.name for operand in made))
 
-    def _put_back(self, operand: fx.Node, size_before: tuple[Any, ...]) -> fx.Node:
-        carried, point = self.flow.carried[operand], self.plan.point
+    def _list_kept(self, output: fx.Node, operand: fx.Node) -> None:
+        """Positions, among all tokens, of those that an output lists; -1 for the merged one."""
+        offset, merged = self.flow.carried[operand].offset, self.merged
+
+        def positions(kept: Tensor, *earlier: Tensor) -> Tensor:
+            found = earlier[0].gather(1, kept[:, offset:] - offset) if earlier else kept[:, offset:] - offset
+            if merged is None:
+                return found
+            return MergedRow(merged.at - offset).insert(found, torch.full_like(found[:, :1], -1))
+
+        places = [place for place, value in enumerate(output.args[0]) if value is operand]  # type: ignore[arg-type]
+        for place in places:
+            earlier = [self.listed[place]] if place in self.listed else []
+            (self.listed[place],) = self.editor.insert(positions, [self._kept[0], *earlier], self.plan.point)
+
+    def _put_back(self, reader: fx.Node, operand: fx.Node, size_before: tuple[Any, ...]) -> fx.Node:
+        carried, point, merged = self.flow.carried[operand], self.plan.point, self.merged
         axes, batch = sorted(place.axis for place in carried.tokens), carried.batch
         assert batch is not None  # following the axis looked
-        size, count = self.flow.length(carried), self.count - carried.offset
+        size = self.flow.length(carried)
         is_stream = axes == [self.plan.token] and batch == Place(self.plan.batch)
         same = node_sizes(point)
         fits = (*same[: self.plan.token], size, *same[self.plan.token + 1 :]) == size_before
         is_last = self.options.restore == "last" and is_stream and fits
+        if self.options.restore == "last" and not is_last:
+            self._notes.append(_no_last_state(self.name, reader, operand, size_before, same))
 
         def back(tensor: Tensor, kept: Tensor, *full: Tensor) -> Tensor:
-            for axis in axes if self.merges else ():
-                tensor = _leading(tensor, axis, 0, count)
+            if merged is not None:
+                for axis in axes:
+                    tensor = merged.remove(tensor, axis, carried.offset)
             onto = _leading(full[0], self.plan.token, carried.offset, carried.offset + size) if full else None
             return put_back(tensor, kept, axes, batch, size, onto)
 
@@ -287,11 +342,11 @@ class SiteCut:
         shift = self.after - self.flow.size
         plan.static = frozenset(item if item < front else item + shift for item in plan.static)
         if plan.image_mask is not None:
-            merges = self.merges
+            merged = self.merged
 
             def cut(mask: Tensor, kept: Tensor) -> Tensor:
                 taken = take(mask, kept, [1], Place(0))
-                return torch.cat([taken, torch.ones_like(taken[:, :1])], dim=1) if merges else taken
+                return taken if merged is None else merged.insert(taken, torch.ones_like(taken[:, :1]))
 
             (plan.image_mask,) = self.editor.insert(cut, [plan.image_mask, self._kept_behind(0)], self.plan.point)
 
@@ -327,6 +382,10 @@ def _readout(protection: Protection, valid: Tensor, indices: Sequence[Tensor]) -
     return torch.zeros_like(valid[:, 0], dtype=torch.int64) + first
 
 
-def _count_before(kept: Tensor, index: Tensor) -> Tensor:
-    """(batch,) place of a kept position among the kept ones: how many of them come before it."""
-    return (kept < index[:, None]).sum(dim=1).to(index.dtype)
+def _no_last_state(site: str, reader: fx.Node, operand: fx.Node, wanted: Sequence[Any], known: Sequence[Any]) -> Diagnostic:
+    what = "an output" if reader.op == "output" else f"{reader.name} ({operator_name(reader)})"
+    return Diagnostic(
+        f"{site} at {operand.name}",
+        f"restore='last' is not possible for what {what} reads: it has sizes {list(wanted)}, and the last state of a dropped "
+        f"token has those of the stream, {list(known)}; dropped tokens are zero there",
+    )

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import fx
+from torch import Tensor, fx
 
 from mfcompile.graph import Diagnostic
 from mfcompile.passes.modalities import TEXT
 from mfcompile.passes.operators import CONTENT_FREE, argument, operator_name
 from mfcompile.passes.token_attention import Attention, ancestors, at_axis, find_attentions, first_place, residual_add
 from mfcompile.passes.token_axis import Flow, Kept, TokenAxisError, follow
+from mfcompile.passes.token_origins import OriginError, origins_of
 from mfcompile.passes.token_places import Place, node_sizes
-from mfcompile.passes.token_spread import VIEWS, sources_of, spread
+from mfcompile.passes.token_spread import VIEWS, spread
 from mfcompile.region import FUSION
+
+_SPLITS = frozenset({"split", "split_with_sizes", "chunk", "unsafe_split", "tensor_split"})
 
 UNTAGGED_TOKENS = "tokens"
 """Region of a site that no named modality reaches."""
@@ -86,6 +88,7 @@ class SitePlan:
         image_mask: (batch, tokens, ...) bool, True where a token may be cut; None where any may.
         protected_by_mask: tokens that ``image_mask`` protects, once it is known.
         modality: see ``TokenSite``.
+        live_heads: (heads,) weights of its heads in scores (Eq. 7 of CoMP); None where all count.
     """
 
     attention: Attention
@@ -98,6 +101,7 @@ class SitePlan:
     image_mask: fx.Node | None = None
     protected_by_mask: int = 0
     modality: str = ""
+    live_heads: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -162,7 +166,7 @@ def plan_sites(
                 raise _RefusedError(plan.point, "another attention's residual add is the same node")
             if cached is not None:
                 raise _RefusedError(cached, "the program returns keys or values (a cache), whose length a cut would change")
-            _note_reads(plan, protect(plan, order))
+            _note_reads(plan, protect(plan, order), order)
             plans.append(plan)
         except (_RefusedError, TokenAxisError) as error:
             where = f"{attention.name} at {error.node.name} ({operator_name(error.node) or error.node.op})"
@@ -170,13 +174,36 @@ def plan_sites(
     return plans, refused
 
 
-def _note_reads(plan: SitePlan, protection: Protection) -> None:
+def _note_reads(plan: SitePlan, protection: Protection, order: Mapping[fx.Node, int]) -> None:
     """Read-outs, before any cut: behind the barrier of another cut they could not be seen any more."""
     reads = {position % plan.tokens for position in protection.flow.positions if -plan.tokens <= position < plan.tokens}
-    if plan.region == TEXT and plan.image_mask is None and not (reads or protection.indices):
+    reads |= _read_behind_slices(plan, protection.flow, order)
+    if plan.modality == TEXT and not (reads or protection.indices):
         raise TokenAxisError(plan.point, "every text position is read, none is a read-out that stands for the others")
     plan.static |= reads
     plan.indices = protection.indices
+
+
+def _read_behind_slices(plan: SitePlan, flow: Flow, order: Mapping[fx.Node, int]) -> set[int]:
+    """Positions read from part of the tokens, a slice that gets its tokens back: they must not come back as zeros."""
+    found: set[int] = set()
+    for reader, operand in flow.barriers:
+        carried = flow.carried[operand]
+        axis = int(argument(reader, "dim", 1, 0)) % max(len(node_sizes(reader)), 1) if operator_name(reader) == "slice" else -1
+        whole = carried.batch is not None and carried.batch.is_whole
+        if not (whole and carried.tokens == {Place(axis)} and argument(reader, "step", 4, 1) == 1):
+            continue
+        assert carried.batch is not None  # whole
+        start = argument(reader, "start", 2) or 0
+        length = flow.length(carried)
+        first = carried.offset + (max(start + length, 0) if start < 0 else start)
+        size = int(node_sizes(reader)[axis])
+        try:
+            behind = follow(reader, axis, carried.batch.axis, Kept(), order)
+        except TokenAxisError:
+            continue  # what is behind the slice has its tokens back, and need not be followed
+        found |= {first + position % size for position in behind.positions if -size <= position < size}
+    return {position for position in found if position < plan.tokens}
 
 
 def protect(plan: SitePlan, order: Mapping[fx.Node, int]) -> Protection:
@@ -288,6 +315,8 @@ def _where_lost(
         for axis, reached in list(places.items())[:-1]:
             source = node.args[0] if node.args else None
             if node in upstream and node not in reached and isinstance(source, fx.Node) and source in reached and axis:
+                if operator_name(node) in _SPLITS:
+                    return node, "tokens are split here into parts that attend apart (packed images, windows)"
                 sizes = f"{node_sizes(source)} to {node_sizes(node)}"
                 return node, f"tokens are rearranged here before they attend ({sizes}; windows or shifts?)"
     return query, "the queries' tokens are not those of the residual stream"
@@ -299,88 +328,15 @@ def _region(labels: frozenset[str]) -> str:
 
 def _with_origins(plan: SitePlan, stream: fx.Node, labels: Mapping[fx.Node, frozenset[str]]) -> SitePlan:
     """Protect what the tokens were put together from, besides the image: learned tokens, text between image tokens."""
-    size = plan.tokens
-    origins = _origins(stream, Place(plan.token), size, labels)
-    if not any(labels[node] for node, _ in origins):
-        raise _RefusedError(stream, f"its {size} tokens are learned queries, a fixed number that the model was built for")
-    masks: list[fx.Node] = []
-    content: frozenset[str] = frozenset()
-    for node, place in origins:
-        is_joined = operator_name(node) in {"cat", "concat"} or _image_mask(node, labels) is not None
-        content |= (is_joined and labels[node] - {TEXT}) or labels[node]
-        if operator_name(node) in {"cat", "concat"} and labels[node]:
-            plan.static |= _learned_or_text(node, labels)
-        elif _image_mask(node, labels) is not None:
-            masks.append(_placed_by(node, place, _image_mask(node, labels)))
-    if len(set(masks)) > 1:
-        raise _RefusedError(stream, f"image tokens are placed by several masks ({', '.join(item.name for item in masks)})")
-    plan.image_mask = masks[0] if masks else None
-    plan.modality = _region(content)
+    try:
+        origins = origins_of(stream, plan.token, labels)
+    except OriginError as error:
+        raise _RefusedError(error.node, error.reason) from error
+    if origins.is_learned:
+        raise _RefusedError(
+            stream, f"its {plan.tokens} tokens are learned queries, a fixed number that the model was built for"
+        )
+    plan.modality = _region(origins.content)
+    plan.image_mask = origins.image_mask
+    plan.static |= origins.protected
     return plan
-
-
-def _origins(start: fx.Node, place: Place, size: int, labels: Mapping[fx.Node, frozenset[str]]) -> list[tuple[fx.Node, Place]]:
-    """Where a followed axis comes from, backwards."""
-    seen, pending, found = {(start, place)}, [(start, place)], []
-    while pending:
-        node, at = pending.pop()
-        sources = [] if _image_mask(node, labels) is not None else sources_of(node, at, size)
-        if not sources:
-            found.append((node, at))
-        for item in sources:
-            if item not in seen:
-                seen.add(item)
-                pending.append(item)
-    return found
-
-
-def _is_image(labels: frozenset[str]) -> bool:
-    return bool(labels - {TEXT})
-
-
-def _image_mask(node: fx.Node, labels: Mapping[fx.Node, frozenset[str]]) -> fx.Node | None:
-    """The mask by which an operator puts image tokens among text tokens."""
-    name = operator_name(node)
-    if name == "masked_scatter":
-        base, mask, source = (argument(node, key, at) for at, key in enumerate(("self", "mask", "source")))
-    elif name == "where":
-        mask, source, base = (argument(node, key, at) for at, key in enumerate(("condition", "self", "other")))
-    elif name == "index_put":
-        base, source = argument(node, "self", 0), argument(node, "values", 2)
-        indices = argument(node, "indices", 1)
-        mask = indices[0] if len(indices) == 1 else None
-    else:
-        return None
-    nodes = [item for item in (base, mask, source) if isinstance(item, fx.Node)]
-    if len(nodes) != 3 or getattr(mask.meta.get("val"), "dtype", None) != torch.bool:
-        return None
-    return mask if _is_image(labels[source]) and not _is_image(labels[base]) else None
-
-
-def _placed_by(node: fx.Node, place: Place, mask: fx.Node | None) -> fx.Node:
-    assert mask is not None  # the caller looked
-    sizes, whole = node_sizes(mask), node_sizes(node)
-    if place != Place(1) or len(sizes) < 2 or sizes[1] != whole[1] or (operator_name(node) != "index_put" and len(sizes) != 3):
-        raise _RefusedError(node, f"image tokens are placed by a mask of sizes {sizes}, which is not (batch, tokens, ...)")
-    return mask
-
-
-def _learned_or_text(node: fx.Node, labels: Mapping[fx.Node, frozenset[str]]) -> frozenset[int]:
-    """Positions of the parts of a concatenation that hold no image: all of it if no part does, but for learned ones."""
-    parts = [item for item in argument(node, "tensors", 0) if isinstance(item, fx.Node)]
-    axis = int(argument(node, "dim", 1, 0)) % len(node_sizes(node))
-    has_image = any(_is_image(labels[item]) for item in parts)
-    protected: set[int] = set()
-    start = 0
-    for item in parts:
-        size = node_sizes(item)[axis]
-        if not isinstance(size, int):
-            raise _RefusedError(node, "it joins tokens of which one part has a free number")
-        if not labels[item] or (has_image and not _is_image(labels[item])):
-            protected |= set(range(start, start + size))
-        else:
-            for inner, place in _origins(item, Place(axis), size, labels):
-                if operator_name(inner) in {"cat", "concat"} and labels[inner] and place.is_whole:
-                    protected |= {start + position for position in _learned_or_text(inner, labels)}
-        start += size
-    return frozenset(protected)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mfcompile.cli.console import Terminal
-from mfcompile.cli.loading import capture_source, load, region_options
+from mfcompile.cli.console import StageProgress, Terminal
+from mfcompile.cli.inspect_tables import describe_units
+from mfcompile.cli.loading import capture_source, load, merged, region_options
 from mfcompile.cli.parser import SOURCE_HELP, Subparsers, add_debug_option, add_region_options
+from mfcompile.cli.token_options import describe_sites, sites_tables
 from mfcompile.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ examples:
   mfcompile inspect model.py
   mfcompile inspect model.py --picture regions.svg --all
   mfcompile inspect ./llava-13b --no-weights --json regions.json
+  mfcompile inspect model.py --tokens --units           where tokens can be cut, and channels and heads removed
   mfcompile inspect model.py --modality x=vision y=text --regions 'bridge.*=fusion'"""
 
 
@@ -50,6 +54,12 @@ def add_parser(subparsers: Subparsers) -> None:
         action="store_false",
         help="build a Hugging Face directory from its config.json alone, without reading or holding weights",
     )
+    parser.add_argument(
+        "--tokens", action="store_true", help="list where tokens can be cut, what stays there, and why not elsewhere"
+    )
+    parser.add_argument(
+        "--units", action="store_true", help="list the hidden channels and heads that can be removed, and why others cannot"
+    )
     add_region_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -68,7 +78,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     with terminal.progress() as progress:
         source = load(args.source, progress, weights=args.weights)
         captured, regions = capture_source(source, region_options(args), progress)
-    view = describe(captured, regions)
+        further = _further(captured, merged(source, region_options(args))["modalities"], args, progress)
+    view = {**describe(captured, regions), **further}
     text = json.dumps(view, indent=2, ensure_ascii=False)
     if args.json == "-":
         terminal.say(text)
@@ -83,6 +94,24 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
         terminal.say(f"wrote {write_atomically(Path(args.json), (text + chr(10)).encode())}")
     return 0
+
+
+def _further(
+    captured: CapturedGraph, modalities: Mapping[str, str] | None, args: argparse.Namespace, progress: StageProgress
+) -> dict[str, Any]:
+    """Token sites and structural units, where they are asked for: both are of the model's exported program."""
+    found: dict[str, Any] = {}
+    if args.tokens:
+        from mfcompile.tokens import find_token_sites
+
+        with progress.stage("tokens"):
+            found["token_sites"] = describe_sites(find_token_sites(captured, modalities=modalities))
+    if args.units:
+        from mfcompile.structure import find_units
+
+        with progress.stage("units"):
+            found["units"] = describe_units(find_units(captured, modalities=modalities))
+    return found
 
 
 def _draw(captured: CapturedGraph, regions: RegionMap, path: Path) -> Path:
@@ -190,6 +219,12 @@ def _show(view: dict[str, Any], terminal: Terminal, *, everything: bool) -> None
         if found is not None:
             out.print(found)
     out.print(inspect_tables.regions_table(view))
+    if "token_sites" in view:
+        for found in sites_tables(view["token_sites"]):
+            out.print(found)
+    if "units" in view:
+        for found in inspect_tables.units_tables(view["units"]):
+            out.print(found)
     pruned = [weight for weight in view["weights"] if weight["reason"] is None]
     terminal.say(
         f"{len(pruned)} of {len(view['weights'])} linear weights would be pruned, "

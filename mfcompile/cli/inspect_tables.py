@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
 from mfcompile.cli.tables import percent, table
+
+if TYPE_CHECKING:
+    from mfcompile.passes.structured_units import StructuralUnits
 
 FOLD_OVER = 24
 """Tables of more rows than this are folded: rows that differ only in a number of their name become one."""
@@ -111,6 +114,34 @@ def diagnostics_table(view: Mapping[str, Any], *, everything: bool) -> Renderabl
         more = f" and {len(subjects) - len(shown):,} more" if len(subjects) > len(shown) else ""
         rows.append((reason, f"{len(subjects):,}", ", ".join(shown) + more))
     return table("Notes", ("what", ">weights", "which"), rows)
+
+
+def describe_units(units: StructuralUnits) -> dict[str, Any]:
+    """Structural units as JSON."""
+    return {
+        "units": [
+            {
+                "name": unit.name,
+                "kind": unit.kind,
+                "region": unit.region,
+                "count": unit.count,
+                "output_weight": unit.output_weight,
+            }
+            for unit in units.units
+        ],
+        "refused": [{"name": item.name, "kind": item.kind, "node": item.node, "reason": item.reason} for item in units.refused],
+    }
+
+
+def units_tables(view: Mapping[str, Any]) -> list[RenderableType]:
+    """Hidden channels and attention heads that can be removed, and those that cannot and why."""
+    rows = [(unit["name"], unit["kind"], unit["region"], f"{unit['count']:,}", unit["output_weight"]) for unit in view["units"]]
+    found = [table(f"Structural units: {len(rows)}", ("unit", "kind", "region", ">count", "output weight"), rows)]
+    if view["refused"]:
+        refused = [(item["name"], item["kind"], item["node"], item["reason"]) for item in view["refused"]]
+        columns = ("unit", "kind", "node", "because")
+        found.append(table(f"Cannot be removed: {len(refused)}", columns, refused))
+    return found
 
 
 def folded(weights: Iterable[Mapping[str, Any]], *, fold: bool = True) -> list[tuple[str, list[Mapping[str, Any]]]]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mfcompile.masks import MaskSet
     from mfcompile.recipe import Recipe
     from mfcompile.region import RegionMap
+    from mfcompile.token_request import TokenRequest
 
 
 def option(args: argparse.Namespace, name: str) -> Any:
@@ -102,19 +103,31 @@ def merged(source: ModelSource, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def capture_source(source: ModelSource, options: Mapping[str, Any], progress: StageProgress) -> tuple[CapturedGraph, RegionMap]:
-    """Capture a loaded model and find its regions."""
+def capture_source(
+    source: ModelSource, options: Mapping[str, Any], progress: StageProgress, tokens: TokenRequest | None = None
+) -> tuple[CapturedGraph, RegionMap]:
+    """Capture a loaded model, with fewer tokens where that is asked for, and find its regions."""
     from mfcompile.steps import capture, infer_regions
 
     with progress.stage("capture"):
         captured = capture(source.model, example_of(source))
+        if tokens is not None:
+            captured = tokens.apply(captured, merged(source, options)["modalities"])
     with progress.stage("regions"):
         regions = infer_regions(captured, **merged(source, options))
     return captured, regions
 
 
-def capture_masked(source: ModelSource, masks: MaskSet | None, progress: StageProgress) -> CapturedGraph:
-    """Capture a loaded model and apply saved masks.
+def capture_masked(
+    source: ModelSource, masks: MaskSet | None, progress: StageProgress, metadata: Mapping[str, str] | None = None
+) -> CapturedGraph:
+    """Capture a loaded model, cut its tokens as those of a file were, and apply saved masks.
+
+    Args:
+        source: the model.
+        masks: None applies none.
+        progress: of the work.
+        metadata: of the file; None cuts no tokens.
 
     Raises:
         InputError: the masks were made for other weights (names both fingerprints).
@@ -124,6 +137,10 @@ def capture_masked(source: ModelSource, masks: MaskSet | None, progress: StagePr
 
     with progress.stage("capture"):
         captured = capture(source.model, example_of(source))
+        if metadata:
+            from mfcompile.token_request import repeat_cuts
+
+            captured = repeat_cuts(captured, metadata, source.modalities)
     if masks is None:
         return captured
     with progress.stage("apply"):

@@ -89,7 +89,7 @@ def publish(
     with staged_directory(directory, overwrite=overwrite) as staging:
         if recipe.onnx:
             try:
-                report = _export(staging, recipe, compiled, evaluation, report, progress)
+                report = _export(staging, source, recipe, compiled, evaluation, report, progress)
             except ExportError as error:  # the pruned PyTorch model is complete without it
                 report = with_refused_export(report, str(error))
         if evaluation.metrics:
@@ -131,6 +131,7 @@ def _without_bars_of_transformers() -> Iterator[None]:
 
 def _export(
     staging: Path,
+    source: ModelSource,
     recipe: Recipe,
     compiled: CompiledModel,
     evaluation: Evaluation,
@@ -164,15 +165,30 @@ def _export(
         parity = verify(artifact, pruned)
         raise_on_failure(parity)
     with progress.stage("latency"):
-        latency = measure_latency(artifact, pruned, staging)
+        latency = measure_latency(artifact, pruned, staging, _with_all_tokens(source) if recipe.tokens is not None else None)
     evaluation.add_onnx(artifact.path, compiled.module, pruned.example_inputs)
     return with_latency(with_parity(report_export(report, artifact), parity), latency)
 
 
-def measure_latency(artifact: ExportedArtifact, pruned: CapturedGraph, scratch: Path) -> dict[str, Any]:
+def _with_all_tokens(source: ModelSource) -> CapturedGraph:
+    from mfcompile.cli.loading import example_of
+    from mfcompile.steps import capture
+
+    return capture(source.model, example_of(source))
+
+
+def measure_latency(
+    artifact: ExportedArtifact, pruned: CapturedGraph, scratch: Path, whole: CapturedGraph | None = None
+) -> dict[str, Any]:
     """Time the artefact against the unpruned model in dense format, in onnxruntime, on the example inputs.
 
     Where it has sparse layers and ``mfcompile.runtime`` is available, it is timed with its library registered as well.
+
+    Args:
+        artifact: the file.
+        pruned: what it was made from.
+        scratch: a directory.
+        whole: the model with all tokens, where ``pruned`` has fewer.
     """
     from mfcompile.onnx_file import OnnxFile
     from mfcompile.onnx_ladder import export_accepted, find_library
@@ -183,7 +199,7 @@ def measure_latency(artifact: ExportedArtifact, pruned: CapturedGraph, scratch: 
     if isinstance(pruned.module, OnnxFile):
         return {**compare(pruned.module.path, artifact.path, pruned.example_inputs, library), **reason}
     with tempfile.TemporaryDirectory(prefix=".latency-", dir=scratch) as folder:
-        plain = replace(pruned, masks=None)
+        plain = replace(pruned, masks=None) if whole is None else whole
         dense, _ = export_accepted(plain, Path(folder) / "dense.onnx", format="dense", first=artifact.route)
         latency = {**compare(dense.path, artifact.path, pruned.example_inputs, library), **reason}
     return {**latency, **time_parts(artifact, pruned.example_inputs, library)} if artifact.parts else latency

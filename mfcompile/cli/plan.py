@@ -9,6 +9,7 @@ from mfcompile.cli import tables
 from mfcompile.cli.console import Terminal
 from mfcompile.cli.loading import capture_source, load_recipe
 from mfcompile.cli.pruning_options import Sparsity, check_request, sets_sparsity
+from mfcompile.cli.token_options import cuts_table, request_of
 from mfcompile.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ def show(recipe: Recipe, wanted: Sequence[Sparsity], terminal: Terminal) -> None
     with terminal.progress() as progress:
         source = load_recipe(recipe, progress)
         chosen = check_request(recipe, wanted, source)
-        captured, regions = capture_source(source, vars(recipe), progress)
+        captured, regions = capture_source(source, vars(recipe), progress, request_of(recipe))
     views = [describe(captured, regions, recipe.override({"sparsity": one})) for one in wanted or (recipe.sparsity,)]
     view, out = views[0], terminal.out
     out.print(tables.inputs_table(view))
+    if view["tokens"]:
+        out.print(cuts_table(view["tokens"]))
     for one in views:
         out.print(tables.plan_table(one))
     name = _allocation(recipe, chosen)

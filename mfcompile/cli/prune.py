@@ -30,6 +30,7 @@ from mfcompile.cli.pruning_options import (
     sparsity,
     sparsity_name,
 )
+from mfcompile.cli.token_options import add_token_options, request_of
 from mfcompile.files import staged_directory
 from mfcompile.recipe import PRECISIONS, WEIGHTINGS, Recipe
 
@@ -53,6 +54,7 @@ examples:
   mfcompile prune model.py --sparsity 0.5 0.63 0.75      three results from one calibration, in DIR/0.5, DIR/0.63, ...
   mfcompile prune model.py --sparsity vision=0.5,text=0.7,fusion=0.6
   mfcompile prune model.py --criterion wanda --pattern 2:4 --update sparsegpt
+  mfcompile prune model.py --tokens 0.7                  fewer image tokens as well, which is what makes files faster
   mfcompile prune model.py --split regions               vision.onnx, text.onnx and fusion.onnx, which chain
   mfcompile prune model.py --dry-run --ignore region:fusion 're:.*\\.pooler'
   mfcompile prune model.onnx --calibration batches.npz   no PyTorch model needed
@@ -87,6 +89,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "REGION=S,REGION=S gives every region its own (default: 0.63, or what the pattern or the allocation sets)",
     )
     add_selection_options(how)
+    add_token_options(how)
     add_calibration_options(how)
     how.add_argument(
         "--precision",
@@ -277,5 +280,6 @@ def _compile(
         weighting=recipe.weighting,
         keep_gradients=len(sparsities(args.sparsity)) > 1,
         progress=progress,
+        tokens=request_of(recipe),
         **options,
     )

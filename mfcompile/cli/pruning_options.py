@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mfcompile.cli.parser import fraction, pair, whole_number
+from mfcompile.cli.token_options import check_tokens, read_tokens
 from mfcompile.errors import InputError
 from mfcompile.recipe import ROUNDINGS, UPDATES
 
@@ -55,7 +56,11 @@ def add_selection_options(group: argparse._ArgumentGroup) -> None:
         help="the shape in which weights are removed: unstructured, N:M along the inputs (2:4), or blocks of outputs x inputs, "
         "1x4, 4x1 or 16x1 (default: unstructured)",
     )
-    group.add_argument("--update", choices=UPDATES, help="rewrite the kept weights after masking (default: leave them)")
+    group.add_argument(
+        "--update",
+        choices=UPDATES,
+        help="rewrite the kept weights after masking, and with gradual choose them anew (default: leave them)",
+    )
     group.add_argument(
         "--update-option",
         "--update_option",
@@ -144,6 +149,7 @@ def check_request(recipe: Recipe, wanted: Sequence[Sparsity], source: ModelSourc
 
     if source.kind == "onnx" and recipe.split:
         raise InputError(f"{recipe.source} is pruned as it is, in one file: leave out --split, which is for PyTorch models")
+    check_tokens(recipe, source.kind)
     for one in wanted or (recipe.sparsity,):
         options = SelectionOptions(**{**selection_of(recipe, source.criterion), "sparsity": one})
         chosen = check_options(options)
@@ -164,6 +170,8 @@ def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
             from mfcompile.passes.variants import option_value
 
             changed[key] = {name: option_value(value) for name, value in changed[key].items()}
+    if "tokens" in changed:
+        changed["tokens"] = read_tokens(changed["tokens"])
     if isinstance(changed.get("allocation"), str) and changed["allocation"].endswith((".yaml", ".yml", ".json")):
         changed["allocation"] = read_allocation(Path(changed["allocation"]))
     return changed

@@ -10,6 +10,7 @@ from typing import Any
 from mfcompile.cli import tables
 from mfcompile.cli.console import Terminal
 from mfcompile.cli.tables import milliseconds
+from mfcompile.cli.token_options import cuts_table
 
 
 def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Terminal) -> None:
@@ -17,6 +18,8 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
     out = terminal.out
     out.print(tables.inputs_table(report))
     out.print(tables.regions_table(report))
+    if report.get("tokens"):
+        out.print(cuts_table(report["tokens"]))
     if report["calibration"] is not None:
         terminal.say(f"{calibration_line(report['calibration'])}\n")
     skipped = tables.skipped_table(report)
@@ -31,7 +34,7 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
             out.print()
             out.print(tables.parts_table(report["export"], report["latency"]))
     if report["latency"] is not None:
-        for line in latency_lines(report["latency"]):
+        for line in latency_lines(report["latency"], has_fewer_tokens=bool(report.get("tokens"))):
             terminal.say(line)
         out.print()
     if report["parity"] is not None:
@@ -92,15 +95,17 @@ def _subject(export: Mapping[str, Any]) -> str:
     return f"the {len(export['parts'])} parts together take"
 
 
-def latency_lines(latency: Mapping[str, Any]) -> list[str]:
-    """What was measured, and what zeros do for speed."""
+def latency_lines(latency: Mapping[str, Any], *, has_fewer_tokens: bool = False) -> list[str]:
+    """What was measured, and what zeros and fewer tokens do for speed."""
     medians, load = latency["medians_ms"], latency["load_ms"]
+    gain = "what is faster there is faster by having fewer tokens"
+    gain = gain if has_fewer_tokens else "pruning gives no speed there, it makes the file smaller"
     batch = "" if latency["batch_size"] is None else f", batch {latency['batch_size']}"
     lines = [
         f"Latency, measured here and now ({latency['runtime']}{batch}, {latency['repeats']} turns): dense "
         f"{milliseconds(medians['dense'])}, pruned {milliseconds(medians['pruned'])}, "
         f"pruned / dense = {latency['ratio']:.2f}.",
-        "  Stock onnxruntime multiplies zeros like any other number: pruning gives no speed there, it makes the file smaller.",
+        f"  Stock onnxruntime multiplies zeros like any other number: {gain}.",
     ]
     if "sparse" in medians:
         lines.append(

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     _check_masks(args, masks, metadata.get("mfcompile.masks_sha256", ""))
     values = args.values or metadata.get("mfcompile.values", "fp32")
     with terminal.progress() as progress:
-        model = capture_masked(load(args.source, progress), masks, progress)
+        model = capture_masked(load(args.source, progress), masks, progress, metadata)
         with progress.stage("verify"):
             from mfcompile.exporting import verify
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mfcompile.passes.token_attention import NEGLIGIBLE
-from mfcompile.passes.token_cutting import merge_rest, put_back, take
+from mfcompile.passes.token_cutting import put_back, take
+from mfcompile.passes.token_merging import merge_rest
 from mfcompile.passes.token_places import Place
 from mfcompile.passes.token_scores import Cit, TokenEvidence, keep_best, weigh
 from tests.token_reference import attention_weights
