@@ -198,6 +198,8 @@ def _run(node: fx.Node, value: Any) -> Any:
     if operator_name(node) in {"to", "_to_copy", "clone", "dropout"}:
         return value
     args = [map_arg(item, lambda given: _number(given.meta.get("val"))) for item in node.args[1:]]
+    if operator_name(node) in {"view", "_unsafe_view"} and isinstance(args[0], (list, tuple)):
+        return value.reshape(args[0])  # it may lie in memory in another order than what the model views
     return node.target(value, *args, **node.kwargs)  # type: ignore[operator]
 
 

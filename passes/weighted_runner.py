@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from mfcompile.errors import CalibrationError, InputError
 from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.inputs import ExampleInputs
 from mfcompile.passes.base import run_transform
+from mfcompile.passes.live_heads import live_heads, masked_value
 from mfcompile.passes.masking import ApplyMasks
 from mfcompile.passes.observers import StatisticsCollector
 from mfcompile.passes.runner import default_dtype, fits_shapes, widened
@@ -188,9 +189,24 @@ class WeightedRunner:
         checks = Checks()
         listed = [use for fqn in self._collector.by_fqn for use in uses.get(fqn, ())]
         known = {use: cover for use, cover in covers.items() if use.fqn in self._collector.weighted}
-        insert = InsertWeightedObservers(listed, known, self._collector, checks)
+        insert = InsertWeightedObservers(listed, known, self._collector, checks, _live(recorded, known.values()))
         observed = run_transform(insert, recorded).graph.graph_module
         self._forms = [*self._forms[-(_FORMS - 1) :], _Form(recorded, observed, checks)]
+
+
+def _live(recorded: CapturedGraph, covers: Iterable[Cover]) -> dict[str, Tensor]:
+    """Attention node -> which heads masks have left, where some are gone."""
+
+    def value_of(node: fx.Node) -> Tensor | None:
+        fqn = recorded.parameter_nodes.get(node.name) if node.op == "get_attr" else None
+        return None if fqn is None else masked_value(recorded.parameter(fqn), fqn, recorded.masks)
+
+    found = {}
+    for attention, samples in {cover.attention.node: (cover.attention, cover.rows.samples) for cover in covers}.values():
+        live = live_heads(attention, samples, value_of)
+        if live is not None:
+            found[attention.node.name] = live
+    return found
 
 
 def _uses(recorded: CapturedGraph) -> dict[str, tuple[WeightUse, ...]]:
