@@ -39,7 +39,10 @@ class ApplyMasks:
                 raise PreconditionError(f"the graph reads no weight called {fqn}: the masks belong to another model")
             shape = tuple(graph.parameter(fqn).shape)
             if mask.shape != shape:
-                raise PreconditionError(f"the mask of {fqn} is {mask.shape}, the weight is {shape}")
+                raise PreconditionError(
+                    f"the mask of {fqn} is {mask.shape}, the weight is {shape}: the masks belong to another model, or to this "
+                    f"one before units were removed. Select masks for it, or remove units where masks are applied already"
+                )
 
     def apply(self, graph: CapturedGraph) -> PassResult:
         """A graph that multiplies by masked weights; the parameters stay dense and shared."""

@@ -27,6 +27,9 @@ from torch.utils import _pytree as pytree
 
 from mfcompile.errors import PreconditionError
 
+SCORING = "mfcompile_scoring"
+"""Mark in the metadata of nodes that only choose which tokens stay: fewer heads may change what they choose."""
+
 _STACKS = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
 
 
@@ -62,7 +65,9 @@ class ProgramEditor:
         """Position of every node."""
         return {node: position for position, node in enumerate(self.graph.nodes)}
 
-    def insert(self, function: Callable[..., Any], operands: Sequence[fx.Node], after: fx.Node) -> list[fx.Node]:
+    def insert(
+        self, function: Callable[..., Any], operands: Sequence[fx.Node], after: fx.Node, *, marks: Mapping[str, Any] | None = None
+    ) -> list[fx.Node]:
         """Put in what a function of tensors computes.
 
         Args:
@@ -70,6 +75,7 @@ class ProgramEditor:
                 it brings along become constants of the program.
             operands: nodes that it is applied to.
             after: whose submodule the new nodes count as; they stand behind it until the nodes are sorted.
+            marks: metadata of the new nodes.
 
         Returns:
             One node per tensor that it gives.
@@ -86,7 +92,7 @@ class ProgramEditor:
             module = make_fx(traced, tracing_mode="real", pre_dispatch=True)(*values)
         finally:
             self._mode.allow_non_fake_inputs = lenient
-        meta = {key: after.meta[key] for key in _STACKS if key in after.meta}
+        meta = {key: after.meta[key] for key in _STACKS if key in after.meta} | dict(marks or {})
         return self._inline(module, operands, after, meta)
 
     def _inline(

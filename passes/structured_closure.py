@@ -15,6 +15,7 @@ import numpy as np
 from torch import fx
 
 from mfcompile.passes.operators import operator_name
+from mfcompile.passes.program_editor import SCORING
 from mfcompile.passes.structured_labels import NONE, Labels, Partition, dependent_axes, labels_in_view
 from mfcompile.passes.structured_relations import (
     CREATIONS,
@@ -186,6 +187,8 @@ class Closure:
                 assert link.positions is not None  # of every link with an axis that moves
                 moved = self.elements.reduce(labels.take(link.positions, axis=link.moved))
                 if not dependent_axes(moved) and bool((moved >= 0).any()):
+                    if SCORING in applied.meta:
+                        return
                     raise InseparableError(applied, _ACROSS[Tie.READ])
             self._transfer(applied, moved, dict(link.axes), link.result, dropped=link.moved)
         if node is link.result:
@@ -253,6 +256,8 @@ class Closure:
                 crossed.append(axis)
                 why = next(iter(ties & set(_ACROSS)), Tie.STOP)
         if crossed and len(crossed) == len(depends):
+            if SCORING in applied.meta:
+                return
             raise InseparableError(applied, f"{_ACROSS[why]}")
         labels = self.elements.reduce(self.elements.merge_along(labels, crossed))
         self._check(applied)
@@ -270,7 +275,7 @@ class Closure:
             for group, listed in members.items():
                 if (node, axis) not in listed:
                     continue
-                if group.tie is Tie.SUM:
+                if group.tie is Tie.SUM and SCORING not in applied.meta:
                     self.sums.setdefault(applied, set()).update(item for item, _ in listed)
                 for other, at in listed:
                     if (other, at) != (node, axis):

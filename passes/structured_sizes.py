@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from mfcompile.errors import InputError, PassError
 from mfcompile.passes.operators import CONVOLUTIONS, argument, operator_name
-from mfcompile.passes.program_editor import ProgramEditor
+from mfcompile.passes.program_editor import SCORING, ProgramEditor
 from mfcompile.passes.structured_relations import SPLITS, dims
 from mfcompile.passes.token_ties import axis_of
 
@@ -130,9 +130,9 @@ def _select(node: fx.Node, before: tuple[int, ...], cut: Mapping[int, NDArray[np
     axis = axis_of(argument(node, "dim", 1, 0), len(before))
     if axis in cut:
         places = _left([argument(node, "index", 2) % before[axis]], cut[axis])
-        if not len(places):
+        if not len(places) and SCORING not in node.meta:
             raise InputError(f"the position that {node.name} (select) takes would be gone; remove other elements")
-        _set(node, "index", 2, int(places[0]))
+        _set(node, "index", 2, int(places[0]) if len(places) else 0)
 
 
 def _split(node: fx.Node, before: tuple[int, ...], cut: Mapping[int, NDArray[np.bool_]]) -> None:

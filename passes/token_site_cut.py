@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from mfcompile.errors import InputError, PassError
 from mfcompile.graph import Diagnostic
 from mfcompile.passes.operators import operator_name
-from mfcompile.passes.program_editor import ProgramEditor
+from mfcompile.passes.program_editor import SCORING, ProgramEditor
 from mfcompile.passes.token_attention import NEGLIGIBLE
 from mfcompile.passes.token_axis import Carried, Side, TokenAxisError
 from mfcompile.passes.token_cutting import put_back, take, take_in_memory_order
@@ -214,7 +214,7 @@ class SiteCut:
             return kept, merged.insert(taken, row, plan.token), *best_dropped(score, kept, valid)
 
         operands = [*attention.operands, plan.point, *masks, *protection.indices]
-        kept, stream, *self._dropped = self.editor.insert(cut, operands, plan.point)
+        kept, stream, *self._dropped = self.editor.insert(cut, operands, plan.point, marks={SCORING: True})
         self._kept[0] = kept
         return stream
 
