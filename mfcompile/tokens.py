@@ -86,6 +86,24 @@ def with_token_program(captured: CapturedGraph, *, modalities: Mapping[str, str]
     return replace(captured, exported=exported)
 
 
+def with_program_for(
+    captured: CapturedGraph, keep: Keep | Mapping[str, Keep], *, modalities: Mapping[str, str] | None = None
+) -> CapturedGraph:
+    """The same graph with the first program in which a request can be met, so that lengths stay free where nothing is cut.
+
+    Args:
+        captured: what ``capture`` gave.
+        keep: as in ``prune_tokens``.
+        modalities: as in ``find_token_sites``.
+
+    Raises:
+        InputError: a site is unknown or refused, in every program.
+        ExportError: the model has no exported program.
+    """
+    program, _ = _requested(captured, keep, modalities)
+    return replace(captured, exported=program.exported)
+
+
 def prune_tokens(
     captured: CapturedGraph,
     keep: Keep | Mapping[str, Keep],
