@@ -228,14 +228,21 @@ def costs(results: Results) -> str:
                         f"{median(cost['calibrate_s'] for cost in found):.1f}",
                         f"{median(cost['select_s'] for cost in found):.1f}",
                         f"{median(cost['memory_rise_mib'] for cost in found):.0f}",
+                        _moved([record.get("kept_weights_moved") for record in records if record is not None]),
                     ]
                 )
-    headings = ["pruner", "forward batches", "backward batches", "calibration, s", "selection, s", "memory, MiB"]
+    headings = ["pruner", "forward batches", "backward batches", "calibration, s", "selection, s", "memory, MiB", "moved, %"]
     size = results.scale.calibration[1]
     return table(headings, rows) + (
         f"\n\nOf one sparsity: batches of {size} pairs, seconds of processor time (median over sparsities and seeds), rise of "
-        f"resident memory while weights are chosen. Calibration serves all sparsities and criteria that need it."
+        f"resident memory while weights are chosen. Calibration (of SNIP: mean gradients) serves all sparsities of a seed. "
+        f"Moved: how far an update moves the weights that stay, in % of their size."
     )
+
+
+def _moved(shares: Sequence[float | None]) -> str:
+    known = [100 * share for share in shares if share is not None]
+    return f"{median(known):.0f}" if known else MISSING
 
 
 def _text(figure: Figure | None) -> str:

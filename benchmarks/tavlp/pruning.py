@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -99,7 +100,11 @@ def masks_of(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: 
     masks, cost = _made(family, row, sparsity, seed, scale)
     mask_path.parent.mkdir(parents=True, exist_ok=True)
     masks.save(mask_path)
-    write_record(record_file, config, {"mask_digest": masks.mask_digest(), "cost": cost, **_sparsities(masks)})
+    write_record(
+        record_file,
+        config,
+        {"mask_digest": masks.mask_digest(), "cost": cost, **_sparsities(masks), **_movement(masks, _captured(family)[0])},
+    )
     return masks
 
 
@@ -170,6 +175,17 @@ def _sparsities(masks: mfcompile.MaskSet) -> dict[str, Any]:
         "layer_region": dict(masks.regions),
         "weights": masks.weight_count,
     }
+
+
+def _movement(masks: mfcompile.MaskSet, captured: mfcompile.CapturedGraph) -> dict[str, float]:
+    """How far an update moved the weights that stay, relative to their own size; nothing for pruners that move none."""
+    moved, size = 0.0, 0.0
+    for fqn in masks.new_values:
+        mask, weight = masks[fqn], captured.parameter(fqn).detach()
+        new = masks.updated_weight(fqn, weight)[mask].double()
+        moved += float((new - weight[mask].double()).square().sum())
+        size += float(weight[mask].double().square().sum())
+    return {"kept_weights_moved": math.sqrt(moved / size)} if masks.new_values else {}
 
 
 def region_sparsity(masks: mfcompile.MaskSet) -> dict[str, float]:

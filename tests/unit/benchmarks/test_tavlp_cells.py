@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,19 @@ def test_cells_come_in_the_order_that_makes_tables_useful() -> None:
     assert {cell.task for cell in order[:50]} == {"retrieval"}
     assert {cell.pruner for cell in order[-81:]} == set(runner.LAST_ROWS)
     assert list(cells(Choice(("xvlm",), ("vqa",), ("lamp",), (0.9,), (2,)), FAMILIES)) == [Cell("xvlm", "vqa", "lamp", 0.9, 2)]
+
+
+def test_the_record_says_how_far_an_update_moved_what_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    select = mask_selection.select_masks
+
+    def doubled(captured: Any, *arguments: Any, **options: Any) -> mfcompile.MaskSet:
+        masks = select(captured, *arguments, **options)
+        return replace(masks, new_values={name: 2 * captured.parameter(name).detach()[masks[name]] for name in masks})
+
+    monkeypatch.setattr(pruning, "select_masks", doubled)
+    for pruner in ("omp", "lamp"):
+        masks_of(family("xvlm"), PRUNERS[pruner], 0.9, 0, TINY, folders(tmp_path))
+        monkeypatch.setattr(pruning, "select_masks", select)
+    records = [Results(folders(tmp_path), TINY).masks("xvlm", PRUNERS[pruner], 0.9, 0) or {} for pruner in ("omp", "lamp")]
+    assert math.isclose(records[0]["kept_weights_moved"], 1.0, rel_tol=1e-6)
+    assert "kept_weights_moved" not in records[1]
