@@ -16,12 +16,13 @@ from torch import fx
 from mfcompile.errors import PreconditionError
 from mfcompile.graph import CapturedGraph
 from mfcompile.passes.operators import CONTRACTIONS, operator_name
-from mfcompile.passes.token_attention import Attention, ancestors, find_attentions
+from mfcompile.passes.token_attention import Attention, find_attentions
 from mfcompile.passes.token_places import Place, node_sizes
 from mfcompile.passes.token_spread import spread
 from mfcompile.passes.token_upstream import (
     ReadOut,
     Upstream,
+    content_ancestors,
     content_nodes,
     feeders,
     is_layer,
@@ -110,9 +111,11 @@ class TokenCovers:
         self._order = order_of(self.graph)
         self._nodes = list(self._order)
         self._by_name = {node.name: node for node in self._nodes}
-        places = {spec.name: spec.node for spec in captured.inputs}
-        self._content = content_nodes(self.graph, [places[item.name] for item in modalities if item.modality])
-        self._used = ancestors(self._nodes[-1])
+        given = {item.name: item.modality for item in modalities}
+        # Called by position where the example was by keyword, an input has another name: it counts as content.
+        content = [spec.node for spec in captured.inputs if given.get(spec.name, "unknown")]
+        self._content = content_nodes(self.graph, content)
+        self._used = content_ancestors(self._nodes[-1])
         """What outputs depend on: models compute read-outs that nothing reads."""
         self._upstream = Upstream()
         self._attentions = find_attentions(self._nodes, captured.parameter_nodes)

@@ -52,6 +52,17 @@ def content_nodes(graph: fx.Graph, content: Iterable[str]) -> set[fx.Node]:
     return found
 
 
+def content_ancestors(node: fx.Node) -> set[fx.Node]:
+    """Nodes whose values reach a node, not their sizes or truth alone; the node itself too."""
+    found, pending = {node}, [node]
+    while pending:
+        current = pending.pop()
+        fresh = [item for item in current.all_input_nodes if item not in found and operator_name(current) not in CONTENT_FREE]
+        found.update(fresh)
+        pending += fresh
+    return found
+
+
 class Upstream:
     """Where axes come from; what was walked once is remembered."""
 
@@ -172,7 +183,8 @@ def _read(node: fx.Node, operand: fx.Node, place: Place, batch: Place, via: tupl
     if name == "select" and int(node.args[1]) % rank == place.axis:  # type: ignore[arg-type]
         position = int(node.args[2]) % length  # type: ignore[arg-type]
         return ReadOut(position, None, via) if position < size else None
-    if name == "slice" and int(argument(node, "dim", 1, 0)) % rank == place.axis and node_sizes(node)[place.axis] == 1:
+    is_part = name in {"slice", "narrow"} and int(argument(node, "dim", 1, 0)) % rank == place.axis
+    if is_part and node_sizes(node)[place.axis] == 1:
         position = int(argument(node, "start", 2, 0) or 0) % length
         return ReadOut(position, None, via) if position < size else None
     if name == "index":
@@ -189,9 +201,10 @@ def _behind_cuts(node: fx.Node, operand: fx.Node, place: Place, via: tuple[Any, 
     if name == "gather" and int(argument(node, "dim", 1)) % rank == place.axis:
         kept = _kept_positions(argument(node, "index", 2))
         return set() if kept is None else {(place, (*via, kept), int(node_sizes(kept)[1]))}
-    if name == "slice" and int(argument(node, "dim", 1, 0)) % rank == place.axis and not whole_axis(node):
+    is_part = name == "narrow" or (name == "slice" and not whole_axis(node))
+    if is_part and int(argument(node, "dim", 1, 0)) % rank == place.axis:
         start = int(argument(node, "start", 2, 0) or 0) % node_sizes(operand)[place.axis]
-        step, count = argument(node, "step", 4, 1), int(node_sizes(node)[place.axis])
+        step, count = argument(node, "step", 4, 1) if name == "slice" else 1, int(node_sizes(node)[place.axis])
         return {(place, (*via, start), min(count, size - start))} if step == 1 and size - start > 0 else set()
     if name in _JOINS and int(argument(node, "dim", 1, 0)) % rank == place.axis and node.args[0][0] is operand:  # type: ignore[index]
         return {(place, via, size)}

@@ -15,7 +15,7 @@ import mfcompile
 from mfcompile.passes.reduction import weighted_norms
 from mfcompile.passes.token_weighting import token_weights
 from mfcompile.passes.unit_scores import unit_scores
-from tests.token_models import PAD, Batch, Encoder, SequenceFirst, blip_like, clip_like, llava_like, patches
+from tests.token_models import PAD, Batch, Encoder, SequenceFirst, blip_like, clip_like, fixed, llava_like, patches
 from tests.token_weighting_reference import Array, Heard, rotate, split_heads, token_scores, weighted_norm
 
 CLOSE = 2e-5
@@ -270,6 +270,22 @@ def test_the_next_attention_scores_the_tokens_of_an_mlp() -> None:
     first = {name: norm for name, norm in before.items() if name.startswith("blocks.0.")}
     changed = {name for name, norm in first.items() if not np.allclose(norm, after[name], rtol=1e-6)}
     assert changed == {"blocks.0.up.weight", "blocks.0.down.weight"}
+
+
+@pytest.mark.parametrize("rest", ["drop", "merge"])
+def test_a_token_that_is_read_behind_cuts_is_known_before_them(rest: str) -> None:
+    torch.manual_seed(0)
+    model, image = Encoder(layers=3).eval(), patches(3)
+    captured = fixed(model, {"image": image})
+    fewer = mfcompile.prune_tokens(captured, {"blocks.0.attention": 5, "blocks.1.attention": 3}, rest=rest)
+    found, whole = (
+        {name: site.input_norm() for name, site in mfcompile.calibrate(item, weighting="cip").sites.items()}
+        for item in (fewer, captured)
+    )
+    for part in ("query", "key", "value", "out"):
+        name = f"blocks.0.attention.{part}.weight"
+        torch.testing.assert_close(found[name], whole[name], rtol=1e-5, atol=0.0)
+    assert not torch.allclose(found["blocks.0.up.weight"], whole["blocks.0.up.weight"], rtol=1e-3)
 
 
 def test_streams_that_put_tokens_first() -> None:
