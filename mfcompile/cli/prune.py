@@ -255,10 +255,11 @@ def _compile(
     is_given = recipe.statistics is not None and Need.STATISTICS in chosen.needs
     if recipe.statistics is not None and not is_given:
         terminal.note(f"note: --statistics is not used: the criterion {chosen.name} needs none")
+    if recipe.weighting != "none" and Need.STATISTICS not in chosen.needs:
+        terminal.note(f"note: --weighting is not used: the criterion {chosen.name} needs no statistics")
     runs = bool(recipe.update) or Need.GRADIENTS in chosen.needs or (Need.STATISTICS in chosen.needs and not is_given)
     spent = {
         "--precision": recipe.precision != "model",
-        "--weighting": recipe.weighting != "none" and not runs,
         "--num-calibration-samples": recipe.num_calibration_samples is not None and not runs,
         "--padding-mask": recipe.padding_mask is not None and not runs,
     }

@@ -79,6 +79,7 @@ def prune(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str,
         ("--criterion", "chita", "--criterion-option", "ridge=1e-4", "--sparsity", "0.5"),
         ("--criterion", "itersnip", "--criterion-option", "steps=3"),
         ("--update", "sparsegpt", "--update-option", "passes=1", "--precision", "float64"),
+        ("--weighting", "cip", "--sparsity", "0.5"),
     ],
     ids=" ".join,
 )
