@@ -1,4 +1,4 @@
-"""Everything downstream of the weight update ``sparsegpt``: modules, files, ONNX, other sparsities and patterns."""
+"""Everything downstream of weight updates, of one that keeps masks and one that does not: modules, files, ONNX, patterns."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.models import tiny_vlm, vlm_batch
 from tests.unit.passes.test_sparsegpt import vlm_batches
 
 
-@pytest.fixture(scope="module")
-def compiled() -> mfcompile.CompiledModel:
-    return mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), update="sparsegpt", calibration=vlm_batches())
+@pytest.fixture(scope="module", params=["sparsegpt", "gradual"])
+def compiled(request: pytest.FixtureRequest) -> mfcompile.CompiledModel:
+    return mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), update=request.param, calibration=vlm_batches())
 
 
 class TestDownstream:
@@ -70,7 +70,8 @@ class TestDownstream:
 
     def test_another_sparsity_starts_from_the_dense_model(self, compiled: mfcompile.CompiledModel) -> None:
         other = compiled.at_sparsity(0.8)
-        direct = mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), sparsity=0.8, update="sparsegpt", calibration=vlm_batches())
+        update = compiled.report["options"]["update"]
+        direct = mfcompile.compile_pruned(tiny_vlm(), vlm_batch(), sparsity=0.8, update=update, calibration=vlm_batches())
         assert other.masks == direct.masks
         assert other.masks.new_values
 
