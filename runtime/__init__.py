@@ -23,7 +23,7 @@ import os
 from mfcompile.errors import RuntimeLibraryError
 from mfcompile.runtime.building import build_library
 
-__all__ = ["INSTRUCTION_SETS", "instruction_set", "is_available", "library_path", "why_unavailable"]
+__all__ = ["INSTRUCTION_SETS", "instruction_set", "is_available", "library_path", "release_unused_memory", "why_unavailable"]
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 """Instruction sets that have kernels, slowest first."""
@@ -71,6 +71,18 @@ def instruction_set(cap: str | None = None) -> str | None:
     function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
     name: bytes = function(None if cap is None else cap.encode())
     return name.decode() or None
+
+
+def release_unused_memory() -> None:
+    """Give back memory that the weights of the sessions so far do not fill: at most 2 MB, the rest of their last huge page.
+
+    Raises:
+        RuntimeLibraryError: there is no library.
+    """
+    function = getattr(ctypes.CDLL(library_path()), "mfcompile_release_unused_memory", None)
+    if function is not None:  # a library that was built elsewhere may be older
+        function.restype = None
+        function()
 
 
 @functools.cache

@@ -15,6 +15,7 @@
 #include "file_pages.h"
 #include "int8_op.h"
 #include "ort_support.h"
+#include "weight_memory.h"
 
 namespace mfcompile {
 namespace {
@@ -239,3 +240,6 @@ MFCOMPILE_EXPORT const char* mfcompile_instruction_set(const char* cap) {
   const mfcompile::Kernels* kernels = mfcompile::choose_kernels(cap);
   return kernels ? kernels->name : "";
 }
+
+// Gives back memory that the weights of sessions so far do not fill.
+MFCOMPILE_EXPORT void mfcompile_release_unused_memory() { mfcompile::release_unused_weight_memory(); }

@@ -30,9 +30,9 @@ bool is_mapped_from_file(uintptr_t begin, uintptr_t end) {
 
 void release_file_pages(const void* data, size_t bytes) {
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  // onnxruntime never writes to constants, so the pages hold what the file holds.
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + page - 1) / page * page;
+  // onnxruntime never writes to constants, so the pages hold what the file holds, also of the tensors beside this one.
   if (begin < end && is_mapped_from_file(begin, end)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 

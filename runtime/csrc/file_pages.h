@@ -5,8 +5,8 @@
 
 namespace mfcompile {
 
-// Gives back the pages that lie wholly inside the bytes, where they are mapped from a file (external data of a model) and can
-// be read from it again; does nothing elsewhere. The bytes stay readable.
+// Gives back the pages of these bytes, where they are mapped from a file (external data of a model) and can be read from it
+// again, as can what lies beside them; does nothing elsewhere. The bytes stay readable.
 void release_file_pages(const void* data, size_t bytes);
 
 }  // namespace mfcompile

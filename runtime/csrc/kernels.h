@@ -12,7 +12,8 @@ constexpr int kGroupRows = 8;       // single rows whose entries lie side by sid
 constexpr int kBlockColumns = 64;   // columns of a block of Cells: the activations of a token fit four vectors of AVX-512,
 constexpr int kWideColumns = 96;    // and six where few are kept: sums go to y once for each block
 constexpr int kBlockTokens = 16;    // tokens of one tile of block_strip
-constexpr size_t kReadBehind = 16;  // entries behind the last one that kernels may read
+constexpr size_t kReadBehind = 16;  // values behind the last one that kernels may read
+constexpr size_t kColumnsBehind = 64;  // bytes of columns behind the last one that they may read
 
 // What follows a linear layer: nothing, max(x, 0), x (1 + erf(x / sqrt 2)) / 2, the same with tanh, x sigmoid(1.702 x), and
 // x sigmoid(x).
@@ -33,6 +34,7 @@ struct Cell {
   const uint8_t* columns;  // column inside the block
   const void* values;      // (entries, rows of a unit), floats or halves
   bool has_halves;
+  bool has_six_bits;  // of columns: those of eight entries in six bytes
   int block_columns;
 };
 

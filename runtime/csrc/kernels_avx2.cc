@@ -16,7 +16,7 @@ inline Vector widen(const uint16_t* from) {
   return static_cast<Vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 
-inline Vector look_up(const float* x, const uint8_t* columns) {
+inline Vector look_up(const float* x, const size_t* columns) {
   return Vector{x[columns[0]], x[columns[1]], x[columns[2]], x[columns[3]],
                 x[columns[4]], x[columns[5]], x[columns[6]], x[columns[7]]};  // a gather takes half as long again
 }

@@ -35,8 +35,19 @@ inline __m512 load_values(const uint16_t* from) {
 
 constexpr size_t kAhead = 512;  // entries
 
+// Sixteen columns as bytes, or of six bits; of these only the lowest six bits of every lane count.
+inline __attribute__((always_inline)) __m512i load_columns(const uint8_t* from, bool has_six_bits) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  if (!has_six_bits) return _mm512_cvtepu8_epi32(bytes);
+  const __m256i places = _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 3, 4, 4, 5, 5, 6,  //
+                                          6, 7, 6, 7, 7, 8, 8, 9, 9, 10, 9, 10, 10, 11, 11, 12);
+  const __m256i shifts = _mm256_setr_epi16(0, 6, 4, 2, 0, 6, 4, 2, 0, 6, 4, 2, 0, 6, 4, 2);
+  const __m256i pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), places);
+  return _mm512_cvtepu16_epi32(_mm256_srlv_epi16(pairs, shifts));
+}
+
 // Two entries of eight rows at a time: the activations of a block are held in registers, four or six for each token, and
-// permutes look up those that the columns name.
+// permutes look up those that the columns name. Blocks of four registers have columns of six bits.
 template <int Tokens, int Parts, class Value>
 void multiply_rows_by_tokens(const Cell& cell, const float* x, size_t x_stride, float* y, size_t y_stride) {
   __m512 block[Tokens][Parts];
@@ -56,7 +67,7 @@ void multiply_rows_by_tokens(const Cell& cell, const float* x, size_t x_stride, 
 #pragma GCC unroll 4
     for (int t = 0; t < Tokens; ++t) sums[t] = _mm512_setzero_ps();
     const auto add = [&](__mmask16 lanes, __m512 weight) __attribute__((always_inline)) {
-      const __m512i column = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
+      const __m512i column = load_columns(columns, Parts == 4);
       const __mmask16 is_second = _mm512_test_epi32_mask(column, bit5), is_third = _mm512_test_epi32_mask(column, bit6);
 #pragma GCC unroll 4
       for (int t = 0; t < Tokens; ++t) {
@@ -69,14 +80,14 @@ void multiply_rows_by_tokens(const Cell& cell, const float* x, size_t x_stride, 
             lanes == 0xffff ? _mm512_fmadd_ps(weight, found, sums[t]) : _mm512_mask3_fmadd_ps(weight, found, sums[t], lanes);
       }
     };
-    for (; left >= 2; left -= 2, columns += 16, values += 16) {
+    for (; left >= 2; left -= 2, columns += 2 * kSlotBytes<Parts == 4>, values += 16) {
       __builtin_prefetch(values + kAhead);
       __builtin_prefetch(columns + kAhead);
       add(0xffff, load_values(values));
     }
     if (left) {  // lanes of the next group are left alone: a product with zero would not be zero for an infinity
       add(0xff, load_values(values, 0xff));
-      columns += 8, values += 8;
+      columns += kSlotBytes<Parts == 4>, values += 8;
     }
 #pragma GCC unroll 4
     for (int t = 0; t < Tokens; ++t) {
@@ -102,7 +113,7 @@ void multiply_cell_by_token(int unit_rows, const Cell& cell, const float* x, siz
   if (unit_rows == 1) {
     const auto narrow = cell.has_halves ? multiply_rows_of<4, uint16_t> : multiply_rows_of<4, float>;
     const auto wide = cell.has_halves ? multiply_rows_of<6, uint16_t> : multiply_rows_of<6, float>;
-    return (cell.block_columns <= 64 ? narrow : wide)(cell, x, x_stride, tokens, y, y_stride);
+    return (cell.has_six_bits ? narrow : wide)(cell, x, x_stride, tokens, y, y_stride);
   }
   for (size_t token = 0; token < tokens; ++token) multiply_strips_by_token(cell, x + token * x_stride, y + token * y_stride);
 }

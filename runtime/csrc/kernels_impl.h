@@ -11,6 +11,31 @@ inline Vector widen(const float* from) { return load(from); }
 
 constexpr int kWidened = 256 * kGroupRows;
 
+// Bytes that the columns of a slot take.
+template <bool SixBits>
+constexpr size_t kSlotBytes = SixBits ? 6 : kGroupRows;
+
+// Columns of `Rows` lanes of a slot from `row` on, a multiple of Rows. Kernels wait for loads: one brings up to eight columns of
+// six bits, and what takes them apart costs nothing beside the multiply-adds.
+template <bool SixBits, int Rows>
+MFCOMPILE_INLINE void read_columns(const uint8_t* slot, int row, size_t* columns) {
+  if (!SixBits) {
+    MFCOMPILE_UNROLL
+    for (int r = 0; r < Rows; ++r) columns[r] = slot[row + r];
+  } else if (Rows == 8) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, slot, 8);
+    MFCOMPILE_UNROLL
+    for (int r = 0; r < Rows; ++r) columns[r] = bits >> 6 * r & 63;
+  } else {
+    uint32_t bits;
+    __builtin_memcpy(&bits, slot + row / 4 * 3, 4);
+    bits >>= row % 4 * 6;
+    MFCOMPILE_UNROLL
+    for (int r = 0; r < Rows; ++r) columns[r] = bits >> 6 * r & 63;
+  }
+}
+
 // `count` values as floats: where they lie, or widened into the buffer.
 MFCOMPILE_INLINE const float* widen_all(const void* values, bool has_halves, size_t count, float* buffer) {
   if (!has_halves) return static_cast<const float*>(values);
@@ -20,24 +45,26 @@ MFCOMPILE_INLINE const float* widen_all(const void* values, bool has_halves, siz
 }
 
 // Rows of a group, side by side: one chain of sums would wait for the latency of each multiply-add. `count` is at least 1.
-template <int V, int Rows>
-MFCOMPILE_INLINE void multiply_rows(size_t count, const uint8_t* columns, const float* values, const uint8_t* units,
+template <int V, int Rows, bool SixBits>
+MFCOMPILE_INLINE void multiply_rows(size_t count, const uint8_t* columns, const float* values, int first, const uint8_t* units,
                                     const float* x_block, float* y_tile) {
   constexpr int kWidth = V * kLanes;
   Vector sums[Rows][V] = {};
   do {
+    size_t column[Rows];
+    read_columns<SixBits, Rows>(columns, first, column);
     MFCOMPILE_UNROLL
     for (int row = 0; row < Rows; ++row) {
-      const float* x = x_block + columns[row] * kWidth;
-      const float value = values[row];
+      const float* x = x_block + column[row] * kWidth;
+      const float value = values[first + row];
       MFCOMPILE_UNROLL
       for (int v = 0; v < V; ++v) sums[row][v] += load(x + v * kLanes) * value;
     }
-    columns += kGroupRows, values += kGroupRows;
+    columns += kSlotBytes<SixBits>, values += kGroupRows;
   } while (--count);
   MFCOMPILE_UNROLL
   for (int row = 0; row < Rows; ++row) {
-    float* y = y_tile + static_cast<size_t>(units[row]) * kWidth;
+    float* y = y_tile + static_cast<size_t>(units[first + row]) * kWidth;
     MFCOMPILE_UNROLL
     for (int v = 0; v < V; ++v) store(y + v * kLanes, load(y + v * kLanes) + sums[row][v]);
   }
@@ -72,7 +99,7 @@ MFCOMPILE_INLINE const void* skip(const void* values, bool has_halves, size_t co
   return static_cast<const char*>(values) + count * (has_halves ? sizeof(uint16_t) : sizeof(float));
 }
 
-template <int V>
+template <int V, bool SixBits>
 void multiply_cell_of_rows(const Cell& cell, const float* x_block, float* y_tile) {
   constexpr int kRows = V <= kRowsAtOnce1 ? 8 : V <= kRowsAtOnce2 ? 4 : 2;
   alignas(64) float widened[kWidened];
@@ -84,13 +111,13 @@ void multiply_cell_of_rows(const Cell& cell, const float* x_block, float* y_tile
     const uint8_t* units = cell.units + group * kGroupRows;
 #ifdef MFCOMPILE_GROUP_OF_8
     if (V == 1) {
-      multiply_group(count, columns, values, units, x_block, y_tile);
+      multiply_group<SixBits>(count, columns, values, units, x_block, y_tile);
     } else
 #endif
       for (int row = 0; row < kGroupRows; row += kRows) {
-        multiply_rows<V, kRows>(count, columns + row, values + row, units + row, x_block, y_tile);
+        multiply_rows<V, kRows, SixBits>(count, columns, values, row, units, x_block, y_tile);
       }
-    columns += entries;
+    columns += count * kSlotBytes<SixBits>;
     stored = skip(stored, cell.has_halves, entries);
   }
 }
@@ -111,12 +138,17 @@ void multiply_cell_of_4(const Cell& cell, const float* x_block, float* y_tile) {
 
 void multiply_cell(int vectors, int unit_rows, const Cell& cell, const float* x_block, float* y_tile) {
   using Function = void (*)(const Cell&, const float*, float*);
-  static const Function of_rows[] = {multiply_cell_of_rows<1>, multiply_cell_of_rows<2>, multiply_cell_of_rows<3>,
-                                     multiply_cell_of_rows<4>, multiply_cell_of_rows<5>, multiply_cell_of_rows<6>,
-                                     multiply_cell_of_rows<7>, multiply_cell_of_rows<8>};
+  static const Function of_rows[] = {
+      multiply_cell_of_rows<1, false>, multiply_cell_of_rows<2, false>, multiply_cell_of_rows<3, false>,
+      multiply_cell_of_rows<4, false>, multiply_cell_of_rows<5, false>, multiply_cell_of_rows<6, false>,
+      multiply_cell_of_rows<7, false>, multiply_cell_of_rows<8, false>};
+  static const Function of_six_bits[] = {
+      multiply_cell_of_rows<1, true>, multiply_cell_of_rows<2, true>, multiply_cell_of_rows<3, true>,
+      multiply_cell_of_rows<4, true>, multiply_cell_of_rows<5, true>, multiply_cell_of_rows<6, true>,
+      multiply_cell_of_rows<7, true>, multiply_cell_of_rows<8, true>};
   static const Function of_4[] = {multiply_cell_of_4<1>, multiply_cell_of_4<2>, multiply_cell_of_4<3>, multiply_cell_of_4<4>,
                                   multiply_cell_of_4<5>, multiply_cell_of_4<6>, multiply_cell_of_4<7>, multiply_cell_of_4<8>};
-  (unit_rows == 1 ? of_rows : of_4)[vectors - 1](cell, x_block, y_tile);
+  (unit_rows != 1 ? of_4 : cell.has_six_bits ? of_six_bits : of_rows)[vectors - 1](cell, x_block, y_tile);
 }
 
 // One token and units of 4 rows: four entries at a time in separate sums.
@@ -146,6 +178,7 @@ void multiply_strips_by_token(const Cell& cell, const float* x, float* y) {
 
 #ifndef MFCOMPILE_ROWS_BY_TOKEN
 // One token and single rows: the rows of a group are the lanes.
+template <bool SixBits>
 void multiply_rows_by_token(const Cell& cell, const float* x, float* y) {
   constexpr int kParts = kGroupRows / kLanes;
   alignas(64) float widened[kWidened];
@@ -156,39 +189,33 @@ void multiply_rows_by_token(const Cell& cell, const float* x, float* y) {
     const size_t count = cell.counts[group];
     const float* values = widen_all(stored, cell.has_halves, kGroupRows * count, widened);
     Vector sums[2][kParts] = {};
-    size_t entry = 0;
-    for (; entry + 2 <= count; entry += 2) {
-      MFCOMPILE_UNROLL
-      for (int way = 0; way < 2; ++way) {
-        MFCOMPILE_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-          const size_t first = (entry + way) * kGroupRows + part * kLanes;
-          sums[way][part] += look_up(x, columns + first) * load(values + first);
-        }
-      }
-    }
-    if (entry < count) {
+    const auto add = [&](size_t entry, int way) __attribute__((always_inline)) {
       MFCOMPILE_UNROLL
       for (int part = 0; part < kParts; ++part) {
-        const size_t first = entry * kGroupRows + part * kLanes;
-        sums[0][part] += look_up(x, columns + first) * load(values + first);
+        size_t column[kLanes];
+        read_columns<SixBits, kLanes>(columns + entry * kSlotBytes<SixBits>, part * kLanes, column);
+        sums[way][part] += look_up(x, column) * load(values + entry * kGroupRows + part * kLanes);
       }
-    }
+    };
+    size_t entry = 0;
+    for (; entry + 2 <= count; entry += 2) add(entry, 0), add(entry + 1, 1);
+    if (entry < count) add(entry, 0);
     MFCOMPILE_UNROLL
     for (int part = 0; part < kParts; ++part) {
       const Vector sum = sums[0][part] + sums[1][part];
       MFCOMPILE_UNROLL
       for (int lane = 0; lane < kLanes; ++lane) y[units[part * kLanes + lane]] += sum[lane];
     }
-    columns += kGroupRows * count;
+    columns += count * kSlotBytes<SixBits>;
     stored = skip(stored, cell.has_halves, kGroupRows * count);
   }
 }
 
 void multiply_cell_by_token(int unit_rows, const Cell& cell, const float* x, size_t x_stride, size_t tokens, float* y,
                             size_t y_stride) {
+  const auto of_rows = cell.has_six_bits ? multiply_rows_by_token<true> : multiply_rows_by_token<false>;
   for (size_t token = 0; token < tokens; ++token) {
-    (unit_rows == 1 ? multiply_rows_by_token : multiply_strips_by_token)(cell, x + token * x_stride, y + token * y_stride);
+    (unit_rows == 1 ? of_rows : multiply_strips_by_token)(cell, x + token * x_stride, y + token * y_stride);
   }
 }
 #endif

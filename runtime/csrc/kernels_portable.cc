@@ -13,7 +13,7 @@ inline Vector widen(const uint16_t* from) {
   return Vector{half_to_float(from[0]), half_to_float(from[1]), half_to_float(from[2]), half_to_float(from[3])};
 }
 
-inline Vector look_up(const float* x, const uint8_t* columns) {
+inline Vector look_up(const float* x, const size_t* columns) {
   return Vector{x[columns[0]], x[columns[1]], x[columns[2]], x[columns[3]]};
 }
 

@@ -95,12 +95,19 @@ Lane find_lane(const Entries& entries, const void* values, size_t width, size_t 
   return {entries.columns.data() + begin, static_cast<const char*>(values) + begin * width, entries.starts[cell + 1] - begin};
 }
 
+// Eight columns below 64 in six bytes.
+void squeeze(const uint8_t* columns, uint8_t* to) {
+  uint64_t bits = 0;
+  for (size_t row = kGroupRows; row-- > 0;) bits = bits << 6 | columns[row];
+  for (size_t byte = 0; byte < 6; ++byte) to[byte] = static_cast<uint8_t>(bits >> 8 * byte);
+}
+
 void copy_lane(const Lane& lane, size_t length, size_t width, uint8_t* columns, char* values) {
   std::memcpy(columns, lane.columns, length);
   std::memcpy(values, lane.values, length * width);
 }
 
-// The entries of kGroupRows lanes side by side, brought to `length` each by zeros at a pruned place.
+// The entries of kGroupRows lanes side by side, brought to `length` each by zeros at a pruned place; a column for each byte.
 template <size_t kWidth>
 void interleave(const Lane* lanes, size_t length, uint8_t* columns, char* values) {
   constexpr size_t kRows = kGroupRows;
@@ -137,7 +144,8 @@ CellLayout::CellLayout(const Entries& entries, const void* from, ValueType value
       group_units(unit_rows == 1 ? kGroupRows : 1),
       block_columns(entries.block_columns),
       blocks(entries.blocks),
-      value_type(value_type) {
+      value_type(value_type),
+      has_six_bits(unit_rows == 1 && entries.block_columns <= 64) {
   chunks = divide_up(rows, kChunkRows);
   chunk_rows = divide_up(divide_up(rows, chunks), kStripRows) * kStripRows;
   chunks = divide_up(rows, chunk_rows);
@@ -163,7 +171,7 @@ CellLayout::CellLayout(const Entries& entries, const void* from, ValueType value
   std::copy(all_counts.begin(), all_counts.end(), counts.write());
   std::copy(all_units.begin(), all_units.end(), units.write());
 
-  columns = WeightArray<uint8_t>(slots * group + kReadBehind);
+  columns = WeightArray<uint8_t>((has_six_bits ? slots * 6 : slots * group) + kColumnsBehind);
   values = WeightArray<char>(slots * group * width + kReadBehind * sizeof(float));
   uint8_t* next_column = columns.write();
   char* next_value = values.write();
@@ -174,18 +182,21 @@ CellLayout::CellLayout(const Entries& entries, const void* from, ValueType value
       Lane lanes[kGroupRows];
       for (size_t place = 0; place < group; ++place)
         lanes[place] = find_lane(entries, from, width, first_unit + unit[place], block);
+      uint8_t wide[256 * kGroupRows];
+      uint8_t* lane_columns = has_six_bits ? wide : next_column;
       if (group == 1) {
-        copy_lane(lanes[0], *length, width, next_column, next_value);
+        copy_lane(lanes[0], *length, width, lane_columns, next_value);
       } else if (value_type == ValueType::kFloat) {
-        interleave<4>(lanes, *length, next_column, next_value);
+        interleave<4>(lanes, *length, lane_columns, next_value);
       } else {
-        interleave<2>(lanes, *length, next_column, next_value);
+        interleave<2>(lanes, *length, lane_columns, next_value);
       }
-      next_column += *length * group;
+      for (size_t slot = 0; has_six_bits && slot < *length; ++slot) squeeze(wide + slot * kGroupRows, next_column + slot * 6);
+      next_column += has_six_bits ? *length * 6 : *length * group;
       next_value += *length * group * width;
     }
   }
-  std::memset(next_column, 0, kReadBehind);
+  std::memset(next_column, 0, kColumnsBehind);
   std::memset(next_value, 0, kReadBehind * sizeof(float));
 }
 
@@ -194,9 +205,10 @@ Cell CellLayout::cell(size_t chunk, size_t block) const {
   return {first_group[index + 1] - group,
           counts.data() + group,
           units.data() + group * static_cast<size_t>(group_units),
-          columns.data() + first_entry[index],
+          columns.data() + (has_six_bits ? first_entry[index] / 4 * 3 : first_entry[index]),
           values.data() + first_entry[index] * static_cast<size_t>(unit_rows) * bytes_of(value_type),
           value_type == ValueType::kHalf,
+          has_six_bits,
           static_cast<int>(block_columns)};
 }
 

@@ -12,7 +12,8 @@ namespace mfcompile {
 
 // Rows are cut into chunks (the rows of one task), columns into blocks. In each cell the units (rows, or strips of 4 rows that
 // share columns) are sorted by how much they keep and put into groups, whose units are brought to one length by zeros at pruned
-// places: at most about a fiftieth more. One byte and one value for each entry, and a byte for each unit of a cell.
+// places: at most about a fiftieth more. A value for each entry and a column, six bits of single rows in narrow blocks and
+// otherwise a byte; and a byte for each unit of a cell.
 struct CellLayout {
   int unit_rows;
   int group_units;
@@ -21,6 +22,7 @@ struct CellLayout {
   size_t chunks;
   size_t blocks;
   ValueType value_type;
+  bool has_six_bits;                             // eight columns in six bytes, the first in the lowest bits
   WeightArray<size_t> first_group, first_entry;  // of every cell (chunk, block), and one behind the last
   WeightArray<uint8_t> counts, units, columns;
   WeightArray<char> values;
@@ -29,6 +31,7 @@ struct CellLayout {
   CellLayout(const Entries& entries, const void* values, ValueType value_type, int unit_rows, size_t rows);
   Cell cell(size_t chunk, size_t block) const;
   size_t bytes() const;
+  size_t column_of(const Cell& cell, size_t entry) const;
 
   // Calls visit(row, column) for every weight that is not zero.
   template <class Visit>
@@ -61,6 +64,12 @@ struct Strips {
 };
 Strips make_strips(const Entries& rows, const PackedWeight& weight, int unit_rows);
 
+inline size_t CellLayout::column_of(const Cell& cell, size_t entry) const {
+  if (!has_six_bits) return cell.columns[entry];
+  const size_t bit = entry * 6;
+  return (cell.columns[bit / 8] | cell.columns[bit / 8 + 1] << 8) >> bit % 8 & 63;
+}
+
 template <class Visit>
 void CellLayout::for_each_kept(size_t rows, Visit visit) const {
   const auto group = static_cast<size_t>(group_units), height = static_cast<size_t>(unit_rows);
@@ -72,7 +81,7 @@ void CellLayout::for_each_kept(size_t rows, Visit visit) const {
       const size_t row = index / blocks * chunk_rows + of.units[unit] * height;
       for (size_t e = entry + unit % group, end = entry + of.counts[unit / group] * group; e < end; e += group) {
         for (size_t r = 0; r < height && row + r < rows; ++r) {
-          if (!is_zero(of.values, value_type, e * height + r)) visit(row + r, index % blocks * block_columns + of.columns[e]);
+          if (!is_zero(of.values, value_type, e * height + r)) visit(row + r, index % blocks * block_columns + column_of(of, e));
         }
       }
     }

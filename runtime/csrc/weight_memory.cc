@@ -7,6 +7,9 @@
 
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
 #include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
 #define MFCOMPILE_HUGE_PAGES 1
 #endif
 
@@ -44,29 +47,54 @@ class Piece {
     return taken;
   }
 
+  // Small pages from here to the end of the huge page, so that the system does not make it whole again.
+  void release_unused() {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t begin = round_up(next_, page), end = std::min(end_, round_up(next_, kHugePage));
+    if (begin == end) return;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_NOHUGEPAGE);
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  }
+
  private:
   void* mapping_;
   size_t reserved_;
   uintptr_t next_, end_;
 };
 
+// Never destroyed: a session may outlive the static objects of this library. The piece itself lives by its weights.
+std::mutex& mutex_of_pieces() {
+  static std::mutex* const mutex = new std::mutex;
+  return *mutex;
+}
+
+std::weak_ptr<Piece>& current_piece() {
+  static std::weak_ptr<Piece>* const current = new std::weak_ptr<Piece>;
+  return *current;
+}
+
 #endif
 
 }  // namespace
 
+void release_unused_weight_memory() {
+#ifdef MFCOMPILE_HUGE_PAGES
+  const std::lock_guard<std::mutex> lock(mutex_of_pieces());
+  if (const std::shared_ptr<Piece> piece = current_piece().lock()) piece->release_unused();
+#endif
+}
+
 std::shared_ptr<void> allocate_weight_memory(size_t bytes) {
   bytes = round_up(bytes + 1, kLine);
 #ifdef MFCOMPILE_HUGE_PAGES
-  // Never destroyed: a session may outlive the static objects of this library. The piece itself lives by its weights.
-  static std::mutex* const mutex = new std::mutex;
-  static std::weak_ptr<Piece>* const current = new std::weak_ptr<Piece>;
-  const std::lock_guard<std::mutex> lock(*mutex);
-  std::shared_ptr<Piece> piece = current->lock();
+  const std::lock_guard<std::mutex> lock(mutex_of_pieces());
+  std::shared_ptr<Piece> piece = current_piece().lock();
   void* taken = piece ? piece->take(bytes) : nullptr;
   if (!taken) {
+    if (piece) piece->release_unused();
     piece = std::make_shared<Piece>(bytes > kPieceBytes ? round_up(bytes, kHugePage) : kPieceBytes);
     taken = piece->take(bytes);
-    *current = piece;
+    current_piece() = piece;
   }
   return std::shared_ptr<void>(piece, taken);
 #else

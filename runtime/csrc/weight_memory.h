@@ -13,6 +13,9 @@ namespace mfcompile {
 // `bytes` bytes, aligned to a cache line; freed with the last pointer into the same piece.
 std::shared_ptr<void> allocate_weight_memory(size_t bytes);
 
+// Gives back what lies behind the last bytes that were handed out: the first of them brought a whole huge page.
+void release_unused_weight_memory();
+
 // An array that is made once.
 template <class T>
 class WeightArray {
