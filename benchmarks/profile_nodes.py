@@ -12,7 +12,7 @@ from pathlib import Path
 import onnxruntime
 
 from mfcompile.benchmark.timing import SessionFile
-from mfcompile.exporters.sparse_linear import DOMAIN
+from mfcompile.exporters.stored_weights import DOMAIN
 from mfcompile.inputs import ExampleInputs
 from mfcompile.session import make_feeds
 from mfcompile.session_options import session_options

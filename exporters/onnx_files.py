@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,7 @@ from mfcompile.exporters.staging import staging_folder
 MODEL_GRAPH = 7 << 3 | 2
 GRAPH_INITIALIZER = 5 << 3 | 2
 TENSOR_RAW_DATA = 9 << 3 | 2
+TENSOR_DOC_STRING = 12 << 3 | 2
 
 # Protobuf refuses files of 2 GiB; above this the tensors go to a file of their own.
 INLINE_LIMIT_BYTES = 1_500_000_000
@@ -28,7 +29,7 @@ INLINE_LIMIT_BYTES = 1_500_000_000
 SPARSE_LIMIT_BYTES = 64 << 20
 # Tensors smaller than this stay in the .onnx file, where shape inference can read them.
 EXTERNAL_LEAST_BYTES = 1024
-# Offsets of external tensors: a cache line, and a memory page where a tensor is large enough to be mapped.
+# Offsets of tensors: a cache line, and in external files a memory page where a tensor is large enough to be mapped.
 ALIGNMENT, PAGE, PAGED_BYTES = 64, 4096, 1 << 20
 
 
@@ -127,7 +128,50 @@ def plan_files(model: ir.Model, data_name: str | None) -> FileLayout:
             end = offset + tensor.nbytes
         header = _header(value.name, tensor, None if offset is None else (str(data_name), offset))
         tensors.append(StoredTensor(value.name, tensor, header, offset))
-    return FileLayout(proto.SerializeToString(), graph_proto, tuple(tensors), end)
+    return _align_inside(FileLayout(proto.SerializeToString(), graph_proto, tuple(tensors), end))
+
+
+def _align_inside(layout: FileLayout) -> FileLayout:
+    """The layout with the values of large tensors that stay in the .onnx file at multiples of ``ALIGNMENT``.
+
+    So they can be read where the file is mapped (``mfcompile.mapped_tensors``). A tensor's header is filled up by blanks in
+    its doc_string, which readers do not read. Where tensors begin depends on how many bytes the size of the graph takes.
+    """
+    for width in range(1, 11):
+        place = len(layout.model_proto) + 1 + width + len(layout.graph_proto)
+        tensors = []
+        for stored in layout.tensors:
+            aligned = _align_stored(stored, place)
+            size = aligned.proto_size_bytes
+            place += 1 + len(_varint(size)) + size
+            tensors.append(aligned)
+        found = replace(layout, tensors=tuple(tensors))
+        if len(_varint(found.graph_size_bytes)) == width:
+            return found
+    return layout
+
+
+def _align_stored(stored: StoredTensor, place: int) -> StoredTensor:
+    """The tensor with a header after which its values are aligned, where its field of the graph starts at ``place``."""
+    size = stored.tensor.nbytes
+    if stored.offset is not None or size < EXTERNAL_LEAST_BYTES:
+        return stored
+    for width in range(1, 11):  # bytes of the size of the whole TensorProto
+        end = place + 1 + width + len(stored.header) + 1 + len(_varint(size))
+        header = stored.header + _filler(_align(end, ALIGNMENT) - end)
+        found = replace(stored, header=header)
+        if len(_varint(found.proto_size_bytes)) == width:
+            return found
+    return stored
+
+
+def _filler(size: int) -> bytes:
+    """A doc_string of blanks that takes ``size`` bytes, or ``ALIGNMENT`` more where one of that size does not exist."""
+    if not size:
+        return b""
+    if size == 1:  # a field takes two bytes at least
+        size += ALIGNMENT
+    return bytes([TENSOR_DOC_STRING, size - 2]) + b" " * (size - 2)  # below 128: the length is one byte
 
 
 def write_files(layout: FileLayout, path: Path, data_path: Path | None) -> None:

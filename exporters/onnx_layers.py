@@ -16,7 +16,7 @@ from mfcompile.exporters.weight_placement import MaskedWeight, Placement, Placem
 from mfcompile.inputs import ExampleInputs
 from mfcompile.masks import MaskSet
 from mfcompile.onnx_file import OnnxFile, inferred_types, is_injected
-from mfcompile.onnx_wire import skeleton
+from mfcompile.onnx_heads import skeleton
 
 MODEL_FUNCTION, MODEL_OPSET = 25, 8
 """Fields of a ModelProto."""

@@ -34,9 +34,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from mfcompile.errors import ExportError
-
-DOMAIN = "mfcompile"
-"""Domain of the operators."""
+from mfcompile.exporters.stored_weights import DOMAIN as DOMAIN
 
 VERSION = 1
 """Version of the domain."""

@@ -13,6 +13,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mfcompile.errors import InputError
+
+DOMAIN = "mfcompile"
+"""Domain of the sparse operators."""
 
 WEIGHTS_KEY = "mfcompile.weights"
 """Metadata: JSON of FQN -> the fields of its StoredWeight."""
@@ -46,14 +52,21 @@ def describe_weights(weights: Mapping[str, StoredWeight]) -> str:
     return json.dumps({fqn: asdict(weight) for fqn, weight in weights.items()}, separators=(",", ":"))
 
 
-def read_weights(metadata: Mapping[str, str]) -> dict[str, StoredWeight]:
+def read_weights(metadata: Mapping[str, str], source: Path | str = "the file") -> dict[str, StoredWeight]:
     """FQN -> how it is stored, of every packed parameter; {} of a file that says nothing.
 
     Args:
         metadata: of the model.
+        source: its file, for the message of an error.
+
+    Raises:
+        InputError: the entry cannot be read.
     """
-    found = json.loads(metadata.get(WEIGHTS_KEY, "{}"))
-    return {
-        fqn: StoredWeight(**{**item, "shape": tuple(item["shape"]), "tensors": tuple(item["tensors"])})
-        for fqn, item in found.items()
-    }
+    try:
+        found = json.loads(metadata.get(WEIGHTS_KEY, "{}"))
+        return {
+            fqn: StoredWeight(**{**item, "shape": tuple(item["shape"]), "tensors": tuple(item["tensors"])})
+            for fqn, item in found.items()
+        }
+    except (AttributeError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{source} has metadata {WEIGHTS_KEY} that cannot be read ({error}). Export it again") from error

@@ -24,8 +24,7 @@ from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.onnx_files import data_path, needs_external_data, plan_files, publish_files
 from mfcompile.exporters.packing import ENCODINGS, Array, EncodedWeight, decode
-from mfcompile.exporters.sparse_linear import DOMAIN
-from mfcompile.exporters.stored_weights import WEIGHTS_KEY, StoredWeight, describe_weights, read_weights
+from mfcompile.exporters.stored_weights import DOMAIN, WEIGHTS_KEY, StoredWeight, describe_weights, read_weights
 
 FORMAT_KEY = "mfcompile.format"
 DECODE_OPERATORS = frozenset(
@@ -73,12 +72,7 @@ def read_packed(path: Path) -> PackedFile:
         raise InputError(
             f"{path} cannot be read as an ONNX file ({first_line(error)}): it is damaged or something else. Export it again"
         ) from error
-    metadata = model.metadata_props
-    try:
-        weights = read_weights(metadata)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} has metadata {WEIGHTS_KEY} that cannot be read ({error}). Export it again") from error
-    return PackedFile(path, model, weights)
+    return PackedFile(path, model, read_weights(model.metadata_props, path))
 
 
 def make_dense(file: PackedFile, fqns: Iterable[str] | None = None, *, is_folded: bool = False) -> None:

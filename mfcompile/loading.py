@@ -2,7 +2,8 @@
 
 Stock onnxruntime decodes a packed file by folding constants, and holds every intermediate of every weight until the last one is
 folded: several times the memory of the dense model. ``load_session`` decodes one weight at a time into a temporary file of
-external data, which onnxruntime maps as it maps a dense model's, so that loading takes what the dense file takes.
+external data, which onnxruntime maps as it maps a dense model's, so that loading takes what the dense file takes. Files that
+need no decoding are mapped themselves (``mfcompile.mapped_tensors``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 Runtime = bool | str
 """Whether sparse kernels are used: "auto", True or False."""
+
+MAPPING_VERSION = (1, 22)
+"""The first onnxruntime that takes models as bytes with external data everywhere."""
 
 _DATA = "weights.data"
 _REGISTERED: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -72,13 +76,15 @@ def load_session(
     other packed weights are decoded one at a time into a temporary file as large as they are (in the folder that ``tempfile``
     chooses; set TMPDIR for another), which onnxruntime maps and which is gone when this returns; where that folder lacks the
     space, they are decoded into memory that onnxruntime borrows, and loading takes up to twice the dense model's memory. Which
-    way was taken, and why, is logged to ``mfcompile.loading`` at INFO. A dense file is loaded as it is.
+    way was taken, and why, is logged to ``mfcompile.loading`` at INFO. Tensors of a file that needs no decoding are mapped from
+    it, also where they lie inside of the .onnx file: leave it as it is while the session lives (replacing it is harmless).
 
     Args:
         path: an .onnx file; or the directory of a split model, or its manifest.
         threads: threads inside one operator; None leaves the choice to onnxruntime.
         runtime: "auto" uses the sparse runtime where file and machine allow it, True insists on it, False does without.
-        session_options: options to start from; they are used, not copied, and take ``threads`` if it is given.
+        session_options: options to start from; they are used, not copied, and take ``threads`` if it is given. None is
+            ``mfcompile.session_options`` without memory patterns, which hold a second set of buffers and were no faster.
         providers: as in onnxruntime; None is the CPU.
 
     Returns:
@@ -111,26 +117,41 @@ class _Opener:
 
     def open(self, path: Path) -> onnxruntime.InferenceSession:
         """A session of one .onnx file."""
-        from mfcompile.exporters.sparse_linear import DOMAIN
-        from mfcompile.exporters.stored_weights import WEIGHTS_KEY
+        from mfcompile.exporters.stored_weights import DOMAIN
         from mfcompile.onnx_wire import read_head
+        from mfcompile.session_options import release_free_memory
 
         head = read_head(path)
         options = self._options()
         library = self._find_library(path, wanted=DOMAIN in head.opsets)
         if library is not None:
             _register(options, library)
-        if WEIGHTS_KEY not in head.metadata:
+        session = self._open(path, head.metadata, options, library)
+        if library is not None:
+            from mfcompile.runtime import release_unused_memory
+
+            release_unused_memory()
+        release_free_memory()
+        return session
+
+    def _open(
+        self, path: Path, metadata: dict[str, str], options: onnxruntime.SessionOptions, library: str | None
+    ) -> onnxruntime.InferenceSession:
+        from mfcompile.exporters.stored_weights import WEIGHTS_KEY, read_weights
+
+        if WEIGHTS_KEY not in metadata:
             logger.info("%s: loaded as it is: it names no packed weights", path)
-            return self._create(path, str(path), options)
+            return self._create_mapped(path, options, ())
+        weights = read_weights(metadata, path)
+        decoded = [fqn for fqn, stored in weights.items() if library is None or not stored.is_sparse]
+        if library is not None:
+            logger.info("%s: %d weights stay packed for %s", path, len(weights) - len(decoded), library)
+        if not decoded:
+            sparse = {name for stored in weights.values() if stored.is_sparse for name in stored.tensors}
+            return self._create_mapped(path, options, sparse)
         from mfcompile.exporters.unpacking import read_packed
 
         file = read_packed(path)
-        decoded = [fqn for fqn, stored in file.weights.items() if library is None or not stored.is_sparse]
-        if library is not None:
-            logger.info("%s: %d weights stay packed for %s", path, len(file.weights) - len(decoded), library)
-        if not decoded:
-            return self._create(path, str(path), options)
         with tempfile.TemporaryDirectory(prefix="mfcompile-", ignore_cleanup_errors=True) as folder:
             model, given = _decode(file, decoded, Path(folder))
             del file  # nothing of it is needed beside onnxruntime
@@ -149,7 +170,9 @@ class _Opener:
         from mfcompile.session_options import session_options
 
         if self.session_options is None:
-            return session_options(self.threads)
+            options = session_options(self.threads)
+            options.enable_mem_pattern = False
+            return options
         if self.threads is not None:
             self.session_options.intra_op_num_threads = self.threads
         return self.session_options
@@ -175,17 +198,37 @@ class _Opener:
             return None
         return library if wanted else None
 
+    def _create_mapped(
+        self, path: Path, options: onnxruntime.SessionOptions, anywhere: Collection[str]
+    ) -> onnxruntime.InferenceSession:
+        """A session of a file that needs no decoding; its tensors are mapped from it where onnxruntime does that.
+
+        ``anywhere``: see ``mapped_model``.
+        """
+        from mfcompile.mapped_tensors import FOLDER_KEY, mapped_model
+
+        place = path.resolve()  # onnxruntime refuses external data behind a link that leaves its folder
+        model = mapped_model(place, anywhere) if _maps_models() else None
+        if model is not None:
+            options.add_session_config_entry(FOLDER_KEY, str(place.parent))
+            try:
+                session = self._create(path, model, options)
+            except InputError as error:
+                logger.info("%s: its tensors are read, not mapped: %s", path, error)
+            else:
+                logger.info("%s: its tensors are mapped", path)
+                return session
+        return self._create(path, str(path), options)
+
     def _create(self, path: Path, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
         import onnxruntime
+
+        from mfcompile.session_options import load_error
 
         try:
             return onnxruntime.InferenceSession(model, options, providers=list(self.providers or ["CPUExecutionProvider"]))
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise InputError(
-                f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}. The file is damaged, its external data "
-                f"is not beside it, or it needs a newer onnxruntime; export it again"
-            ) from error
+            raise load_error(path, error) from error
 
 
 def _register(options: onnxruntime.SessionOptions, library: str) -> None:
@@ -193,6 +236,13 @@ def _register(options: onnxruntime.SessionOptions, library: str) -> None:
     if options not in _REGISTERED:
         options.register_custom_ops_library(library)
         _REGISTERED.add(options)
+
+
+def _maps_models() -> bool:
+    """Whether onnxruntime reads external data of a model that is given as bytes also where it folds constants."""
+    import onnxruntime
+
+    return tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= MAPPING_VERSION
 
 
 def _decode(file: PackedFile, fqns: Sequence[str], folder: Path) -> tuple[str | bytes, dict[str, Any]]:

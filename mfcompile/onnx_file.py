@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mfcompile.errors import CaptureError, InputError
 from mfcompile.inputs import ExampleInputs
-from mfcompile.onnx_wire import TensorRecord, read_file, skeleton
+from mfcompile.onnx_heads import skeleton
+from mfcompile.onnx_wire import TensorRecord, read_file
 from mfcompile.session import TORCH_DTYPES, make_feeds, ort_value, run_session
 from mfcompile.session_options import session_options
 

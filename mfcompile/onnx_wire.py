@@ -1,4 +1,4 @@
-"""ONNX files byte by byte: where every stored tensor lies, and copies in which only what is named differs.
+"""ONNX files byte by byte: where every stored tensor lies.
 
 A file is read through protobuf's wire format (onnx.proto): fields are copied as the bytes that they are, so whatever is
 not touched stays identical, unknown fields and the order of fields included, and no tensor is parsed.
@@ -25,8 +25,17 @@ MODEL_GRAPH, MODEL_METADATA, _MODEL_OPSETS = 7, 14, 8
 GRAPH_NODE, GRAPH_INITIALIZER = 1, 5
 _NODE_OUTPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 2, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_TENSOR = 1, 5
-_DIMS, _DATA_TYPE, _FLOAT_DATA, _NAME, _RAW_DATA, _DOUBLE_DATA, _EXTERNAL, _LOCATION = 1, 2, 4, 8, 9, 10, 13, 14
-_VALUE_FIELDS = frozenset({4, 5, 6, 7, 9, 10, 11})
+_DIMS, _DATA_TYPE, _FLOAT_DATA, _NAME, TENSOR_RAW_DATA, _DOUBLE_DATA, TENSOR_EXTERNAL, TENSOR_LOCATION = (
+    1,
+    2,
+    4,
+    8,
+    9,
+    10,
+    13,
+    14,
+)
+VALUE_FIELDS = frozenset({4, 5, 6, 7, 9, 10, 11})
 
 Buffer = bytes | memoryview
 
@@ -308,18 +317,18 @@ def _read_tensor(buffer: memoryview, outer: Field, body: tuple[int, int], path: 
             data_type = item.value
         elif item.number == _DIMS:
             dims += [item.value] if item.wire == VARINT else _packed(buffer, item)
-        elif item.number in _VALUE_FIELDS:
+        elif item.number in VALUE_FIELDS:
             values.append(item)
-        elif item.number == _EXTERNAL:
+        elif item.number == TENSOR_EXTERNAL:
             texts = {
                 part.number: str(buffer[part.payload : part.end], "utf-8")
                 for part in read_fields(buffer, item.payload, item.end)
             }
             entries[texts.get(1, "")] = texts.get(2, "")
-        elif item.number == _LOCATION:
+        elif item.number == TENSOR_LOCATION:
             is_external = item.value == 1
     plain = None
-    if len(values) == 1 and values[0].number in (_RAW_DATA, _FLOAT_DATA, _DOUBLE_DATA) and values[0].wire == BYTES:
+    if len(values) == 1 and values[0].number in (TENSOR_RAW_DATA, _FLOAT_DATA, _DOUBLE_DATA) and values[0].wire == BYTES:
         plain = (values[0].payload, values[0].end)
     external = None
     if is_external:
@@ -352,39 +361,3 @@ def _check_external(path: Path, tensor: TensorRecord) -> None:
             f"{path} keeps the tensor {tensor.name} in {place.path}, bytes {place.offset} to {place.offset + place.length}, "
             f"but that file ends at {place.path.stat().st_size}: it is truncated. Copy it again"
         )
-
-
-def skeleton(record: FileRecord, stripped: frozenset[str]) -> bytes:
-    """The model without the values of some initializers: they are said to be external, at a place that is none.
-
-    Args:
-        record: the file.
-        stripped: names of initializers; other external ones are put inside.
-    """
-    with MappedFile(record.path) as buffer:
-        parts: list[bytes] = []
-        by_start = {item.outer.start: item for item in record.tensors.values() if not item.is_constant_node}
-        for item in record.graph_fields:
-            tensor = by_start.get(item.start)
-            if tensor is None or (tensor.name not in stripped and tensor.external is None):
-                parts.append(bytes(buffer[item.start : item.end]))
-            else:
-                parts.append(field_bytes(GRAPH_INITIALIZER, _header(buffer, tensor, tensor.name in stripped)))
-        graph = field_bytes(MODEL_GRAPH, b"".join(parts))
-        return bytes(buffer[: record.graph.start]) + graph + bytes(buffer[record.graph.end :])
-
-
-def _header(buffer: memoryview, tensor: TensorRecord, is_stripped: bool) -> bytes:
-    """The TensorProto of an external or stripped tensor: everything but its values and their place."""
-    dropped = _VALUE_FIELDS | {_EXTERNAL, _LOCATION}
-    kept = b"".join(
-        bytes(buffer[item.start : item.end]) for item in read_fields(buffer, *tensor.body) if item.number not in dropped
-    )
-    if is_stripped:
-        location = field_bytes(1, b"location") + field_bytes(2, b"given in memory")
-        return kept + field_bytes(_EXTERNAL, location) + varint(_LOCATION << 3) + varint(1)
-    place = tensor.external
-    assert place is not None  # only external tensors are brought inside
-    with place.path.open("rb") as file:
-        file.seek(place.offset)
-        return kept + field_bytes(_RAW_DATA, file.read(place.length if place.length >= 0 else -1))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mfcompile.errors import InputError
 from mfcompile.inputs import ExampleInputs
-from mfcompile.session_options import session_options
+from mfcompile.session_options import load_error, session_options
 
 # onnxruntime's names of element types, and the torch dtypes that they are.
 TORCH_DTYPES = {
@@ -47,11 +47,7 @@ def open_session(path: Path | str, threads: int | None = None, library: str | No
     try:
         return onnxruntime.InferenceSession(str(path), session_options(threads, library), providers=["CPUExecutionProvider"])
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise InputError(
-            f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}. "
-            f"The file is damaged, its external data is not beside it, or it needs a newer onnxruntime; export it again"
-        ) from error
+        raise load_error(path, error) from error
 
 
 def make_feeds(session: onnxruntime.InferenceSession, inputs: ExampleInputs) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -1,8 +1,14 @@
-"""Options of every onnxruntime session; apart from ``mfcompile.session``, so that loading a file needs no torch."""
+"""Options of every onnxruntime session, and errors of loading; apart from ``mfcompile.session``, to need no torch."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from pathlib import Path
+
 import onnxruntime
+
+from mfcompile.errors import InputError
 
 
 def session_options(threads: int | None = None, library: str | None = None) -> onnxruntime.SessionOptions:
@@ -14,3 +20,20 @@ def session_options(threads: int | None = None, library: str | None = None) -> o
     if library is not None:
         options.register_custom_ops_library(library)
     return options
+
+
+def release_free_memory() -> None:
+    """Give memory that the process has freed back to the system: glibc keeps what lies between blocks that are in use."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def load_error(path: Path, error: Exception) -> InputError:
+    """What to raise where onnxruntime refuses the model of this file."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return InputError(
+        f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}. The file is damaged, its external data is not "
+        f"beside it, or it needs a newer onnxruntime; export it again"
+    )

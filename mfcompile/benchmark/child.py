@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from mfcompile.session_options import release_free_memory
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): the peak starts again from what is resident now
@@ -42,13 +44,15 @@ def _plain(path: str, options: onnxruntime.SessionOptions) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _decoding(path: str, options: onnxruntime.SessionOptions) -> Any:
+def _loaded(path: str, threads: int, *, runtime: bool) -> Any:
     from mfcompile.loading import load_session
 
-    return load_session(path, runtime=False, session_options=options)
+    return load_session(path, threads=threads, runtime=runtime)
 
 
-def measure(path: str, inputs: str, threads: int, trivial: str, library: str | None, is_decoded: bool) -> dict[str, Any]:
+def measure(
+    path: str, inputs: str, threads: int, trivial: str, library: str | None, is_decoded: bool, is_trimmed: bool = False
+) -> dict[str, Any]:
     """Create a session and run it twice.
 
     Args:
@@ -56,31 +60,40 @@ def measure(path: str, inputs: str, threads: int, trivial: str, library: str | N
         inputs: an .npz file, one array per input of the graph.
         threads: threads inside one operator.
         trivial: an .onnx file of one small node.
-        library: a library of custom operators to register, or None.
-        is_decoded: packed weights are decoded by ``mfcompile.load_session``.
+        library: the sparse runtime, with which ``mfcompile.load_session`` loads the file; None for stock onnxruntime.
+        is_decoded: ``mfcompile.load_session`` loads the file, and decodes packed weights.
+        is_trimmed: free memory is given back before the runs.
 
     Returns:
         Seconds of creation, first and second run, of CPU time for one thread and on the clock for more; bytes above the start:
         resident after the runs, peak; and what the runs added, mapped files apart, of which they touch more and more.
     """
     now = time.process_time if threads == 1 else time.perf_counter
-    create = _decoding if is_decoded else _plain
-    if is_decoded:
-        import mfcompile.exporters.unpacking  # noqa: F401 - what is imported belongs to the start
-    first = create(trivial, onnxruntime.SessionOptions())
+    is_loaded = is_decoded or library is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    if is_loaded:  # what is imported belongs to the start
+        import mfcompile.exporters.unpacking
+        import mfcompile.mapped_tensors  # noqa: F401
+
+        if library is not None:
+            from mfcompile import runtime
+
+            runtime.library_path()
+        first = _loaded(trivial, threads, runtime=False)
+    else:
+        first = _plain(trivial, onnxruntime.SessionOptions())
     with np.load(inputs) as file:
         feeds = {name: file[name] for name in file.files}
     with contextlib.suppress(OSError):  # where it is refused, the peak counts from the start, below that of any session
         _CLEAR.write_text(_RESET_PEAK)
     start = memory("VmRSS")
     moments = [now()]
-    if library is not None:
-        options.register_custom_ops_library(library)
-    session = create(path, options)
+    session = _loaded(path, threads, runtime=library is not None) if is_loaded else _plain(path, options)
     moments.append(now())
+    if is_trimmed:
+        release_free_memory()
     created = memory("RssAnon")
     moments.append(now())
     for _ in range(2):

@@ -25,7 +25,9 @@ PROCESSES = 3
 TIMEOUT_SECONDS = 600
 
 
-def measure_cost(file: SessionFile, inputs: ExampleInputs, *, threads: int, processes: int = PROCESSES) -> SessionCost:
+def measure_cost(
+    file: SessionFile, inputs: ExampleInputs, *, threads: int, processes: int = PROCESSES, is_trimmed: bool = False
+) -> SessionCost:
     """Medians over several processes that each create one session and run it twice.
 
     Args:
@@ -33,6 +35,7 @@ def measure_cost(file: SessionFile, inputs: ExampleInputs, *, threads: int, proc
         inputs: in the dtypes of the graph; those of all inputs of the graph, and no others.
         threads: threads inside one operator.
         processes: how many processes.
+        is_trimmed: give memory back that creating the session left free, so that all that the runs take counts as theirs.
 
     Raises:
         InputError: the process did not come to an end, or what it was to run failed.
@@ -49,6 +52,7 @@ def measure_cost(file: SessionFile, inputs: ExampleInputs, *, threads: int, proc
             "trivial": str(trivial),
             "library": file.library,
             "is_decoded": file.is_decoded,
+            "is_trimmed": is_trimmed,
         }
         found = [_run(task) for _ in range(processes)]
     return SessionCost(

@@ -13,7 +13,7 @@ import torch
 from mfcompile import runtime
 from mfcompile.benchmark.timing import SessionFile, first_line
 from mfcompile.errors import InputError, MfcompileError
-from mfcompile.exporters.sparse_linear import DOMAIN
+from mfcompile.exporters.stored_weights import DOMAIN
 from mfcompile.exporting import export_onnx
 from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet, PackedMask

@@ -14,7 +14,8 @@ import torch
 
 from mfcompile.errors import InputError
 from mfcompile.onnx_file import OnnxFile
-from mfcompile.onnx_wire import field_bytes, read_fields, read_file, read_varint, skeleton, varint
+from mfcompile.onnx_heads import skeleton
+from mfcompile.onnx_wire import field_bytes, read_fields, read_file, read_varint, varint
 from tests.onnx_models import save, two_towers, two_towers_inputs
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfcompile.exporters import onnx_files
-from mfcompile.exporters.onnx_files import needs_external_data, plan_files, strip_metadata, write_files
+from mfcompile.exporters.onnx_files import needs_external_data, plan_files, strip_metadata, write_files, write_model
 
 
 def model_of(*arrays: np.ndarray) -> ir.Model:
@@ -69,6 +70,26 @@ def test_large_external_tensors_start_on_a_page() -> None:
     assert offsets["w5"] is not None
     assert offsets["w5"] % 4096 == 0
     assert offsets["w5"] > 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 3000)), min_size=1, max_size=6))
+def test_tensors_inside_of_the_file_are_aligned_too(tensors: list[tuple[int, int]]) -> None:
+    model = model_of(*(np.full(size, number, np.uint8) for number, (_, size) in enumerate(tensors)))
+    for (length, _), value in zip(tensors, list(model.graph.initializers.values()), strict=True):
+        value.name = f"{value.name}.{'n' * length}"
+    layout = plan_files(model, None)
+    file = io.BytesIO()
+    write_model(layout, file)
+    data = file.getvalue()
+    assert len(data) == layout.model_size_bytes
+    proto = onnx.ModelProto.FromString(data)
+    for number, (item, (_, size)) in enumerate(zip(proto.graph.initializer, tensors, strict=True)):
+        assert item.raw_data == bytes([number]) * size
+        assert not item.doc_string.strip()
+        if size >= onnx_files.EXTERNAL_LEAST_BYTES:
+            assert any(data[place : place + size] == item.raw_data for place in range(0, len(data), 64))
+        else:
+            assert not item.doc_string
 
 
 def test_external_data_is_needed_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
