@@ -184,18 +184,14 @@ def masked_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Weig
     """(FQN, owner, parameter name, mask) of every masked weight of a module, a tied one under each of its names.
 
     Raises:
-        MaskError: something was put over a masked weight that reads its values once and trains others.
+        MaskError: something took the parameter of a masked weight away.
     """
     for path, owner in module.named_modules():
         masks: Mapping[str, WeightMask] = owner.__dict__.get(_MASKS) or {}
         for leaf, mask in masks.items():
             fqn = f"{path}.{leaf}" if path else leaf
             if leaf not in owner._parameters and leaf not in owner.__dict__:
-                raise MaskError(
-                    f"{fqn} has a mask, and no parameter any more: another parametrization (weight_norm, spectral_norm, "
-                    f"torch.nn.utils.prune, ...) took it away. Put that on the dense model before it is pruned, or bake the "
-                    f"zeros in first with mfcompile.strip(module)"
-                )
+                raise MaskError(_taken_away(fqn))
             yield fqn, owner, leaf, mask
 
 
@@ -307,6 +303,11 @@ def _masked_kind(base: Any, leaves: tuple[str, ...]) -> type[nn.Module]:
             )
         base.register_parameter(self, name, param)
 
+    def remove(self: nn.Module, name: str) -> None:
+        if name in (self.__dict__.get(_MASKS) or {}):
+            raise MaskError(_taken_away(f"{name} of {base.__name__}"))
+        base.__delattr__(self, name)
+
     def reduce_ex(self: nn.Module, protocol: int) -> Any:
         return _new, (base, leaves), self.__getstate__()  # type: ignore[no-untyped-call]
 
@@ -314,6 +315,7 @@ def _masked_kind(base: Any, leaves: tuple[str, ...]) -> type[nn.Module]:
         "state_dict": state_dict,
         "_load_from_state_dict": load,
         "_apply": apply,
+        "__delattr__": remove,
         "__reduce_ex__": reduce_ex,
     }
     members |= {leaf: _masked_property(leaf) for leaf in leaves}
@@ -339,18 +341,20 @@ def _masked_property(leaf: str) -> property:
         found: Any = parametrize._cache[key]
         return found  # type: ignore[no-any-return]
 
-    def replace(self: nn.Module, value: Tensor) -> None:
-        # By those who take parameters away for a while: replicas of DataParallel, views of FSDP.
-        self.__dict__.pop(leaf, None)
-        if isinstance(value, nn.Parameter):
-            self._parameters[leaf] = value
-        else:
-            self.__dict__[leaf] = value
+    def replace(self: nn.Module, value: Tensor) -> None:  # replicas of DataParallel hold tensors in the place of parameters
+        if getattr(self, "_is_fsdp_managed_module", False):
+            raise MaskError(_taken_away(f"{leaf} of {type(self).__name__}"))
+        self.__dict__[leaf] = value
 
-    def remove(self: nn.Module) -> None:
-        del self.__dict__[leaf]
+    return property(computed, replace)
 
-    return property(computed, replace, remove)
+
+def _taken_away(name: str) -> str:
+    return (
+        f"{name} has a mask, and its parameter is taken away from it, by a parametrization that is put over it (weight_norm, "
+        f"spectral_norm, torch.nn.utils.prune) or by FullyShardedDataParallel. Put norms on the dense model, before it is "
+        f"pruned, or bake the zeros in first (mfcompile.strip(module)); shard with torch.distributed.fsdp.fully_shard"
+    )
 
 
 def _new(base: Any, leaves: tuple[str, ...]) -> nn.Module:
