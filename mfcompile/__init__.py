@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mfcompile.artifact import ExportedArtifact, ParityReport
     from mfcompile.benchmark.bench import bench
     from mfcompile.benchmark.result import Benchmark
+    from mfcompile.comp import JointlyPruned, prune_jointly
+    from mfcompile.comp_options import CompOptions
     from mfcompile.comparison import compare
     from mfcompile.comparison_result import Comparison
     from mfcompile.compile import CompiledModel, compile_pruned
@@ -64,12 +66,14 @@ __all__ = [
     "CalibrationStatistics",
     "CaptureError",
     "CapturedGraph",
+    "CompOptions",
     "Comparison",
     "CompiledModel",
     "Criterion",
     "ExportError",
     "ExportedArtifact",
     "InputError",
+    "JointlyPruned",
     "MaskCallback",
     "MaskError",
     "MaskSet",
@@ -109,6 +113,7 @@ __all__ = [
     "masks_of",
     "merge_lora",
     "output_weights",
+    "prune_jointly",
     "prune_structure",
     "prune_tokens",
     "remove_units",
@@ -128,6 +133,8 @@ _HOMES = {
     "mfcompile.artifact": ("ExportedArtifact", "ParityReport"),
     "mfcompile.benchmark.bench": ("bench",),
     "mfcompile.benchmark.result": ("Benchmark",),
+    "mfcompile.comp": ("JointlyPruned", "prune_jointly"),
+    "mfcompile.comp_options": ("CompOptions",),
     "mfcompile.comparison": ("compare",),
     "mfcompile.comparison_result": ("Comparison",),
     "mfcompile.exporters.split_session": ("load_parts",),

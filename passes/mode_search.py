@@ -219,6 +219,10 @@ class ModeSpace(Protocol[S]):
         """How much worse than the dense model a state is, and what it spends (FLOPs, or seconds)."""
         ...
 
+    def settle(self, state: S) -> S:
+        """The state as it is once its step was taken: what was put off while it was one of several is done."""
+        ...
+
     def changes(self, before: S, after: S) -> Mapping[str, Any]:
         """What a step took, as plain values for a report."""
         ...
@@ -335,7 +339,7 @@ class _Search(Generic[S]):
         mode = min(tried, key=lambda name: (tried[name], self.policy.open.index(name)))
         changes = self.space.changes(self.state, states[mode])
         self.policy.record(mode, tried)
-        self.state, self.measured = states[mode], measured[mode]
+        self.state, self.measured = self.space.settle(states[mode]), measured[mode]
         self.left = self.space.flops(self.state)
         loss, spent = self.measured
         costs = dict(self.policy.costs)

@@ -13,10 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGES = ("frontends", "passes", "exporters", "runtime")
 TOP = {"mfcompile.compile", "mfcompile.exporting", "mfcompile.steps", "mfcompile.onnx_ladder", "mfcompile.cli"}
-TOP |= {"mfcompile.loading", "mfcompile.tokens", "mfcompile.benchmark"}
+TOP |= {"mfcompile.loading", "mfcompile.tokens", "mfcompile.structure", "mfcompile.comp", "mfcompile.benchmark"}
 ABOVE_CORE = {
     "compile.py", "comparison.py", "comparison_result.py", "exporting.py", "steps.py", "onnx_ladder.py", "onnx_entry.py",
-    "tokens.py", "structure.py", "__init__.py", "__main__.py", "loading.py",
+    "tokens.py", "structure.py", "__init__.py", "__main__.py", "loading.py", "comp.py", "comp_latency.py", "comp_modes.py",
+    "comp_report.py", "comp_space.py", "token_request.py",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ PUBLIC = {
     "find_token_sites", "infer_regions", "load", "load_parts", "load_session", "mask_module", "masks_of", "merge_lora",
     "prune_tokens", "save", "select_masks", "strip", "token_schedule", "transfer_masks", "unpack", "verify", "verify_masks",
     "with_token_program", "RefusedUnit", "StructuralUnit", "StructuralUnits", "find_units", "output_weights",
-    "prune_structure", "remove_units", "unit_norms",
+    "prune_structure", "remove_units", "unit_norms", "CompOptions", "JointlyPruned", "prune_jointly",
 }  # fmt: skip
 
 

@@ -65,6 +65,9 @@ class Units:
             loss += sum(self.size[mode] * self.price[mode] * self.growth**unit for unit in range(gone))
         return loss, self.flops(state)
 
+    def settle(self, state: State) -> State:
+        return state
+
     def changes(self, before: State, after: State) -> Mapping[str, Any]:
         return {mode: after[mode] - gone for mode, gone in before.items() if after[mode] != gone}
 

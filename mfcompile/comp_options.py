@@ -1,0 +1,85 @@
+"""The options of joint pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mfcompile.comp_loss import LOSSES
+from mfcompile.errors import InputError
+
+COSTS = ("flops", "latency")
+"""What a stage's loss is divided by: FLOPs that it saves, or seconds in onnxruntime that it saves on this machine."""
+
+
+@dataclass(frozen=True)
+class CompOptions:
+    """How a model is pruned jointly. Numbers with a symbol are those of CoMP (CVPR 2026).
+
+    Attributes:
+        strategy: how the mode of a stage is chosen: "probe" (a step of every mode is tried, the cheapest taken), "comp" (Eq. 8
+            to 10), "fixed" (in turn), "greedy" (Eq. 8 alone).
+        cost: one of ``COSTS``.
+        step: FLOPs that a stage saves, as a share of the dense model's.
+        modes: names of the modes to use; None for all but tokens of text.
+        order: modes in the order of "fixed", and of first visits.
+        caps: mode -> how much of every unit, or of the tokens of every site, may go; 1.0 where it is not named: all but one.
+        scorer: what scores units: "cip" (Eq. 4), "wanda" (Eq. 3), "magnitude", "random".
+        token_scorer, rest, restore: how tokens are cut; see ``mfcompile.prune_tokens``.
+        at: depths of the cuts among the sites of a mode.
+        loss: "cos" or "kl", what outputs are compared by where there is no ``evaluate``.
+        outputs: names of the outputs that are compared; None for all.
+        exploration, temperature, memory, horizon: rho, tau, lambda_0 and I_max of "comp".
+        tolerance: how far from the target the end may be, as a share of it.
+        seed: of exploration, and of what a model draws.
+    """
+
+    strategy: str = "probe"
+    cost: str = "flops"
+    step: float = 0.05
+    modes: tuple[str, ...] | None = None
+    order: tuple[str, ...] | None = None
+    caps: Mapping[str, float] = field(default_factory=dict)
+    scorer: str = "cip"
+    token_scorer: str = "cit"
+    rest: str = "drop"
+    restore: str = "zeros"
+    at: tuple[float, ...] = (0.25, 0.5, 0.75)
+    loss: str = "cos"
+    outputs: tuple[str, ...] | None = None
+    exploration: float = 0.2
+    temperature: float = 5.0
+    memory: float = 0.4
+    horizon: int = 5
+    tolerance: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("cost", self.cost, COSTS), ("loss", self.loss, LOSSES)):
+            if value not in known:
+                raise InputError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+        for mode, share in self.caps.items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise InputError(f"caps[{mode!r}] is {share!r}: give the share that may go, from 0 to 1")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> CompOptions:
+        """Options by their names.
+
+        Raises:
+            InputError: there is none of that name, or it cannot have its value.
+        """
+        known = [item.name for item in fields(cls)]
+        odd = next((name for name in options if name not in known), None)
+        if odd is not None:
+            raise InputError(f"joint pruning has no option {odd!r}; it has {', '.join(known)}")
+        lists = {"modes", "order", "at", "outputs"}
+        return cls(**{name: _listed(value) if name in lists else value for name, value in options.items()})
+
+
+def _listed(value: Any) -> Any:
+    """Several values, or one, as a tuple."""
+    if value is None:
+        return None
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
