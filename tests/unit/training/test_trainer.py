@@ -134,6 +134,45 @@ def test_a_model_that_from_pretrained_loaded_gets_its_masks(tmp_path: Path) -> N
     assert all(torch.equal(first[fqn], second[fqn]) for fqn in first)
 
 
+WITHOUT_MFCOMPILE = """
+import sys
+from pathlib import Path
+sys.modules["mfcompile"] = None
+import torch
+from transformers import BlipForConditionalGeneration
+folder = Path(sys.argv[1])
+model, found = BlipForConditionalGeneration.from_pretrained(folder / "shards", output_loading_info=True)
+assert not any(found.values()), found
+weights = dict(model.named_parameters(remove_duplicate=False))
+masks = torch.load(folder / "masks.pt", weights_only=True)
+print(sum(int((weights[name][~mask] == 0).sum()) for name, mask in masks.items()))
+with torch.no_grad():
+    torch.save(model.eval()(**torch.load(folder / "inputs.pt", weights_only=True)).logits, folder / "logits.pt")
+"""
+
+
+def test_shards_of_a_tied_model_are_read_where_there_is_no_mfcompile(tmp_path: Path) -> None:
+    masks = masks_for(blip())
+    model: Any = mfcompile.mask_module(blip(), masks)
+    model.gradient_checkpointing_enable()
+    optimizer = torch.optim.NAdam(model.train().parameters(), lr=0.01, weight_decay=0.1)
+    inputs = {name: value[None] for name, value in Pairs()[0].items()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    torch.save(dict(masks.items()), tmp_path / "masks.pt")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", WITHOUT_MFCOMPILE, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) == masks.weight_count - masks.kept_count
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), model(**inputs).logits)
+
+
 def test_a_retrieval_model_hands_its_masks_to_captioning_and_to_answering() -> None:
     captioner, config = blip(), blip().config
     retrieval, answering = transformers.BlipForImageTextRetrieval(config), transformers.BlipForQuestionAnswering(config)
