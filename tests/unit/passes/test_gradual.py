@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mfcompile.passes.pruning_run import PruningRun
 from mfcompile.passes.reconstruction import Reconstruction
 from mfcompile.passes.sparsity_patterns import parse_pattern
 from mfcompile.passes.weight_update import SiteUpdate, updated
+from mfcompile.recipe import Recipe, ReproductionError
 from tests.models import tiny_vlm, vlm_batch
 from tests.unit.passes.test_experts import Mixture, image
 from tests.unit.passes.test_least_squares import by_numpy
@@ -184,3 +186,9 @@ class TestModels:
     def test_what_it_refuses(self) -> None:
         with pytest.raises(InputError, match="gradual: steps is a positive integer, got 0"):
             GradualOptions(steps=0)
+
+
+def test_a_recipe_whose_masks_differ_says_that_solutions_round(tmp_path: Path) -> None:
+    recipe = Recipe(tmp_path / "model.py", update="gradual", digest="d" * 64, fingerprint="f", versions={"torch": "2"})
+    with pytest.raises(ReproductionError, match="chooses by values that it solved for, which round otherwise on another"):
+        recipe.check_reproduced("e" * 64, "f", {"torch": "2"})
