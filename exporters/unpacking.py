@@ -24,7 +24,7 @@ from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters.messages import first_line
 from mfcompile.exporters.onnx_files import data_path, needs_external_data, plan_files, publish_files
 from mfcompile.exporters.packing import ENCODINGS, Array, EncodedWeight, decode
-from mfcompile.exporters.stored_weights import DOMAIN, WEIGHTS_KEY, StoredWeight, describe_weights, read_weights
+from mfcompile.exporters.stored_weights import DOMAIN, INT8_KEY, WEIGHTS_KEY, StoredWeight, describe_weights, read_weights
 
 FORMAT_KEY = "mfcompile.format"
 DECODE_OPERATORS = frozenset(
@@ -341,17 +341,35 @@ def unpack_onnx(path: Path, output: Path, *, overwrite: bool = False, external_d
     if sources & {output.resolve(), data_path(output).resolve()}:
         raise InputError(f"{output} is (a part of) the file that is unpacked: write to another one")
     if not file.weights:
-        raise InputError(f"{path} names no packed weight: it is dense, or packed by an older mfcompile (export it again)")
+        raise _nothing_packed(file)
     make_dense(file)
-    left = sorted({node.op_type for node in file.model.graph.all_nodes() if node.domain == DOMAIN})
-    if left:
-        raise InputError(
-            f"{path} has layers of {' and '.join(left)}, which are not unpacked: export the model with --format dense instead"
-        )
+    _refuse_layers(file)
     tensors = (value.const_value for value in file.model.graph.initializers.values())
     is_external = needs_external_data(item for item in tensors if item is not None) if external_data is None else external_data
     layout = plan_files(file.model, data_path(output).name if is_external else None)
     return publish_files(layout, output, has_data_file=is_external, check=_check)
+
+
+def _refuse_layers(file: PackedFile) -> None:
+    left = sorted({node.op_type for node in file.model.graph.all_nodes() if node.domain == DOMAIN})
+    if left:
+        raise InputError(
+            f"{file.path} has layers of {' and '.join(left)}, which are not unpacked: export the model with --format dense "
+            f"instead"
+        )
+
+
+def _nothing_packed(file: PackedFile) -> InputError:
+    """What to say of a file that names no packed weight: it is dense, unless something in it decodes or multiplies by one."""
+    if INT8_KEY in file.model.metadata_props:
+        _refuse_layers(file)
+    nodes = list(file.model.graph.all_nodes())
+    if any(node.op_type == "ScatterElements" or node.domain == DOMAIN for node in nodes):
+        return InputError(
+            f"{file.path} names no packed weight, but has operators that read one: it was packed by an older mfcompile, or "
+            f"changed after its export. Export it again"
+        )
+    return InputError(f"{file.path} holds no packed weight: it is dense as it is, and there is nothing to unpack")
 
 
 def _external(model: ir.Model) -> list[ir.ExternalTensor]:

@@ -83,9 +83,12 @@ def findings(document: Mapping[str, Any]) -> Iterator[str]:
         compared = [row for row in document["timings"] if row["variant"] != baseline and row["speedup"] is not None]
         for name, rows in _grouped([row for row in compared if row["verdict"] == verdict]):
             yield f"{name} is {words} {baseline} {_places(document, rows)}."
+    reasons: dict[str, list[str]] = {}
     for item in document["variants"]:
         if item["reason"] is not None:
-            yield f"{item['name']} was not measured: {item['reason']}"
+            reasons.setdefault(item["reason"], []).append(item["name"])
+    for reason, names in reasons.items():
+        yield f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'} not measured: {reason}"
     missing = {item["name"] for item in document["variants"] if item["reason"] is not None}
     for failure in document["failures"]:
         if failure["variant"] not in missing:

@@ -60,6 +60,14 @@ def test_who_wins_where_and_who_loses_where() -> None:
     ]
 
 
+def test_a_reason_that_several_forms_share_is_said_once() -> None:
+    document = benchmark().as_dict()
+    document["variants"] = [{**item, "reason": "no such file"} for item in document["variants"][:2]]
+    first, second = (item["name"] for item in document["variants"])
+    told = [line for line in findings(document) if "no such file" in line]
+    assert told == [f"{first} and {second} were not measured: no such file"]
+
+
 def test_outputs_that_differ_are_pointed_out() -> None:
     seconds = {"dense": (1.0,), "int8": (0.5,)}
     timings = tuple(summarize(seconds, "dense", size=0, threads=1, errors={"int8": 0.02}))

@@ -300,9 +300,11 @@ def test_int8_layers_stay_and_are_not_unpacked(pruned: CapturedGraph, tmp_path: 
     expected = toy_session.run(artifact.path, inputs)
     for name, value in run(mfcompile.load_session(artifact.path, runtime=False), inputs).items():
         assert value.tobytes() == expected[name].tobytes(), name
-    with pytest.raises(InputError, match=r"layers of SparseLinearInt8.* which are not unpacked"):
-        mfcompile.unpack(artifact.path, tmp_path / "dense.onnx")
-    assert [item.name for item in tmp_path.iterdir()] == ["int8.onnx"]
+    only_int8 = changed(artifact.path, tmp_path / "only_int8.onnx", without_entry)
+    for path in (artifact.path, only_int8):
+        with pytest.raises(InputError, match=r"layers of SparseLinearInt8.* which are not unpacked"):
+            mfcompile.unpack(path, tmp_path / "dense.onnx")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["int8.onnx", "only_int8.onnx"]
 
 
 def test_the_output_is_checked_before_anything_is_read(
@@ -314,7 +316,7 @@ def test_the_output_is_checked_before_anything_is_read(
     assert (tmp_path / "there.onnx").read_bytes() == b"kept"
     with pytest.raises(InputError, match=r"does not end in \.onnx"):
         mfcompile.unpack(packed, tmp_path / "dense")
-    with pytest.raises(InputError, match="no packed weight"):
+    with pytest.raises(InputError, match="holds no packed weight: it is dense as it is"):
         mfcompile.unpack(cases["fp32", False, False].dense.path, tmp_path / "dense.onnx")
     with pytest.raises(InputError, match="there is no ONNX file"):
         mfcompile.unpack(tmp_path / "missing.onnx", tmp_path / "dense.onnx")
