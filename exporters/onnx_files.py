@@ -96,7 +96,10 @@ def needs_external_data(tensors: Iterable[ir.TensorProtocol]) -> bool:
 
 
 def saves_memory(sparse_bytes: int) -> bool:
-    """External data saves memory worth a second file: kernels give back what they have packed, if it is mapped from there."""
+    """External data saves memory worth a second file, where onnxruntime itself loads it: kernels give back what is mapped.
+
+    ``mfcompile.load_session`` needs none (``mfcompile.mapped_tensors``).
+    """
     return sparse_bytes > SPARSE_LIMIT_BYTES
 
 
