@@ -1,6 +1,7 @@
 """Pruned transformers end to end: dense onnxruntime against the sparse runtime, with masks that MULTIFLOW chose.
 
 python -m benchmarks.sparse_models [--layers 6] [--rounds 9] [--only BERT-like] [--pattern 16x1] [--sparsity 0.75] ...
+python -m benchmarks.sparse_models --memory [--only BERT-like] [--sparsity 0.75]
 
 A ViT-B-like encoder (197 tokens) and a BERT-like one (any number), built from the configurations of transformers with random
 weights: every matrix is a product of two normal draws, heavy-tailed as trained weights are, times a scale of its own between
@@ -17,8 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from mfcompile import runtime
 from mfcompile.artifact import ExportedArtifact
 from mfcompile.benchmark.cost import measure_cost
 from mfcompile.benchmark.machine import describe_machine
-from mfcompile.benchmark.result import Timing
+from mfcompile.benchmark.result import SessionCost, Timing
 from mfcompile.benchmark.sizes import FreeAxes, SizedInputs, declared_shapes, free_axes, sized_inputs
 from mfcompile.benchmark.timing import Clock, SessionFile, measure
 from mfcompile.benchmark.variants import size_of
@@ -45,7 +46,6 @@ from mfcompile.masks import MaskSet
 
 RESULT = Path(__file__).resolve().parent / "results" / "sparse.json"
 LAYERS, DECODE_LAYERS = 6, 12
-MEMORY_SPARSITY = 0.75
 MOST_ERROR = 1e-3
 """Of outputs, against dense onnxruntime; kernels that compute something else are not timed."""
 
@@ -81,8 +81,7 @@ def measure_subject(
     axes = free_axes(declared_shapes(dense.open(1)))
     usual = node_times(dense, examples)
     found["operators"].append({"model": subject.name, "form": "dense", **_shares(usual)})
-    mapped = SessionFile("dense", pruner.export(folder / "mapped.onnx", None, format="dense", external_data=True).path)
-    unpruned = (dense, mapped)
+    unpruned = _dense_cost(pruner, folder, examples)
     for pattern in subject.patterns:
         for sparsity in sparsities:
             _tell(f"{subject.name}, {pattern}, {sparsity:.0%}")
@@ -94,7 +93,7 @@ def measure_subject(
             timed = _speed(subject, pattern, (dense, packed), examples, axes, rounds, usual, masks)
             found["speed"] += [{**head, **row} for row in timed]
             found["files"].append({**head, **_file_figures(artifact)})
-            if pattern == "unstructured" and sparsity == MEMORY_SPARSITY:
+            if pattern == "unstructured":
                 found["memory"] += [{**head, **row} for row in _memory(pruner, masks, packed, examples, unpruned)]
             found["operators"].append({**head, "form": "runtime", **_shares(node_times(packed, examples))})
             keep()
@@ -169,33 +168,73 @@ def _counts(words: Sequence[str]) -> dict[str, int]:
     return {word: words.count(word) for word in sorted(set(words))}
 
 
+@dataclass(frozen=True)
+class _DenseCost:
+    """What the dense file takes in stock onnxruntime.
+
+    Attributes:
+        places: where the tensors lie -> memory and time.
+        activations: bytes that runs add where tensors are external data. Free memory that creating the session left behind
+            would hide them, and is given back before.
+    """
+
+    places: Mapping[str, SessionCost]
+    activations: int
+
+
+def _dense_cost(pruner: Pruner, folder: Path, examples: ExampleInputs) -> _DenseCost:
+    inside, outside = (
+        SessionFile("dense", pruner.export(folder / f"{name}.onnx", None, format="dense", external_data=name == "mapped").path)
+        for name in ("unpruned", "mapped")
+    )
+    costs = {"inside": measure_cost(inside, examples, threads=1), "external data": measure_cost(outside, examples, threads=1)}
+    activations = measure_cost(outside, examples, threads=1, is_trimmed=True).run_bytes
+    assert activations is not None
+    return _DenseCost(costs, activations)
+
+
 def _memory(
-    pruner: Pruner, masks: MaskSet, packed: SessionFile, examples: ExampleInputs, unpruned: Sequence[SessionFile]
+    pruner: Pruner, masks: MaskSet, packed: SessionFile, examples: ExampleInputs, dense: _DenseCost
 ) -> list[dict[str, Any]]:
     """Memory and loading with the packed weights inside of the .onnx file, and in a file of external data beside it.
 
-    Activations are what the first run adds to a dense session whose weights are external data: where they are inside of the
-    file, loading leaves free memory behind, which hides it.
+    Packed files are loaded by ``mfcompile.load_session``. What runs add to their own sessions is kept beside what they add to
+    the dense one: less, because they are loaded without memory patterns.
     """
-    dense = [measure_cost(file, examples, threads=1) for file in unpruned]
     outside = pruner.export(packed.path.with_name("external.onnx"), masks, format="packed", external_data=True).path
     rows = []
-    for place, path, usual in (("inside", packed.path, dense[0]), ("external data", outside, dense[1])):
-        own = measure_cost(SessionFile("runtime", path, packed.library), examples, threads=1)
+    for place, path in (("inside", packed.path), ("external data", outside)):
+        own, usual = measure_cost(SessionFile("runtime", path, packed.library), examples, threads=1), dense.places[place]
         size = size_of(path)
-        activations = dense[1].run_bytes
         assert own.resident_bytes is not None
+        assert own.run_bytes is not None
         assert usual.resident_bytes is not None
-        assert activations is not None
         rows.append(
             {"weights": place, "file_mb": round(size / 1e6, 1), "resident_mb": round(own.resident_bytes / 1e6, 1),
-             "dense_resident_mb": round(usual.resident_bytes / 1e6, 1), "activations_mb": round(activations / 1e6, 1),
-             "over_file": round((own.resident_bytes - activations) / size, 3), "peak_mb": round((own.peak_bytes or 0) / 1e6, 1),
+             "dense_resident_mb": round(usual.resident_bytes / 1e6, 1),
+             "activations_mb": round(dense.activations / 1e6, 1), "own_activations_mb": round(own.run_bytes / 1e6, 1),
+             "over_file": round((own.resident_bytes - dense.activations) / size, 3),
+             "over_file_own": round((own.resident_bytes - own.run_bytes) / size, 3),
+             "peak_mb": round((own.peak_bytes or 0) / 1e6, 1),
              "load_ms": round(1e3 * own.creation_seconds, 1), "dense_load_ms": round(1e3 * usual.creation_seconds, 1),
              "first_run_ms": round(1e3 * own.first_run_seconds, 1),
              "dense_first_run_ms": round(1e3 * usual.first_run_seconds, 1)}
         )  # fmt: skip
     return rows
+
+
+def measure_memory(subject: Subject, folder: Path, library: str, sparsities: Sequence[float]) -> Iterator[list[dict[str, Any]]]:
+    """Rows of memory of one model, sparsity by sparsity, with unstructured masks."""
+    pruner = Pruner.of(subject)
+    examples = ExampleInputs((), subject.examples, tuple(subject.examples))
+    dense = _dense_cost(pruner, folder, examples)
+    for sparsity in sparsities:
+        _tell(f"memory, {subject.name}, {sparsity:.0%}")
+        masks = pruner.masks(sparsity, "unstructured")
+        packed = pruner.export(folder / "packed.onnx", masks, format="packed", external_data=False)
+        head = {"model": subject.name, "pattern": "unstructured", "sparsity": sparsity}
+        measured = _memory(pruner, masks, SessionFile("runtime", packed.path, library), examples, dense)
+        yield [{**head, **row} for row in measured]
 
 
 def measure_decode(rounds: int, library: str) -> list[dict[str, Any]]:
@@ -288,6 +327,21 @@ def sparse_models(
     return result
 
 
+def _remeasure_memory(output: Path, layers: int, names: Sequence[str], sparsities: Sequence[float]) -> None:
+    """Rows of memory in place of those of an earlier result, whose other parts stay as they are."""
+    before = json.loads(output.read_text())
+    torch.set_num_threads(1)
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="mfcompile-") as folder:
+            for rows in measure_memory(SUBJECTS[name](layers), Path(folder), runtime.library_path(), sparsities):
+                place = name, rows[0]["sparsity"]
+                kept = [row for row in before["memory"] if (row["model"], row["sparsity"]) != place]
+                before["memory"] = sorted(kept + rows, key=lambda row: (list(SUBJECTS).index(row["model"]), row["sparsity"]))
+                before["goals"] = judge(before)
+                output.write_text(json.dumps(before, indent=1) + "\n")
+    Console(width=200).print(as_table("memory", before["memory"]))
+
+
 def main() -> None:
     """Measure, print, and keep the result as JSON; parts that are not measured stay as they were."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -296,8 +350,12 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=[*SUBJECTS, "decode", "int8"], default=[])
     parser.add_argument("--pattern", action="append", choices=PATTERNS, help="of the masks (default: all)")
     parser.add_argument("--sparsity", action="append", type=float, choices=SPARSITIES, help="of the masks (default: all)")
+    parser.add_argument("--memory", action="store_true", help="measure memory and loading alone")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    if options.memory:
+        _remeasure_memory(options.output, options.layers, options.only or list(SUBJECTS), options.sparsity or SPARSITIES)
+        return
     is_part = bool(options.only or options.pattern or options.sparsity)
     before = json.loads(options.output.read_text()) if is_part and options.output.exists() else {}
     patterns, sparsities = options.pattern or PATTERNS, options.sparsity or SPARSITIES
