@@ -214,6 +214,8 @@ def select_masks(
         sparsity, criterion, criterion_options or {}, allocation, pattern, update, rounding, seed, update_options or {}
     )
     again = None if batches is None else as_function(batches)
+    if statistics is not None:
+        statistics.check_fits(site for site in regions.pruned_sites if site.name in statistics.sites)
     return _select_masks(captured, regions, statistics, options, progress, batches=again, loss_fn=loss_fn)
 
 

@@ -190,7 +190,7 @@ class _Finder:
             try:
                 plans.append(self._plan(self._closure(reading), reading))
             except InseparableError as error:
-                if cone.is_private or not cone.crosses_normalisation:
+                if not cone.crosses_normalisation or (cone.is_private and not cone.joins):
                     refused.append(self._refuse(error, reading, cone))
         return plans, refused
 
@@ -315,16 +315,18 @@ class _Cone:
         is_private: nothing else reads any of it.
         has_attention: an attention is among these products.
         crosses_normalisation: something on the way normalises.
+        joins: what different products gave is added on the way, as to a residual stream.
     """
 
     def __init__(self, start: fx.Node, parameters: set[str], held: Mapping[str, str]) -> None:
         self.has_attention = False
         self.crosses_normalisation = False
+        self.joins = False
         inside: set[fx.Node] = set()
         made = False
         is_stream = False
         pending = [start]
-        while pending:
+        while pending and not is_stream:
             node = pending.pop()
             if node in inside:
                 continue
@@ -343,8 +345,7 @@ class _Cone:
                 is_stream = is_stream or name != "" or node.name not in held
                 continue
             if name in {"add", "add_", "sub"} and len(given) > 1 and not self.has_attention:
-                is_stream = True
-                break
+                self.joins |= self._roots(given[0]) != self._roots(given[1])
             if name in CONTRACTIONS | SOFTMAX_ATTENTION:
                 self.has_attention = True
                 pending += node.all_input_nodes[2:3] if name in SOFTMAX_ATTENTION else node.all_input_nodes[1:2]
@@ -353,6 +354,21 @@ class _Cone:
         self.is_middle = made and not is_stream
         outside = [user for node in inside if node.op != "placeholder" for user in node.users if user not in inside]
         self.is_private = len({user for user in outside if user.op != "placeholder"}) <= 1
+
+    def _roots(self, node: fx.Node) -> set[fx.Node]:
+        """The nearest products, or other nodes that compute across features, that a node comes from."""
+        found: set[fx.Node] = set()
+        pending, seen = [node], {node}
+        while pending:
+            current = pending.pop()
+            is_root = operator_name(current) in CONTRACTIONS | CONVOLUTIONS | SOFTMAX_ATTENTION | _NORMALISATIONS
+            if is_root or current.op == "placeholder":
+                found |= {current} if is_root else set()
+                continue
+            new = [item for item in current.all_input_nodes if item not in seen]
+            seen.update(new)
+            pending += new
+        return found
 
 
 def _is_pointwise(node: fx.Node) -> bool:

@@ -29,15 +29,22 @@ def spread_out(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def zeroed(model: nn.Module, units: StructuralUnits, remove: Remove) -> nn.Module:
-    """The original model with the columns of W_out that belong to the removed elements set to zero."""
+def zeroed(model: nn.Module, units: StructuralUnits, remove: Remove, stored_in_out: bool = False) -> nn.Module:
+    """The original model with the columns of W_out that belong to the removed elements set to zero.
+
+    Args:
+        model: is copied.
+        units: of the model.
+        remove: unit -> elements.
+        stored_in_out: its weights are stored (in, out), not (out, in).
+    """
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for name, elements in remove.items():
             unit = units.unit(name)
             weight = changed.get_parameter(unit.output_weight)
             for element in elements:
-                weight[:, list(unit.columns(element))] = 0
+                (weight.T if stored_in_out else weight)[:, list(unit.columns(element))] = 0
     return changed
 
 
@@ -69,14 +76,19 @@ def parameters(model: nn.Module) -> int:
 
 
 def check_removal(
-    model: nn.Module, batch: Mapping[str, Any], captured: CapturedGraph | None = None, seed: int = 0
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    captured: CapturedGraph | None = None,
+    seed: int = 0,
+    stored_in_out: bool = False,
 ) -> tuple[StructuralUnits, CapturedGraph]:
     """Removal gives what zeros in W_out give, which is not what the dense model gives; gives units and the smaller graph."""
     captured = mfcompile.capture(model, dict(batch)) if captured is None else captured
     units = mfcompile.find_units(captured)
     remove = some_of(units, seed)
     smaller = mfcompile.remove_units(captured, remove)
-    expected, found, dense = outputs(zeroed(model, units, remove), batch), outputs(smaller.module, batch), outputs(model, batch)
+    zeros = zeroed(model, units, remove, stored_in_out)
+    expected, found, dense = (outputs(item, batch) for item in (zeros, smaller.module, model))
     assert largest_difference(expected, found) < 1e-4
     assert largest_difference(dense, expected) > 1e-2
     assert parameters(smaller.module) < parameters(model)
