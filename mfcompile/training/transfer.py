@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ class MaskTransfer:
             f"{len(self.matched)} weights got masks, {len(self.unmatched)} masks went nowhere, {len(self.dense)} matrices stay "
             f"dense"
         ]
+        moves = Counter(_changed(source, target) for target, source in self.matched.items() if source != target)
+        lines += [f"{count} from {source or 'the root'} to {target or 'the root'}" for (source, target), count in moves.items()]
         lines += [f"no place for {source}: {reason}" for source, reason in self.unmatched.items()]
         return "\n".join(lines)
 
@@ -58,7 +61,8 @@ def transfer_masks(
         strict: refuse masks that went nowhere.
 
     Raises:
-        InputError: a pattern matches no mask or cannot be used, or a mask went nowhere (``strict``).
+        InputError: a pattern matches no mask, sends masks where the model has no weight at all, or cannot be used; or a mask
+            went nowhere (``strict``).
     """
     module, _ = unwrap(module)
     first: dict[int, str] = {}
@@ -67,7 +71,7 @@ def transfer_masks(
     for name, parameter in module.named_parameters(remove_duplicate=False):
         alias[name] = first.setdefault(id(parameter), name)
         shapes[name] = tuple(parameter.shape)
-    wanted = _by_names(masks, names or {})
+    wanted = _by_names(masks, names or {}, shapes)
     unmatched: dict[str, str] = {}
     found: dict[str, str] = {}
 
@@ -116,7 +120,17 @@ def _equal(one: PackedMask, other: PackedMask) -> bool:
     return one.shape == other.shape and bool((one.bits == other.bits).all())
 
 
-def _by_names(masks: MaskSet, names: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
+def _changed(source: str, target: str) -> tuple[str, str]:
+    """The parts in which two names begin, without the end that they have in common."""
+    ours, theirs = source.split("."), target.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours, theirs = ours[:-1], theirs[:-1]
+    return ".".join(ours), ".".join(theirs)
+
+
+def _by_names(
+    masks: MaskSet, names: Mapping[str, str | Sequence[str]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[str]]:
     """Masked weight -> where the user sends it."""
     wanted: dict[str, list[str]] = {}
     for pattern, given in names.items():
@@ -128,11 +142,18 @@ def _by_names(masks: MaskSet, names: Mapping[str, str | Sequence[str]]) -> dict[
             )
         for target in [given] if isinstance(given, str) else given:
             template = _template(pattern, target)
-            for source, match in hits:
-                try:
-                    wanted.setdefault(source, []).append(match.expand(template))
-                except (re.error, IndexError) as error:
-                    raise InputError(f"names: {target!r} does not fit the pattern {pattern!r}: {error}") from error
+            try:
+                sent = [(source, match.expand(template)) for source, match in hits]
+            except (re.error, IndexError) as error:
+                raise InputError(f"names: {target!r} does not fit the pattern {pattern!r}: {error}") from error
+            if all(name not in shapes for _, name in sent):
+                near = difflib.get_close_matches(sent[0][1], shapes, n=3)
+                raise InputError(
+                    f"names: {pattern!r} sends {sent[0][0]} to {sent[0][1]}, and the model has no weight of that name, nor of "
+                    f"any other that {target!r} stands for. Nearest names: {', '.join(near) or 'none'}"
+                )
+            for source, name in sent:
+                wanted.setdefault(source, []).append(name)
     return wanted
 
 

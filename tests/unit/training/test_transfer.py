@@ -99,6 +99,24 @@ def test_a_stage_of_another_number_is_another_stage() -> None:
     assert not mfcompile.transfer_masks(second, tree(b=tree(stages=nn.ModuleList([tree(blocks=stack(1))])))).matched
 
 
+def test_masks_that_are_sent_nowhere_do_not_leave_their_place_to_others() -> None:
+    masks = masks_for(tree(text=tree(layers=stack()), image=tree(layers=stack())))
+    other = tree(tower=tree(trunk=tree(layers=stack())))
+    assert not mfcompile.transfer_masks(masks, other).matched  # both fit
+    sent = (
+        r"'image' sends image\.layers\.0\.up\.weight to tower\.layers\.0\.up\.weight, .* Nearest names: tower\.trunk\.layers\.0"
+    )
+    with pytest.raises(mfcompile.InputError, match=sent):
+        mfcompile.transfer_masks(masks, other, {"image": "tower"})
+    result = mfcompile.transfer_masks(masks, other, {"image": "tower.trunk"})
+    assert set(result.matched.values()) == {name for name in masks if name.startswith("image")}
+    assert str(result).splitlines()[1] == "4 from image to tower.trunk"
+    deep = masks_for(tree(text=stack(3)))
+    shallow = mfcompile.transfer_masks(deep, tree(decoder=stack(2)), {"text": "decoder"})
+    assert shallow.unmatched["text.2.up.weight"] == "the model has no weight called decoder.2.up.weight"
+    assert len(shallow.matched) == 4
+
+
 def test_the_user_says_where_masks_go() -> None:
     masks = masks_for(tree(text=stack(), vision=stack()))
     target = tree(encoder=stack(), decoder=stack(), vision=stack())
@@ -124,9 +142,8 @@ def test_tied_weights_take_one_mask() -> None:
     assert "decoder.0.up.weight" not in result.masks
     other = result.unmatched["encoder.0.up.weight"]
     assert other == "encoder.0.up.weight has the mask of other.0.up.weight already, which is another one"
-    alike = mfcompile.transfer_masks(masks, target, {"encoder": ["encoder", "decoder"], "other": "nowhere"})
-    assert alike.unmatched["other.0.up.weight"] == "the model has no weight called nowhere.0.up.weight"
-    assert not any(name.startswith("encoder") for name in alike.unmatched)
+    own = replace(masks, packed={name: packed for name, packed in masks.packed.items() if name.startswith("encoder")})
+    alike = mfcompile.transfer_masks(own, target, {"encoder": ["encoder", "decoder"]}, strict=True)
     masked = mfcompile.mask_module(target, alike.masks)
     assert mfcompile.masks_of(masked) == alike.masks
 
