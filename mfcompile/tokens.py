@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -294,8 +295,15 @@ def _with_sites(exported: ExportedModel, kinds: Mapping[str, str]) -> _Program:
 def _functional(program: ExportedProgram) -> ExportedProgram:
     """The program without operators that write into tensors: what a node gives must not change behind its back."""
     schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes if node.op == "call_function"]
-    is_written = any(schema is not None and schema.is_mutable for schema in schemas)
-    return program.run_decompositions({}) if is_written else program
+    if not any(schema is not None and schema.is_mutable for schema in schemas):
+        return program
+    program = program.run_decompositions({})
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            # Written where strides allowed a view; whoever writes attention out later gives its result others.
+            node.target = torch.ops.aten.reshape.default
+    program.graph_module.recompile()
+    return program
 
 
 def _has_free_length(exported: ExportedModel) -> bool:

@@ -120,7 +120,8 @@ class PruneTokens:
         assert before.exported is not None  # ``requires`` looked
         assert result.graph.exported is not None  # ``apply`` made it
         old, new = _output_sizes(before.exported), _output_sizes(result.graph.exported)
-        shorter = set(_kept_outputs(result.graph.exported).values())
+        listed = _kept_outputs(result.graph.exported)
+        shorter = {*listed, *listed.values()}
         for name, wanted in old.items():
             found = new.get(name)
             if found == wanted:
@@ -132,7 +133,14 @@ class PruneTokens:
         """The request and what came of it, as JSON knows it."""
         scorer = next((name for name, known in SCORERS.items() if known == self.scorer), None)
         done = [
-            {"site": cut.site, "arriving": cut.arriving, "kept": cut.kept, "protected": cut.protected, "merged": cut.merged}
+            {
+                "site": cut.site,
+                "arriving": cut.arriving,
+                "kept": cut.kept,
+                "protected": cut.protected,
+                "merged": cut.merged,
+                "restored": list(cut.restored),
+            }
             for cut in cuts
         ]
         asked = {"keep": dict(self.keep), "scorer": scorer, "rest": self.rest, "restore": self.restore}
@@ -153,7 +161,7 @@ def token_requests(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
 
     Returns:
         Of each request "keep" (site -> number or share), "scorer" (None for one of the user), "rest", "restore", "outputs"
-        and "cuts" (of each site "site", "arriving", "kept", "protected", "merged").
+        and "cuts" (of each site "site", "arriving", "kept", "protected", "merged", and "restored": what has all places again).
     """
     found: list[dict[str, Any]] = json.loads(metadata.get(TOKENS_KEY, "[]"))
     return found

@@ -1,0 +1,1 @@
+"""Token pruning on architectures that no test knows: sites or refusals, and what token pruning promises, one by one."""
