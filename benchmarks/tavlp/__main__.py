@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.tavlp.cells import Cell, Choice, cells, run_cell, run_untuned, untuned_config, untuned_path
 from benchmarks.tavlp.configuration import SCALES, Scale, config_hash
-from benchmarks.tavlp.families import FAMILIES, VARIANTS
+from benchmarks.tavlp.families import FAMILIES, VARIANTS, family
 from benchmarks.tavlp.pruners import PRUNERS
 from benchmarks.tavlp.pruning import Folders
 from benchmarks.tavlp.records import read_record
@@ -68,6 +68,13 @@ def main() -> None:
     """Parse and run."""
     arguments = _parser().parse_args()
     scale = SCALES[arguments.scale]
+    if arguments.command == "differences":
+        from benchmarks.tavlp.differences import differences, differences_of
+
+        for name in FAMILIES:
+            differences_of(family(name), scale, folders_of(scale))
+        print(differences(scale, folders_of(scale)))
+        return
     if arguments.command == "tables":
         from benchmarks.tavlp.page import write_page
 
@@ -102,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--threads", type=int, default=torch.get_num_threads())
     runs.add_argument("--untuned", action="store_true", help="only the figures of pruned models before fine-tuning")
     tables = commands.add_parser("tables", help="write docs/benchmark_tables.md and its figures from the results")
-    for command in (runs, tables):
+    differences = commands.add_parser("differences", help="which weights pruners share, what layers keep")
+    for command in (runs, tables, differences):
         command.add_argument("--scale", choices=sorted(SCALES), default="small")
     return parser
 

@@ -71,7 +71,9 @@ class Difference:
     @property
     def verdict(self) -> str:
         """What it says of the claim that it is positive."""
-        if self.error is None or abs(self.mean) < STANDARD_ERRORS * self.error:
+        if self.error is None:
+            return "noise not known"
+        if abs(self.mean) < STANDARD_ERRORS * self.error:
             return "within noise"
         return "holds" if self.mean > 0 else "**does not hold**"
 

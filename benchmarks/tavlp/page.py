@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.tavlp.cells import Choice, cells
 from benchmarks.tavlp.configuration import Scale
+from benchmarks.tavlp.differences import differences
 from benchmarks.tavlp.families import FAMILIES, family
 from benchmarks.tavlp.figures import draw_allocations, draw_highest_sparsity
 from benchmarks.tavlp.orderings import HEADLINES, choice, orderings
@@ -84,6 +85,8 @@ def _parts(results: Results) -> Iterator[str]:
     yield "![sparsity per layer and region under three allocations](images/benchmark_allocations.png)"
     yield regions(results)
     yield magnitudes(results)
+    yield "## What sets pruners apart"
+    yield differences(results.scale, results.folders)
     yield "## Stacks of unequal size"
     yield (
         f"`{VARIANT}` computes what xvlm computes, with text weights of twice the size (`families/unequal.py`). Text removed "

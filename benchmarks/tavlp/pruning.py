@@ -38,15 +38,6 @@ class Folders:
     masks: Path
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A family's model, captured, and its calibration data of a seed."""
-
-    captured: mfcompile.CapturedGraph
-    regions: mfcompile.RegionMap
-    batches: list[Batch]
-
-
 @functools.lru_cache(maxsize=2)
 def _captured(family: Family) -> tuple[mfcompile.CapturedGraph, mfcompile.RegionMap]:
     captured = mfcompile.capture(family.build(), family.example_inputs())
@@ -76,6 +67,19 @@ def _gradients(family: Family, seed: int, calibration: tuple[int, int]) -> tuple
     started = time.process_time()
     found = accumulate_gradients(captured.module, batches, _loss(family, {"losses": 0}), tuple(names), seed=seed)
     return DenseFacts(gradients=found), time.process_time() - started
+
+
+def calibrated(
+    family: Family, seed: int, calibration: tuple[int, int]
+) -> tuple[mfcompile.CapturedGraph, mfcompile.RegionMap, mfcompile.CalibrationStatistics]:
+    """A family's model, captured, and what calibration on the batches of a seed saw.
+
+    Args:
+        family: whose pretrained model.
+        seed: of the calibration data.
+        calibration: batches, and pairs in each.
+    """
+    return *_captured(family), _statistics(family, seed, calibration)[0]
 
 
 def masks_of(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: Scale, folders: Folders) -> mfcompile.MaskSet:

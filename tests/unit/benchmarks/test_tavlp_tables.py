@@ -126,3 +126,12 @@ def test_a_cell_made_anew_is_set_beside_the_one_that_is_kept() -> None:
         "kept_ir1": 3.0,
         "largest_difference": 2.0,
     }
+
+
+def test_a_difference_of_unknown_noise_has_no_verdict() -> None:
+    assert Difference("", 20.0, None, 1).verdict == "noise not known"
+    assert [Difference("", mean, 1.0, 2).verdict for mean in (1.9, 2.1, -2.1)] == [
+        "within noise",
+        "holds",
+        "**does not hold**",
+    ]
