@@ -8,13 +8,13 @@ from torch import fx, nn
 
 from mfcompile.errors import InputError, PostconditionError, PreconditionError
 from mfcompile.graph import CapturedGraph
-from mfcompile.masked_weights import WeightMask, mask_weight, masked_parameters, put_masks, strip
+from mfcompile.masked_weights import mask_weight, masked_parameters, put_masks, strip
 from mfcompile.masks import MaskSet
 from mfcompile.module_copy import share_weights_copy
 from mfcompile.passes.base import PassResult
 from mfcompile.passes.weights import parameter_views
 
-__all__ = ["ApplyMasks", "WeightMask", "mask_module", "mask_weight", "masked_parameters", "strip"]
+__all__ = ["ApplyMasks", "mask_module", "mask_weight", "masked_parameters", "strip"]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import mfcompile
 from mfcompile.comparison_result import ComparedModel, MetricChoice, ranked
 from mfcompile.errors import CalibrationError, InputError, MfcompileError
-from mfcompile.masked_weights import WeightMask, masked_places
+from mfcompile.masked_weights import masked_places
 from mfcompile.passes import gradients
 from mfcompile.passes.output_error import OutputErrors
+from mfcompile.weight_mask import WeightMask
 from tests.models import Batch, tiny_vlm, vlm_batch, vlm_statistics
 
 CRITERIA = ["multiflow", "magnitude@uniform", "snip", "wanda:2:4"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -13,7 +14,12 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector_to_parameters
 
 import mfcompile
+from mfcompile.masked_weights import put_masks
 from tests.masked_models import Small, assert_pruned, batch, effective, loss_of, masked, small, small_masks, train, zeroed
+
+
+def pruned_count() -> int:
+    return small_masks().weight_count - small_masks().kept_count
 
 
 def adamw(module: nn.Module) -> torch.optim.Optimizer:
@@ -29,6 +35,25 @@ def test_parameters_have_the_names_and_the_order_of_the_dense_model() -> None:
     decayed = {name for name, parameter in model.named_parameters() if name.endswith("weight") and parameter.ndim > 1}
     assert decayed == {"conv.weight", "up.weight", "down.weight", "first.weight", "head.weight"}
     assert repr(model) == repr(dense)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "in place"])
+def test_what_a_masked_model_owns_is_zero_where_it_is_pruned(how: str) -> None:
+    shared = masked()
+    own: nn.Module = small()
+    if how == "in place":
+        put_masks(own, small_masks(), shared=False)
+    else:
+        own = copy.deepcopy(shared) if how == "deepcopy" else pickle.loads(pickle.dumps(shared))
+    stored, dense = dict(own.named_parameters()), dict(shared.named_parameters())
+    for name, mask in small_masks().items():
+        assert torch.equal(stored[name] == 0, ~mask)
+        assert dense[name][~mask].all(), "those of the dense model are left alone"
+    mfcompile.add_lora(own, rank=2)
+    twin = copy.deepcopy(own)
+    assert torch.equal(twin.eval()(batch()[0]), own.eval()(batch()[0]))
+    optimizer = torch.optim.AdamW(copy.deepcopy(shared).parameters(), lr=0.01, weight_decay=0.1)
+    assert sum(int((weight == 0).sum()) for weight in optimizer.param_groups[0]["params"]) >= pruned_count()
 
 
 def test_equal_layers_share_a_class() -> None:
