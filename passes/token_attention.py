@@ -69,7 +69,7 @@ class Attention:
             mask = values[2]
             logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask.float()
         if argument(self.node, "is_causal", 5, False):
-            seen = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+            seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
             logits = logits.masked_fill(~seen, lowest)
         return logits
 

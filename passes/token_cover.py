@@ -61,11 +61,13 @@ class Cover:
         attention: the attention; its nodes are those of ``TokenCovers.graph``.
         rows: of the activation.
         reads: the tokens that are read in the end.
+        is_self: its queries are the same tokens as its keys, whose scores these are.
     """
 
     attention: Attention
     rows: Rows
     reads: tuple[ReadOut, ...]
+    is_self: bool = True
 
 
 class _UncoveredError(Exception):
@@ -101,12 +103,13 @@ class TokenCovers:
     Args:
         captured: a recorded graph.
         modalities: of its inputs.
+        uses: of all weights that covers may be asked for.
 
     Attributes:
         graph: a copy with nodes of the same names, which covers speak of.
     """
 
-    def __init__(self, captured: CapturedGraph, modalities: Iterable[InputModality]) -> None:
+    def __init__(self, captured: CapturedGraph, modalities: Iterable[InputModality], uses: Iterable[WeightUse]) -> None:
         self.graph = with_meta_tensors(captured)
         self._order = order_of(self.graph)
         self._nodes = list(self._order)
@@ -114,7 +117,8 @@ class TokenCovers:
         given = {item.name: item.modality for item in modalities}
         # Called by position where the example was by keyword, an input has another name: it counts as content.
         content = [spec.node for spec in captured.inputs if given.get(spec.name, "unknown")]
-        self._content = content_nodes(self.graph, content)
+        # What layers read counts too: learned queries come from no input.
+        self._content = content_nodes(self.graph, [*content, *(use.activation for use in uses)])
         self._used = content_ancestors(self._nodes[-1])
         """What outputs depend on: models compute read-outs that nothing reads."""
         self._upstream = Upstream()
@@ -162,7 +166,7 @@ class TokenCovers:
         mapped, place = found
         rows = _rows_of(activation, place)
         self._check_samples(mapped, activation, place, rows)
-        return Cover(mapped.attention, rows, self._reads_of(mapped, activation, place, rows))
+        return Cover(mapped.attention, rows, self._reads_of(mapped, activation, place, rows), mapped.is_self)
 
     @cached_property
     def _projections(self) -> dict[fx.Node, _Mapped]:

@@ -151,7 +151,7 @@ def received(attention: Tensor, live_heads: Tensor | None = None) -> Tensor:
     return attention.amax(dim=1).sum(dim=1)
 
 
-def weigh(logits: Tensor, batch_size: int, masked: bool, negligible: float) -> tuple[Tensor, Tensor]:
+def weigh(logits: Tensor, batch_size: int, masked: bool, negligible: float, *, is_self: bool = True) -> tuple[Tensor, Tensor]:
     """Attention weights without NaN, and which tokens are no padding.
 
     The softmax of a row that may look at nothing is NaN in torch, and would poison the score of every token of the sample:
@@ -163,9 +163,10 @@ def weigh(logits: Tensor, batch_size: int, masked: bool, negligible: float) -> t
         batch_size: number of samples.
         masked: some tokens may not look at some others.
         negligible: logits at or below are masked.
+        is_self: queries are the same tokens as keys.
 
     Returns:
-        (batch, heads, queries, keys) weights; (batch, tokens) bool.
+        (batch, heads, queries, keys) weights; (batch, keys) bool.
     """
     tokens = logits.shape[-1]
     rows = logits.reshape(batch_size, -1, logits.shape[-2], tokens)
@@ -174,7 +175,7 @@ def weigh(logits: Tensor, batch_size: int, masked: bool, negligible: float) -> t
     seen = rows > negligible
     weights = torch.where(seen, rows, 4 * negligible).softmax(dim=-1) * seen
     valid = seen.any(dim=2).any(dim=1)
-    return weights * valid[:, None, :, None], valid
+    return weights * valid[:, None, :, None] if is_self else weights, valid
 
 
 def keep_best(score: Tensor, protected: Tensor, valid: Tensor, count: int) -> Tensor:

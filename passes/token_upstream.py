@@ -12,12 +12,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from mfcompile.graph import CapturedGraph, TensorValue
-from mfcompile.masked_weights import mask_weight
 from mfcompile.passes.operators import CONTENT_FREE, CONTRACTIONS, argument, is_stored, is_view, operator_name
 from mfcompile.passes.token_axis import index_per_sample
 from mfcompile.passes.token_places import Place, node_sizes
 from mfcompile.passes.token_shape_rules import whole_axis
 from mfcompile.passes.token_spread import VIEWS, places_behind, sources_of
+from mfcompile.masked_weights import mask_weight
 
 _JOINS = frozenset({"cat", "concat"})
 
@@ -38,16 +38,17 @@ def with_meta_tensors(captured: CapturedGraph) -> fx.Graph:
 
 
 def content_nodes(graph: fx.Graph, content: Iterable[str]) -> set[fx.Node]:
-    """Nodes that depend on what inputs with content hold, not on their sizes or masks alone.
+    """Nodes that depend on what nodes with content hold, not on their sizes or truth alone.
 
     Args:
         graph: any.
-        content: names of the placeholders of these inputs.
+        content: names of these nodes.
     """
     starts, found = set(content), set()
     for node in graph.nodes:
-        is_start = node.op == "placeholder" and node.name in starts
-        if is_start or (operator_name(node) not in CONTENT_FREE and any(item in found for item in node.all_input_nodes)):
+        if node.name in starts or (
+            operator_name(node) not in CONTENT_FREE and any(item in found for item in node.all_input_nodes)
+        ):
             found.add(node)
     return found
 

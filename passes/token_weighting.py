@@ -21,7 +21,7 @@ from mfcompile.passes.base import PassResult
 from mfcompile.passes.observers import ActivationObserver, StatisticsCollector, shallow_root, writes_before
 from mfcompile.passes.operators import CONTRACTIONS, is_view, operator_name, written_arguments
 from mfcompile.passes.reduction import Reduction, read, weighted_norms
-from mfcompile.passes.token_attention import NEGLIGIBLE, Attention, ancestors
+from mfcompile.passes.token_attention import NEGLIGIBLE, ancestors
 from mfcompile.passes.token_cover import Cover, Rows
 from mfcompile.passes.token_scores import received, weigh
 from mfcompile.passes.token_upstream import ReadOut
@@ -40,14 +40,14 @@ class TokenScores(nn.Module):
 
     Args:
         collector: knows which rows are padding.
-        attention: the attention.
-        samples: sequences of tokens in a batch.
+        cover: the attention, and how many sequences of tokens a batch has.
         live: (heads,) weight of each head, Eq. 7; None for all alike.
     """
 
-    def __init__(self, collector: StatisticsCollector, attention: Attention, samples: int, live: Tensor | None) -> None:
+    def __init__(self, collector: StatisticsCollector, cover: Cover, live: Tensor | None) -> None:
         super().__init__()
-        self._collector, self._attention, self._samples, self._live = collector, attention, samples, live
+        self._collector, self._live = collector, live
+        self._attention, self._samples, self._is_self = cover.attention, cover.rows.samples, cover.is_self
 
     def forward(self, *operands: Tensor) -> Tensor:
         """(samples, keys) scores from the operands of the attention."""
@@ -67,7 +67,7 @@ class TokenScores(nn.Module):
         taken = [self._of(item, part) for item in operands]
         logits = self._attention.logits(*taken)
         count = len(range(self._samples)[part])
-        weights, _ = weigh(logits, count, self._attention.masked, NEGLIGIBLE)
+        weights, _ = weigh(logits, count, self._attention.masked, NEGLIGIBLE, is_self=self._is_self)
         if rows is not None:
             weights = weights * self._of(rows[..., None], part).reshape(count, -1, weights.shape[2], 1)
         return received(weights, None if self._live is None else self._live.to(weights.device))
@@ -284,7 +284,7 @@ class _Writer:
         key = (attention.node.name, cover.rows.samples)
         if key not in self._scores:
             operands = [self.by_name[item.name] for item in attention.operands]
-            scores = TokenScores(self.collector, attention, cover.rows.samples, self.live.get(attention.node.name))
+            scores = TokenScores(self.collector, cover, self.live.get(attention.node.name))
             anchor = max(operands, key=self.order.__getitem__)
             self._scores[key] = self._call(scores, operands, after=anchor)
             self._place(self._scores[key], anchor)

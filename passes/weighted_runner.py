@@ -171,7 +171,8 @@ class WeightedRunner:
         self, recorded: CapturedGraph, uses: Mapping[str, tuple[WeightUse, ...]]
     ) -> tuple[dict[WeightUse, Cover], dict[str, str]]:
         """Covers of uses, and FQN -> why one of its uses has none."""
-        finder = TokenCovers(recorded, self._regions.modalities)
+        listed = [use for fqn in self._collector.by_fqn for use in uses.get(fqn, ())]
+        finder = TokenCovers(recorded, self._regions.modalities, listed)
         found: dict[WeightUse, Cover] = {}
         reasons: dict[str, str] = {}
         for fqn in self._collector.by_fqn:

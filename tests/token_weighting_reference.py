@@ -54,7 +54,9 @@ def split_heads(states: Array, heads: int) -> Array:
     return states.reshape(batch, tokens, heads, width // heads).transpose(0, 2, 1, 3)
 
 
-def token_scores(query: Array, key: Array, seen: NDArray[np.bool_], live: Iterable[float] | None = None) -> Array:
+def token_scores(
+    query: Array, key: Array, seen: NDArray[np.bool_], live: Iterable[float] | None = None, *, is_self: bool = True
+) -> Array:
     """S^t_i = sum_n max_h A_hni (Eq. 6), (batch, keys). Rows of padding, which no query may look at, pay nothing.
 
     Args:
@@ -62,6 +64,7 @@ def token_scores(query: Array, key: Array, seen: NDArray[np.bool_], live: Iterab
         key: (batch, heads, keys, d), the same number of heads.
         seen: (batch, queries, keys).
         live: (heads,) factors of Eq. 7.
+        is_self: queries are the same tokens as keys.
     """
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
@@ -69,7 +72,7 @@ def token_scores(query: Array, key: Array, seen: NDArray[np.bool_], live: Iterab
     scores = np.zeros((batch, keys))
     for b in range(batch):
         for n in range(queries):
-            if queries == keys and not seen[b, :, n].any():
+            if is_self and not seen[b, :, n].any():
                 continue
             largest = np.zeros(keys)
             for h in range(heads):

@@ -15,16 +15,29 @@ import mfcompile
 from mfcompile.passes.reduction import weighted_norms
 from mfcompile.passes.token_weighting import token_weights
 from mfcompile.passes.unit_scores import unit_scores
-from tests.token_models import PAD, Batch, Encoder, SequenceFirst, blip_like, clip_like, fixed, llava_like, patches
+from tests.token_models import (
+    PAD,
+    Attention,
+    Batch,
+    Block,
+    Encoder,
+    SequenceFirst,
+    blip_like,
+    clip_like,
+    fixed,
+    llava_like,
+    patches,
+)
 from tests.token_weighting_reference import Array, Heard, rotate, split_heads, token_scores, weighted_norm
 
 CLOSE = 2e-5
 """Relative: float32 attention and activations against float64 on the same float32 layers."""
 
 
-def norms_of(model: nn.Module, batches: Sequence[Any], example: Any = None, **options: Any) -> dict[str, Array]:
+def norms_of(model: nn.Module, batches: Sequence[Any], example: Any = None, targets: Any = None) -> dict[str, Array]:
     captured = mfcompile.capture(model, batches[0] if example is None else example)
-    statistics = mfcompile.calibrate(captured, list(batches), weighting="cip", **options)
+    regions = mfcompile.infer_regions(captured, targets=targets)
+    statistics = mfcompile.calibrate(captured, list(batches), regions=regions, weighting="cip")
     assert statistics.weighting == "cip"
     return {name: site.input_norm().numpy() for name, site in statistics.sites.items() if site.weighting == "cip"}
 
@@ -84,7 +97,10 @@ def blip_reference(model: Any, batch: Batch) -> dict[str, Array]:
         own.append(token_scores(parts[0], parts[1], np.repeat(real[:, None], 10, 1)))
         parts = [split_heads(heard.one(f"{path}.crossattention.self.{part}"), 4) for part in ("query", "key")]
         queries = [parts[0][b : b + 1, :, real[b]] for b in range(2)]  # padding pays nothing
-        every = [token_scores(queries[b], parts[1][b : b + 1], np.ones((1, int(real[b].sum()), 17), bool)) for b in range(2)]
+        every = [
+            token_scores(queries[b], parts[1][b : b + 1], np.ones((1, int(real[b].sum()), 17), bool), is_self=False)
+            for b in range(2)
+        ]
         crossed.append(np.concatenate(every))
     read = np.zeros(2, np.int64)
     for layer, path in enumerate(paths):
@@ -272,6 +288,42 @@ def test_the_next_attention_scores_the_tokens_of_an_mlp() -> None:
     assert changed == {"blocks.0.up.weight", "blocks.0.down.weight"}
 
 
+class Crossed(nn.Module):
+    """Learned queries that attend to themselves, then to as many image tokens, of which some are masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 6, 16))
+        self.blocks = nn.ModuleList([Block(16, 2) for _ in range(2)])
+        self.look = Attention(16, 2)
+
+    def forward(self, image: Tensor, image_mask: Tensor) -> Tensor:
+        states = self.blocks[0](self.queries.expand(image.shape[0], -1, -1))
+        states = states + self.look(states, image_mask[:, None, None, :], context=image)
+        result: Tensor = self.blocks[1](states).mean(1)
+        return result
+
+
+def test_masked_cross_attention_of_as_many_queries() -> None:
+    torch.manual_seed(0)
+    model, image = Crossed().eval(), patches(3, 6)
+    seen = torch.ones(3, 6, dtype=torch.bool)
+    seen[1, 4:], seen[2, :2] = False, False
+    found = norms_of(model, [{"image": image, "image_mask": seen}], targets=["*"])
+    assert {f"look.{name}.weight" for name in ("query", "key", "value", "out")} <= set(found)
+    heard = Heard(model, {"image": image, "image_mask": seen})
+    query, key = (split_heads(heard.one(f"look.{name}"), 2) for name in ("query", "key"))
+    score = token_scores(query, key, np.repeat(seen.numpy()[:, None], 6, 1), is_self=False)
+    wanted = weighted_norm(image.double().numpy(), score)
+    for name in ("key", "value"):
+        np.testing.assert_allclose(found[f"look.{name}.weight"], wanted, rtol=CLOSE)
+    query, key = (split_heads(heard.one(f"blocks.1.attention.{name}"), 2) for name in ("query", "key"))
+    following = token_scores(query, key, np.ones((3, 6, 6), bool))
+    for name in ("look.query", "look.out", "blocks.0.up"):  # the query side, and learned queries, which no input makes
+        rows = heard.given[name][0]
+        np.testing.assert_allclose(found[f"{name}.weight"], weighted_norm(rows, following), rtol=CLOSE)
+
+
 @pytest.mark.parametrize("rest", ["drop", "merge"])
 def test_a_token_that_is_read_behind_cuts_is_known_before_them(rest: str) -> None:
     torch.manual_seed(0)
@@ -291,7 +343,7 @@ def test_a_token_that_is_read_behind_cuts_is_known_before_them(rest: str) -> Non
 def test_streams_that_put_tokens_first() -> None:
     torch.manual_seed(0)
     model, image = SequenceFirst().eval(), patches(3)
-    found = norms_of(model, [image], regions=None)
+    found = norms_of(model, [image], targets=["*"])
     heard = Heard(model, {"image": image})
     states = heard.given["mlps.1"][0].transpose(1, 0, 2)
     parts = np.split(heard.one("projections.1"), 3, axis=-1)[:2]
