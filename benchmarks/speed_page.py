@@ -140,7 +140,8 @@ def memory(results: Results) -> str:
     """Memory and loading."""
     lines = [
         [f"{row['model']}, {row['sparsity']:.0%}, weights {row['weights']}", f"{row['dense_resident_mb']:.0f} MB",
-         f"{row['resident_mb']:.0f} MB", f"{row['over_file']:.2f}", f"{row['dense_load_ms']:.0f} ms",
+         f"{row['resident_mb']:.0f} MB", f"{row['file_mb']:.0f} MB", f"{row['activations_mb']:.0f} MB",
+         f"{row['over_file']:.2f}", f"{row['over_file_own']:.2f}", f"{row['dense_load_ms']:.0f} ms",
          f"{row['load_ms']:.0f} ms"]
         for row in results["sparse"]["memory"]
     ]  # fmt: skip
@@ -148,7 +149,10 @@ def memory(results: Results) -> str:
         "model, masks, place",
         "dense holds",
         "runtime holds",
-        "over file, activations apart",
+        "packed file",
+        "dense activations",
+        "over file, dense activations apart",
+        "over file, own apart",
         "dense loads in",
         "runtime loads in",
     ]
