@@ -157,9 +157,8 @@ class Closure:
         """Carry a node's labels over to the other tensors of an operator: its own, or one that reads it."""
         if applied.op == "output":
             raise InseparableError(node, "it is an output of the model")
-        labels = self.elements.reduce(self.labels[node])
-        for relation in relations_of(applied):
-            self._carry(node, applied, labels, relation)
+        for relation in relations_of(applied):  # the one before may have merged elements
+            self._carry(node, applied, self.elements.reduce(self.labels[node]), relation)
 
     def _carry(self, node: fx.Node, applied: fx.Node, labels: Labels, relation: Relation) -> None:
         if isinstance(relation, Unknown):

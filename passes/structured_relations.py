@@ -28,7 +28,7 @@ SPLITS = frozenset({"split", "split_with_sizes", "chunk", "unsafe_split", "unsaf
 CREATIONS = frozenset({"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty"})
 """Operators that give one value at every position of sizes that they list."""
 
-EXPANSIONS = frozenset({"expand", "broadcast_to"})
+EXPANSIONS = frozenset({"expand", "broadcast_to", "repeat"})
 """Operators that copy what they have along new axes and along axes of size one."""
 
 

@@ -63,6 +63,12 @@ def _rewrite_node(editor: ProgramEditor, node: fx.Node, cuts: Cuts, before: Mapp
     name = operator_name(node)
     if name in _LISTED:
         _resize(editor, node, cuts.get(node, {}), _LISTED[name])
+    elif name == "repeat":
+        _recount(editor, node, cuts.get(node, {}), before)
+    elif name == "repeat_interleave":
+        for axis, kept in cuts.get(node, {}).items():
+            if before[node.args[0]][axis] == 1:  # type: ignore[index]  # by the schema
+                _set(node, "repeats", 1, int(kept.sum()))
     elif name in _POSITIONS:
         source = node.args[0]
         assert isinstance(source, fx.Node)  # by the schema
@@ -87,6 +93,19 @@ def _resize(editor: ProgramEditor, node: fx.Node, own: Mapping[int, NDArray[np.b
         else:
             listed[axis - first] = _scaled(editor, node, listed[axis - first], kept)
     node.update_arg(at, listed)
+
+
+def _recount(
+    editor: ProgramEditor, node: fx.Node, own: Mapping[int, NDArray[np.bool_]], before: Mapping[fx.Node, tuple[int, ...]]
+) -> None:
+    """Copies along an axis that had one position: as many as stay."""
+    source, counts = node.args[0], list(node.args[1])  # type: ignore[arg-type]  # by the schema
+    assert isinstance(source, fx.Node)
+    added = len(counts) - len(before[source])
+    for axis, kept in own.items():
+        if axis < added or before[source][axis - added] == 1:
+            counts[axis] = int(kept.sum()) if isinstance(counts[axis], int) else _scaled(editor, node, counts[axis], kept)
+    node.update_arg(1, counts)
 
 
 def _scaled(editor: ProgramEditor, node: fx.Node, size: Any, kept: NDArray[np.bool_]) -> fx.Node:

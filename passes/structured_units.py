@@ -15,24 +15,16 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, SOFTMAX_ATTENTION, SOFTMAXES, argument, operator_name
+from mfcompile.passes.operators import CONTRACTIONS, CONVOLUTIONS, SOFTMAX_ATTENTION, SOFTMAXES, operator_name
 from mfcompile.passes.structured_closure import Closure, InseparableError
 from mfcompile.passes.structured_labels import NONE, Labels, dependent_axes
-from mfcompile.passes.structured_relations import SPLITS, dims, relations_of
+from mfcompile.passes.structured_readings import Cone, Reading, is_lookup, is_stack, parameter_behind
+from mfcompile.passes.structured_relations import relations_of
 from mfcompile.passes.token_attention import ancestors, find_attentions, module_path
 from mfcompile.passes.token_places import node_sizes
-from mfcompile.passes.token_spread import VIEWS
-from mfcompile.passes.token_ties import Group, Rule, Tie, operands_of
+from mfcompile.passes.token_ties import Rule, Tie
 
 CHANNELS, HEADS = "channels", "heads"
-
-_MOVES = VIEWS | SPLITS | {
-    "t", "numpy_T", "adjoint", "mT", "transpose", "swapaxes", "permute", "squeeze", "unsqueeze", "slice", "select", "getitem",
-    "to", "_to_copy", "contiguous", "clone", "alias", "detach", "type_as", "narrow",
-}  # fmt: skip
-"""Operators that a weight may pass on its way to what multiplies by it."""
-
-_NORMALISATIONS = frozenset({"layer_norm", "rms_norm", "_fused_rms_norm", "group_norm"})
 
 
 @dataclass(frozen=True)
@@ -137,23 +129,6 @@ def plan_units(program: ExportedProgram, regions: Mapping[str, str]) -> tuple[li
     return _Finder(program, regions).run()
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """A contraction of an activation with a parameter.
-
-    Attributes:
-        node: the operator.
-        activation: what it sums over, with the axes.
-        axes: of the activation.
-        weight: the placeholder of the parameter.
-    """
-
-    node: fx.Node
-    activation: fx.Node
-    axes: tuple[int, ...]
-    weight: fx.Node
-
-
 class _Finder:
     """One search through a program."""
 
@@ -178,23 +153,23 @@ class _Finder:
     def run(self) -> tuple[list[UnitPlan], list[RefusedUnit]]:
         """Try every weight once."""
         plans: list[UnitPlan] = []
-        refused: list[RefusedUnit] = []
+        refused: dict[fx.Node, RefusedUnit] = {}
         seen: set[fx.Node] = set()
         for reading in self._readings():
             if reading.weight in seen:
                 continue
             seen |= {reading.weight, *self.same.get(reading.weight, ())}
-            cone = _Cone(reading.activation, self.parameters, self.held)
+            cone = Cone(reading.activation, self.parameters, self.held)
             if not cone.is_middle:
                 continue
             try:
                 plans.append(self._plan(self._closure(reading), reading))
             except InseparableError as error:
                 if not cone.crosses_normalisation or (cone.is_private and not cone.joins):
-                    refused.append(self._refuse(error, reading, cone))
-        return plans, refused
+                    refused.setdefault(reading.activation, self._refuse(error, reading, cone))
+        return plans, list(refused.values())
 
-    def _closure(self, reading: _Reading) -> Closure:
+    def _closure(self, reading: Reading) -> Closure:
         """What is cut with the inputs of a weight; positions and masks that several parts read only as a second choice."""
         try:
             return self._spread(reading, frozenset())
@@ -204,7 +179,7 @@ class _Finder:
             except InseparableError:
                 raise error from None
 
-    def _spread(self, reading: _Reading, apart: frozenset[fx.Node]) -> Closure:
+    def _spread(self, reading: Reading, apart: frozenset[fx.Node]) -> Closure:
         closure = Closure(self.order, self.live, self.same, apart)
         closure.spread(reading.activation, reading.axes)
         self._check(closure, reading)
@@ -217,40 +192,40 @@ class _Finder:
             if node.op == "placeholder":
                 is_apart = node.name not in self.held
             else:
-                is_product = operator_name(node) in CONTRACTIONS | CONVOLUTIONS | SOFTMAX_ATTENTION
+                is_product = operator_name(node) in CONTRACTIONS | CONVOLUTIONS | SOFTMAX_ATTENTION and not is_lookup(node)
                 given = [item for item in node.all_input_nodes if item.op != "placeholder" or item.name not in self.held]
-                is_view = _parameter_behind(node, self.parameters) is not None
+                is_view = parameter_behind(node, self.parameters) is not None
                 is_apart = node.op == "call_function" and not is_product and not is_view and found.issuperset(given)
             if is_apart:
                 found.add(node)
         return frozenset(found)
 
-    def _readings(self) -> Iterator[_Reading]:
+    def _readings(self) -> Iterator[Reading]:
         for node in self.graph.nodes:
             if node in self.live and operator_name(node) in CONTRACTIONS | CONVOLUTIONS:
                 for relation in relations_of(node):
                     if isinstance(relation, Rule):
                         yield from self._read_by(node, relation)
 
-    def _read_by(self, node: fx.Node, rule: Rule) -> Iterator[_Reading]:
+    def _read_by(self, node: fx.Node, rule: Rule) -> Iterator[Reading]:
         sums = [group for group in rule.groups if group.tie is Tie.SUM]
         operands = dict.fromkeys(item for group in sums for item, _ in group.members)
-        weights = {item: _parameter_behind(item, self.parameters) for item in operands}
+        weights = {item: parameter_behind(item, self.parameters) for item in operands}
         activations = [item for item, weight in weights.items() if weight is None]
         held = [item for item, weight in weights.items() if weight is not None]
-        if len(activations) != 1 or len(held) != 1 or _is_stack(held[0], rule):
+        if len(activations) != 1 or len(held) != 1 or is_stack(held[0], rule):
             return
         (activation,) = activations
         axes = tuple(sorted(axis for group in sums for item, axis in group.members if item is activation))
         weight = weights[held[0]]
         assert weight is not None  # chosen by that
-        yield _Reading(node, activation, axes, weight)
+        yield Reading(node, activation, axes, weight)
 
-    def _check(self, closure: Closure, reading: _Reading) -> None:
+    def _check(self, closure: Closure, reading: Reading) -> None:
         """Nothing but W_out sums over the elements, and all that is cut can be."""
         own = {reading.weight, *self.same.get(reading.weight, ())}
         for node, operands in closure.sums.items():
-            if not any(_parameter_behind(item, self.parameters) in own for item in operands):
+            if not any(parameter_behind(item, self.parameters) in own for item in operands):
                 raise InseparableError(node, "sums over the elements too, so that more than W_out reads them")
         for reader, operand in closure.beside:
             (axis,) = dependent_axes(closure.beside[reader, operand])
@@ -262,7 +237,7 @@ class _Finder:
             if node.op == "placeholder" and self.held[node.name] in self.mutated:
                 raise InseparableError(node, "it is a buffer that the model writes to")
 
-    def _plan(self, closure: Closure, reading: _Reading) -> UnitPlan:
+    def _plan(self, closure: Closure, reading: Reading) -> UnitPlan:
         given = closure.labels[reading.activation].reshape(-1)
         names = list(dict.fromkeys(int(item) for item in given))
         if NONE in names:
@@ -295,127 +270,16 @@ class _Finder:
                 return names.get(node) or names.get(node.all_input_nodes[0]) or module_path(node)
         return None
 
-    def _name(self, attention: str | None, reading: _Reading, fqns: tuple[str, ...]) -> str:
+    def _name(self, attention: str | None, reading: Reading, fqns: tuple[str, ...]) -> str:
         owner = self.held[reading.weight.name].rpartition(".")[0]
         path = attention or _common_path([fqn.rpartition(".")[0] for fqn in fqns]) or owner
         self.taken[path] = self.taken.get(path, 0) + 1
         return path if self.taken[path] == 1 else f"{path}@{self.taken[path] - 1}"
 
-    def _refuse(self, error: InseparableError, reading: _Reading, cone: _Cone) -> RefusedUnit:
+    def _refuse(self, error: InseparableError, reading: Reading, cone: Cone) -> RefusedUnit:
         path = module_path(reading.node).rpartition(".")[0] or self.held[reading.weight.name].rpartition(".")[0]
         where = f"{error.node.name} ({operator_name(error.node) or error.node.op})"
         return RefusedUnit(path, HEADS if cone.has_attention else CHANNELS, where, error.reason)
-
-
-class _Cone:
-    """What a contraction reads, back to the contractions before it: whether it is the middle of something.
-
-    Attributes:
-        is_middle: it comes from weights' products alone; no residual stream, no input of the model.
-        is_private: nothing else reads any of it.
-        has_attention: an attention is among these products.
-        crosses_normalisation: something on the way normalises.
-        joins: what different products gave is added on the way, as to a residual stream.
-    """
-
-    def __init__(self, start: fx.Node, parameters: set[str], held: Mapping[str, str]) -> None:
-        self.has_attention = False
-        self.crosses_normalisation = False
-        self.joins = False
-        inside: set[fx.Node] = set()
-        made = False
-        is_stream = False
-        pending = [start]
-        while pending and not is_stream:
-            node = pending.pop()
-            if node in inside:
-                continue
-            inside.add(node)
-            name = operator_name(node)
-            self.has_attention |= name in SOFTMAX_ATTENTION
-            self.crosses_normalisation |= name in _NORMALISATIONS
-            given = [item for item in operands_of(node) if not _is_constant(item, held)]
-            if name in CONTRACTIONS and any(_parameter_behind(item, parameters) is not None for item in node.all_input_nodes):
-                made = True
-                continue
-            if name in CONVOLUTIONS and not _is_apart(node):
-                made, is_stream = made or _is_pointwise(node), is_stream or not _is_pointwise(node)
-                continue
-            if node.op == "placeholder" or name == "embedding":
-                is_stream = is_stream or name != "" or node.name not in held
-                continue
-            if name in {"add", "add_", "sub"} and len(given) > 1 and not self.has_attention:
-                self.joins |= self._roots(given[0]) != self._roots(given[1])
-            if name in CONTRACTIONS | SOFTMAX_ATTENTION:
-                self.has_attention = True
-                pending += node.all_input_nodes[2:3] if name in SOFTMAX_ATTENTION else node.all_input_nodes[1:2]
-                continue
-            pending += given
-        self.is_middle = made and not is_stream
-        outside = [user for node in inside if node.op != "placeholder" for user in node.users if user not in inside]
-        self.is_private = len({user for user in outside if user.op != "placeholder"}) <= 1
-
-    def _roots(self, node: fx.Node) -> set[fx.Node]:
-        """The nearest products, or other nodes that compute across features, that a node comes from."""
-        found: set[fx.Node] = set()
-        pending, seen = [node], {node}
-        while pending:
-            current = pending.pop()
-            is_root = operator_name(current) in CONTRACTIONS | CONVOLUTIONS | SOFTMAX_ATTENTION | _NORMALISATIONS
-            if is_root or current.op == "placeholder":
-                found |= {current} if is_root else set()
-                continue
-            new = [item for item in current.all_input_nodes if item not in seen]
-            seen.update(new)
-            pending += new
-        return found
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    """A convolution that is a linear layer of each place."""
-    return all(size == 1 for size in dims(node.args[1])[2:])  # type: ignore[arg-type]  # its weight
-
-
-def _is_apart(node: fx.Node) -> bool:
-    """A convolution that treats each channel alone."""
-    return bool(argument(node, "groups", 6, 1) == dims(node.args[1])[0] > 1)  # type: ignore[arg-type]  # its weight
-
-
-def _is_constant(node: fx.Node, held: Mapping[str, str]) -> bool:
-    """Made of weights and constants alone, as far as a few steps tell."""
-    pending, seen = [node], 0
-    while pending and seen < 32:
-        current = pending.pop()
-        seen += 1
-        if current.op == "placeholder" and current.name not in held:
-            return False
-        pending += current.all_input_nodes
-    return not pending
-
-
-def _parameter_behind(node: fx.Node, parameters: set[str]) -> fx.Node | None:
-    """The placeholder of the parameter that a node is a view of."""
-    while node.op == "call_function" and operator_name(node) in _MOVES and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node if node.op == "placeholder" and node.name in parameters else None
-
-
-def _is_stack(weight: fx.Node, rule: Rule) -> bool:
-    """A weight holds several matrices, each for an input of its own (experts)."""
-    shared = [group for group in rule.groups if _has(group, weight) and len(group.members) > 1 and group.tie is Tie.KEEP]
-    sizes = dims(weight)
-    return any(
-        sizes[axis] > 1 for group in shared for item, axis in group.members if item is weight and not _is_bias(group, item)
-    )
-
-
-def _has(group: Group, node: fx.Node) -> bool:
-    return any(item is node for item, _ in group.members)
-
-
-def _is_bias(group: Group, weight: fx.Node) -> bool:
-    """All other members are vectors: a bias beside the rows of the weight."""
-    return all(len(dims(item)) == 1 for item, _ in group.members if item is not weight)
 
 
 def _same_tensors(program: ExportedProgram, graph: fx.Graph) -> dict[fx.Node, frozenset[fx.Node]]:

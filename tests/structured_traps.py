@@ -132,7 +132,8 @@ class Attention(Part):
             self.q, self.k, self.v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, keys), nn.Linear(WIDTH, keys)
         self.out = nn.Linear(WIDTH, WIDTH)
         self.given: Tensor | None = None
-        self.bias = nn.Parameter(torch.randn(HEADS, 1, 1)) if way in {"bias", "temperature"} else None
+        self.bias = nn.Parameter(torch.randn(HEADS, 1, 1)) if way in {"bias", "temperature"} else torch.zeros(0)
+        self.slopes: Tensor
         self.table = nn.Embedding(2 * TOKENS, HEADS) if way == "table" else None
         self.head_norm = nn.LayerNorm(self.width) if way == "head_norm" else None
         self.wide_norm = nn.LayerNorm(WIDTH) if way == "wide_norm" else None
@@ -203,6 +204,8 @@ class Attention(Part):
             logits = logits - self.slopes[:, None, None] * distance.abs()
         elif self.table is not None:
             logits = logits + self.table(distance + TOKENS).permute(2, 0, 1)[None]
+        elif self.way == "repeated mask":
+            logits = logits.masked_fill((distance < 0)[None, None].repeat(logits.shape[0], HEADS, 1, 1), -1e9)
         elif self.given is not None:
             logits = logits + self.given
         elif self.talk is not None:

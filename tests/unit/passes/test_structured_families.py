@@ -93,7 +93,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, int], int]] = {
     "t5": (t5, {"heads": 6, "channels": 4}, 0),
     "bart": (bart, {"heads": 6, "channels": 4}, 0),
     "swin": (swin, {"heads": 4, "channels": 4}, 0),
-    "albert": (albert, {"heads": 1, "channels": 1}, 0),
+    "albert": (albert, {"heads": 1, "channels": 1}, 1),
     "phi3": (phi3, {"heads": 2, "channels": 2}, 0),
     "gpt-neox": (neox, {"heads": 2, "channels": 2}, 0),
     "gpt2": (gpt2, {"heads": 2, "channels": 2}, 0),
