@@ -184,7 +184,7 @@ def _value(node: fx.Node, value_of: ValueOf) -> Tensor | None:
     if not is_view(node) or len(node.all_input_nodes) != 1:
         return None
     source = _value(node.all_input_nodes[0], value_of)
-    return None if source is None else _run(node, source)  # type: ignore[no-any-return]
+    return None if source is None else _run(node, source)
 
 
 def _alike(numbers: Tensor, width: int) -> Tensor | None:

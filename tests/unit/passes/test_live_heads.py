@@ -17,7 +17,7 @@ from mfcompile.passes.live_heads import live_heads
 from mfcompile.passes.token_attention import find_attentions
 from mfcompile.passes.token_scores import Cit, TokenEvidence
 from mfcompile.passes.token_upstream import with_meta_tensors
-from tests.token_models import Encoder, SequenceFirst, blip_like, clip_like, fixed, llava_like, patches
+from tests.token_models import Block, Encoder, SequenceFirst, blip_like, clip_like, fixed, llava_like, patches
 from tests.token_weighting_reference import Heard, split_heads, token_scores, weighted_norm
 
 
@@ -102,7 +102,7 @@ def test_samples_and_heads_in_one_axis() -> None:
     torch.manual_seed(0)
     model = SequenceFirst().eval()
     with torch.no_grad():
-        model.outs[1].weight[:, :8] = 0  # type: ignore[index]
+        dict(model.named_parameters())["outs.1.weight"][:, :8] = 0
     assert heads_of(model, patches(3), 3) == [None, [0.0, 1.0]]
 
 
@@ -164,15 +164,16 @@ def encoder() -> tuple[Encoder, Tensor]:
 
 def reference(model: Encoder, image: Tensor, live: list[float] | None, masked: bool) -> Tensor:
     """(samples, tokens) of the three best by Eq. 7, CLS among them."""
-    block = model.blocks[0]
+    block = model.get_submodule("blocks.0")
+    assert isinstance(block, Block)
     with torch.no_grad():
-        states = block.norms[0](model.embed(image))  # type: ignore[union-attr, operator, index]
+        states = block.norms[0](model.embed(image))
         parts = []
-        for layer in (block.attention.query, block.attention.key):  # type: ignore[union-attr]
-            weight = layer.weight.clone()  # type: ignore[union-attr, operator]
+        for layer in (block.attention.query, block.attention.key):
+            weight = layer.weight.clone()
             if masked:
-                weight[8:] = 0  # type: ignore[index, operator]
-            parts.append(nn.functional.linear(states, weight, layer.bias).double().numpy())  # type: ignore[union-attr, arg-type]
+                weight[8:] = 0
+            parts.append(nn.functional.linear(states, weight, layer.bias).double().numpy())
     query, key = (split_heads(part, 2) for part in parts)
     score = torch.from_numpy(token_scores(query, key, np.ones((len(image), 10, 10), bool), live))
     score[:, 0] = float("inf")
