@@ -22,9 +22,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mfcompile.comp_latency import OnnxClock
-from mfcompile.comp_loss import OutputLoss, calibration_inputs, evaluation_loss
+from mfcompile.comp_loss import Loss, OutputLoss, calibration_inputs, evaluation_loss
 from mfcompile.comp_modes import TokenMode, UnitMode, token_modes, unit_modes
-from mfcompile.comp_options import CompOptions
+from mfcompile.comp_options import EVALUATE, CompOptions
 from mfcompile.comp_space import Cutting, ModelSpace
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph, Diagnostic
@@ -40,6 +40,9 @@ from mfcompile.structure import find_units, output_weights, remove_units, unit_n
 from mfcompile.tokens import find_token_sites, prune_tokens, with_program_for, with_token_program
 
 Progress = Callable[[int, int | None], None]
+
+STRUCTURE_KEY = "mfcompile.structure"
+"""Metadata of a program: JSON of what was taken out of the model."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,19 @@ class Structure:
         Raises:
             InputError: it has no such unit or site.
         """
+        if self.kept:
+            captured = with_program_for(captured, self.kept, modalities=modalities)
         smaller = remove_units(captured, self.removed, modalities=modalities) if self.removed else captured
         if not self.kept:
             return smaller
         how = self.cutting
         return prune_tokens(smaller, self.kept, scorer=how.scorer, rest=how.rest, restore=how.restore, modalities=modalities)
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Structure:
+        """What ``as_dict`` gave."""
+        removed = {name: tuple(elements) for name, elements in plain["removed"].items()}
+        return cls(removed, dict(plain["kept"]), Cutting(plain["scorer"], plain["rest"], plain["restore"]))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -94,6 +105,7 @@ class JointlyPruned:
         options: what the search was asked for.
         target: FLOPs asked for, as a share of the dense model's.
         flops: (dense, left) for inputs of the sizes of the example.
+        training: what training took part ("stage_steps", "recovery_steps") and the "loss" after it; None in one shot.
     """
 
     captured: CapturedGraph
@@ -106,6 +118,7 @@ class JointlyPruned:
     options: CompOptions
     target: float
     flops: tuple[int, int]
+    training: Mapping[str, Any] | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -167,20 +180,19 @@ def prune_jointly(
     asked = options if isinstance(options, CompOptions) else CompOptions.of(options or {})
     search = _search_options(asked)
     captured = model if isinstance(model, CapturedGraph) else capture(model, example_inputs)
+    if asked.loss == EVALUATE and evaluate is None:
+        raise InputError("loss='evaluate' compares models by your own measure: give evaluate, or define it in model.py")
     if captured.masks is not None:
         raise InputError("the graph has masks in force: prune units and tokens first, and mask what is left")
-    sites = find_token_sites(fixed := with_token_program(captured, modalities=modalities), modalities=modalities)
-    dense = _with_program(captured, fixed, sites, asked, modalities)
     given = [captured.example_inputs] if calibration is None else calibration
-    batches = calibration_inputs(captured.module, given, num_calibration_samples)
-    modes, skipped = _modes(dense, sites, asked, modalities)
+    batches = calibration_inputs(captured.module, given, _least(num_calibration_samples, asked.samples))
+    dense, modes, skipped = modes_of(captured, asked, modalities)
     with ExitStack() as stack, seeded(asked.seed, captured.module):
         clock = stack.enter_context(OnnxClock(dense)) if asked.cost == "latency" else None
-        measure = (
-            OutputLoss(captured.module, batches, asked.loss, asked.outputs)
-            if evaluate is None
-            else evaluation_loss(evaluate, captured.module)
-        )
+        if evaluate is not None:
+            measure: Loss = evaluation_loss(evaluate, captured.module)
+        else:
+            measure = OutputLoss(captured.module, batches, asked.loss, asked.outputs)
         score = _UnitScores(asked.scorer, batches, modalities, padding_mask)
         cutting = Cutting(asked.token_scorer, asked.rest, asked.restore)
         layouts = {site.fqn: site.layout for site in infer_regions(dense, modalities=modalities).sites}
@@ -190,7 +202,7 @@ def prune_jointly(
     state = found.state
     structure = Structure(dict(state.removed), space.keep(state.gone), cutting)
     return JointlyPruned(
-        captured=state.captured,
+        captured=_told(state.captured, structure),
         dense=dense,
         structure=structure,
         stages=found.stages,
@@ -203,9 +215,59 @@ def prune_jointly(
     )
 
 
+def repeat_structure(
+    captured: CapturedGraph, metadata: Mapping[str, str], modalities: Mapping[str, str] | None = None
+) -> CapturedGraph | None:
+    """A model without the units and tokens that a file is without, by what its metadata say; None where they say nothing.
+
+    Args:
+        captured: the whole model.
+        metadata: of the file.
+        modalities: as in ``prune_jointly``.
+
+    Raises:
+        InputError: it is another model.
+    """
+    told = metadata.get(STRUCTURE_KEY)
+    return None if told is None else Structure.of(json.loads(told)).apply(captured, modalities)
+
+
+def _told(captured: CapturedGraph, structure: Structure) -> CapturedGraph:
+    """The graph with a program whose files say what was taken."""
+    assert captured.exported is not None  # programs are what is cut
+    metadata = {**captured.exported.metadata, STRUCTURE_KEY: json.dumps(structure.as_dict(), sort_keys=True)}
+    return replace(captured, exported=replace(captured.exported, metadata=metadata))
+
+
+def _least(*numbers: int | None) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
+
+
 def _search_options(options: CompOptions) -> SearchOptions:
     shared = ("strategy", "step", "exploration", "temperature", "memory", "horizon", "tolerance", "order", "seed")
     return SearchOptions(**{name: getattr(options, name) for name in shared})
+
+
+def modes_of(
+    captured: CapturedGraph, options: CompOptions, modalities: Mapping[str, str] | None = None
+) -> tuple[CapturedGraph, list[UnitMode | TokenMode], tuple[Diagnostic, ...]]:
+    """What joint pruning of a model may choose of.
+
+    Args:
+        captured: the model.
+        options: which modes, caps and places are asked for.
+        modalities: as in ``prune_jointly``.
+
+    Returns:
+        (the graph with the program that all is cut in, the modes, units and sites that are in none of them and why).
+
+    Raises:
+        InputError: a mode is unknown, or there is none.
+        ExportError: the model has no exported program.
+    """
+    sites = find_token_sites(fixed := with_token_program(captured, modalities=modalities), modalities=modalities)
+    dense = _with_program(captured, fixed, sites, options, modalities)
+    return (dense, *_modes(dense, sites, options, modalities))
 
 
 def _with_program(

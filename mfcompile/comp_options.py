@@ -12,6 +12,9 @@ from mfcompile.errors import InputError
 COSTS = ("flops", "latency")
 """What a stage's loss is divided by: FLOPs that it saves, or seconds in onnxruntime that it saves on this machine."""
 
+EVALUATE = "evaluate"
+"""The loss of a search that asks the user's own measure."""
+
 
 @dataclass(frozen=True)
 class CompOptions:
@@ -28,8 +31,9 @@ class CompOptions:
         scorer: what scores units: "cip" (Eq. 4), "wanda" (Eq. 3), "magnitude", "random".
         token_scorer, rest, restore: how tokens are cut; see ``mfcompile.prune_tokens``.
         at: depths of the cuts among the sites of a mode.
-        loss: "cos" or "kl", what outputs are compared by where there is no ``evaluate``.
+        loss: "cos" or "kl", what outputs are compared by, or "evaluate" for the user's measure.
         outputs: names of the outputs that are compared; None for all.
+        samples: about how many calibration samples are run for every step that is tried; None for all.
         exploration, temperature, memory, horizon: rho, tau, lambda_0 and I_max of "comp".
         tolerance: how far from the target the end may be, as a share of it.
         seed: of exploration, and of what a model draws.
@@ -48,6 +52,7 @@ class CompOptions:
     at: tuple[float, ...] = (0.25, 0.5, 0.75)
     loss: str = "cos"
     outputs: tuple[str, ...] | None = None
+    samples: int | None = 64
     exploration: float = 0.2
     temperature: float = 5.0
     memory: float = 0.4
@@ -56,9 +61,15 @@ class CompOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, known in (("cost", self.cost, COSTS), ("loss", self.loss, LOSSES)):
+        for name, value, known in (("cost", self.cost, COSTS), ("loss", self.loss, (*LOSSES, EVALUATE))):
             if value not in known:
                 raise InputError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+        if not isinstance(self.caps, Mapping):
+            raise InputError(f"caps={self.caps!r}: give a mapping from modes to the share that may go")
+        if self.samples is not None and (
+            isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1
+        ):
+            raise InputError(f"samples={self.samples!r} must be a positive integer or None")
         for mode, share in self.caps.items():
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise InputError(f"caps[{mode!r}] is {share!r}: give the share that may go, from 0 to 1")
@@ -74,12 +85,31 @@ class CompOptions:
         odd = next((name for name in options if name not in known), None)
         if odd is not None:
             raise InputError(f"joint pruning has no option {odd!r}; it has {', '.join(known)}")
-        lists = {"modes", "order", "at", "outputs"}
-        return cls(**{name: _listed(value) if name in lists else value for name, value in options.items()})
+        read = {**dict.fromkeys(("modes", "order", "outputs"), _names), "at": _depths, "caps": _shares}
+        return cls(**{name: read[name](value) if name in read else value for name, value in options.items()})
 
 
-def _listed(value: Any) -> Any:
-    """Several values, or one, as a tuple."""
-    if value is None:
-        return None
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+def _names(value: Any) -> Any:
+    """Several names, or one, as a tuple; "a,b" of a command line too."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, Sequence) else value
+
+
+def _depths(value: Any) -> Any:
+    """Several numbers, or one, as a tuple; "0.25,0.5" too."""
+    given = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else (value,)
+    try:
+        return tuple(float(part) for part in given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"at={value!r}: give depths between 0 and 1, such as 0.25,0.5,0.75") from error
+
+
+def _shares(value: Any) -> Any:
+    """Mode -> share; "tokens:vision=0.5,parameters:text=0" too."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return {mode.strip(): float(share) for mode, _, share in (part.rpartition("=") for part in value.split(","))}
+    except ValueError as error:
+        raise InputError(f"caps={value!r}: give MODE=SHARE,MODE=SHARE") from error

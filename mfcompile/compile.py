@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from mfcompile.artifact import ExportedArtifact, ParityReport
+from mfcompile.comp import JointlyPruned
+from mfcompile.comp_request import joined_digest, method_request
 from mfcompile.errors import InputError
 from mfcompile.exporting import export_onnx, verify
 from mfcompile.files import staged_directory
@@ -62,6 +64,17 @@ class CompiledModel:
     masks: MaskSet
     report: dict[str, Any]
     pruning: Pruning
+
+    @property
+    def joint(self) -> JointlyPruned | None:
+        """What was taken out before masks, and its trace; None where nothing was."""
+        return self.pruning.joint
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the masks, and of what was taken out before them."""
+        found: str = self.report["digest"]
+        return found
 
     @property
     def pruned_sparsity(self) -> Sparsity:
@@ -152,6 +165,10 @@ def compile_pruned(
     seed: int = 0,
     keep_gradients: bool = False,
     tokens: int | float | Mapping[str, int | float] | TokenRequest | None = None,
+    method: str | None = None,
+    flops: float | None = None,
+    method_options: Mapping[str, Any] | None = None,
+    evaluate: Callable[[nn.Module], Any] | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Prune a vision-language model once; gradient-free, with MULTIFLOW (Farina et al., CVPR 2024), by default.
@@ -181,6 +198,11 @@ def compile_pruned(
         keep_gradients: keep the gradients that a criterion took, as large as the pruned weights, for ``at_sparsity``.
         tokens: which tokens stay, as ``mfcompile.prune_tokens`` takes it in ``keep``, or a ``TokenRequest`` with its options;
             norms are then observed with fewer tokens, and ``module`` is the one with fewer tokens. None keeps all.
+        method: "masks" (also for None), "comp" to take out units and tokens until a share of the FLOPs is left (see
+            ``mfcompile.prune_jointly``) and mask nothing, or "comp+multiflow" to mask what is left of that.
+        flops: the share of the dense FLOPs that is to stay, for "comp"; None for 0.5.
+        method_options: options of "comp"; see ``mfcompile.CompOptions``.
+        evaluate: takes a module and gives a number, the higher the better, for method_options={"loss": "evaluate"}.
         progress: called with (stage, done, total).
 
     Returns:
@@ -194,6 +216,9 @@ def compile_pruned(
     options = SelectionOptions(
         sparsity, criterion, criterion_options or {}, allocation, pattern, update, rounding, seed, rewriting
     )
+    request = method_request(method, flops, method_options, seed)
+    if request is not None:
+        options = request.mask_options(options)
     needs = check_options(options).needs
     if isinstance(sparsity, Real):
         check_sparsity(sparsity)
@@ -205,8 +230,11 @@ def compile_pruned(
         example_inputs, given = first_batch(given)
     batches = calibration if callable(calibration) else given
     refuse_unprunable(model, options)
-    if tokens is not None and is_onnx(model):
-        raise InputError("tokens are cut in PyTorch models, and the model is an .onnx file: leave out tokens")
+    if is_onnx(model) and (tokens is not None or request is not None):
+        what = "tokens" if request is None else "method"
+        raise InputError(f"tokens and units are cut in PyTorch models, and the model is an .onnx file: leave out {what}")
+    if tokens is not None and request is not None:
+        raise InputError(f"method={method!r} chooses how many tokens stay: leave out tokens, or cap them in method_options")
     if Need.GRADIENTS in needs and loss_fn is None:
         check_needs(check_options(options), NO_STATISTICS, None, None)
     stages = _Stages(progress)
@@ -214,6 +242,12 @@ def compile_pruned(
     captured = capture(model, example_inputs)
     if tokens is not None:
         captured = as_request(tokens).apply(captured, modalities)
+    joint = None
+    if request is not None:
+        batches = as_function([example_inputs] if batches is None else batches, num_calibration_samples)
+        searched = stages.step("search")
+        joint = request.apply(captured, batches(), evaluate, modalities, padding_mask, searched)
+        captured = joint.captured
     found = infer_regions(captured, modalities=modalities, regions=regions, targets=targets, ignore=ignore)
     refuse_broken_parameters(captured.module, found)
     stages.step("capture")(1, 1)
@@ -235,7 +269,7 @@ def compile_pruned(
             )
     again = batches if callable(batches) else None
     known = DenseFacts() if keep_gradients else None
-    return Pruning(captured, found, statistics, options, again, loss_fn, known).compile(progress)
+    return Pruning(captured, found, statistics, options, again, loss_fn, known, joint).compile(progress)
 
 
 def refuse_unprunable(model: nn.Module, options: SelectionOptions) -> None:
@@ -276,6 +310,7 @@ class Pruning:
         batches: gives the calibration batches; None where nothing but statistics is needed of them.
         loss_fn: the loss of a batch; None where none is needed.
         known: what is found out once for all sparsities; None finds it out for each.
+        joint: what was taken out before; None where nothing was.
     """
 
     captured: CapturedGraph
@@ -285,6 +320,7 @@ class Pruning:
     batches: Callable[[], Iterable[Any]] | None = None
     loss_fn: Callable[[Any, Any], Any] | None = None
     known: DenseFacts | None = None
+    joint: JointlyPruned | None = None
 
     def at_sparsity(self, sparsity: Sparsity, progress: Progress | None = None) -> CompiledModel:
         """Prune the dense model to this sparsity."""
@@ -317,6 +353,9 @@ class Pruning:
             sparsity=masks.sparsity,
             options=self.options.describe(),
         )
+        if self.joint is not None:
+            structure = self.joint.report()
+            report |= {"structure": structure, "digest": joined_digest(report["digest"], structure["digest"])}
         pruned = apply_masks(self.captured, masks)
         module, statistics = mask_module(pruned.module, masks), self.statistics or NO_STATISTICS
         return CompiledModel(module, pruned, self.regions, statistics, masks, report, self)

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from mfcompile.token_request import TokenRequest
 
 
+_MAPPINGS = ("regions", "modalities", "criterion_options", "update_options", "method_options")
+"""Options that are given as NAME=VALUE."""
+
+
 def option(args: argparse.Namespace, name: str) -> Any:
     """The value of an option in the form that a recipe keeps it; None where it was not given."""
     value = getattr(args, name, None)
     if isinstance(value, list):
-        return dict(value) if name in ("regions", "modalities", "criterion_options", "update_options") else tuple(value)
+        return dict(value) if name in _MAPPINGS else tuple(value)
     return value
 
 
@@ -121,7 +125,7 @@ def capture_source(
 def capture_masked(
     source: ModelSource, masks: MaskSet | None, progress: StageProgress, metadata: Mapping[str, str] | None = None
 ) -> CapturedGraph:
-    """Capture a loaded model, cut its tokens as those of a file were, and apply saved masks.
+    """Capture a loaded model, cut its units and tokens as those of a file were, and apply saved masks.
 
     Args:
         source: the model.
@@ -138,9 +142,11 @@ def capture_masked(
     with progress.stage("capture"):
         captured = capture(source.model, example_of(source))
         if metadata:
+            from mfcompile.comp import repeat_structure
             from mfcompile.token_request import repeat_cuts
 
-            captured = repeat_cuts(captured, metadata, source.modalities)
+            smaller = repeat_structure(captured, metadata, source.modalities)
+            captured = repeat_cuts(captured, metadata, source.modalities) if smaller is None else smaller
     if masks is None:
         return captured
     with progress.stage("apply"):

@@ -110,6 +110,8 @@ def publish(
             )
             ran.save(staging / "recipe.yaml", beside=beside or directory)
             plot_sparsity(report, staging)
+            if compiled.joint is not None:
+                compiled.joint.plot(staging)
             report = with_files(report, {file.name: file.stat().st_size for file in sorted(staging.iterdir())})
             save_report(report, staging / "report.json")
     return report
@@ -165,12 +167,15 @@ def _export(
         parity = verify(artifact, pruned)
         raise_on_failure(parity)
     with progress.stage("latency"):
-        latency = measure_latency(artifact, pruned, staging, _with_all_tokens(source) if recipe.tokens is not None else None)
+        latency = measure_latency(artifact, pruned, staging, _whole(source, compiled, recipe))
     evaluation.add_onnx(artifact.path, compiled.module, pruned.example_inputs)
     return with_latency(with_parity(report_export(report, artifact), parity), latency)
 
 
-def _with_all_tokens(source: ModelSource) -> CapturedGraph:
+def _whole(source: ModelSource, compiled: CompiledModel, recipe: Recipe) -> CapturedGraph | None:
+    """The model with all that was taken out before masks; None where nothing was."""
+    if compiled.joint is None and recipe.tokens is None:
+        return None
     from mfcompile.cli.loading import example_of
     from mfcompile.steps import capture
 
@@ -188,7 +193,7 @@ def measure_latency(
         artifact: the file.
         pruned: what it was made from.
         scratch: a directory.
-        whole: the model with all tokens, where ``pruned`` has fewer.
+        whole: the model with all units and tokens, where ``pruned`` has fewer.
     """
     from mfcompile.onnx_file import OnnxFile
     from mfcompile.onnx_ladder import export_accepted, find_library

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mfcompile.cli import tables
 from mfcompile.cli.console import Terminal
-from mfcompile.cli.loading import capture_source, load_recipe
+from mfcompile.cli.loading import capture_source, load_recipe, merged
+from mfcompile.cli.method_options import choices_table, find_modes, joint_request_of
 from mfcompile.cli.pruning_options import Sparsity, check_request, sets_sparsity
 from mfcompile.cli.token_options import cuts_table, request_of
 from mfcompile.recipe import Recipe
@@ -35,6 +36,11 @@ def show(recipe: Recipe, wanted: Sequence[Sparsity], terminal: Terminal) -> None
         source = load_recipe(recipe, progress)
         chosen = check_request(recipe, wanted, source)
         captured, regions = capture_source(source, vars(recipe), progress, request_of(recipe))
+        request = joint_request_of(recipe)
+        modes = [] if request is None else find_modes(captured, request, merged(source, vars(recipe))["modalities"])
+    if modes:
+        terminal.out.print(choices_table(modes))
+        terminal.say("note: what of it goes is found by a search that runs the model; what follows is the whole model\n")
     views = [describe(captured, regions, recipe.override({"sparsity": one})) for one in wanted or (recipe.sparsity,)]
     view, out = views[0], terminal.out
     out.print(tables.inputs_table(view))

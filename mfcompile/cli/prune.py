@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mfcompile.cli import plan
 from mfcompile.cli.console import StageProgress, Terminal
 from mfcompile.cli.loading import announce, load_recipe, merged, option
+from mfcompile.cli.method_options import add_method_options, joint_request_of
 from mfcompile.cli.parser import (
     Subparsers,
     add_calibration_options,
@@ -55,6 +56,8 @@ examples:
   mfcompile prune model.py --sparsity vision=0.5,text=0.7,fusion=0.6
   mfcompile prune model.py --criterion wanda --pattern 2:4 --update sparsegpt
   mfcompile prune model.py --tokens 0.7                  fewer image tokens as well, which is what makes files faster
+  mfcompile prune model.py --method comp --flops 0.5     fewer channels, heads and tokens: faster everywhere
+  mfcompile prune model.py --method comp+multiflow --flops 0.6 --sparsity 0.5
   mfcompile prune model.py --split regions               vision.onnx, text.onnx and fusion.onnx, which chain
   mfcompile prune model.py --dry-run --ignore region:fusion 're:.*\\.pooler'
   mfcompile prune model.onnx --calibration batches.npz   no PyTorch model needed
@@ -90,6 +93,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_selection_options(how)
     add_token_options(how)
+    add_method_options(how)
     add_calibration_options(how)
     how.add_argument(
         "--precision",
@@ -146,7 +150,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         check_request(recipe, wanted, source)
         terminal.note(f"{recipe.source} -> {directory}")
         compiled = _compile(source, recipe, args, terminal, progress)
-        recipe.check_reproduced(compiled.masks.mask_digest(), compiled.masks.fingerprint, compiled.report["versions"])
+        recipe.check_reproduced(compiled.digest, compiled.masks.fingerprint, compiled.report["versions"])
         evaluation = Evaluation(source.evaluate if recipe.evaluate else None, progress)
         evaluation.add(DENSE, source.model)
         if len(wanted) > 1:
@@ -207,7 +211,8 @@ def _publish(
     # Sparsities by layer say it all: what they come to would be a second request. A criterion that model.py brings has no
     # name that another file would know: it stays the file's own.
     sparsity = None if isinstance(recipe.allocation, Mapping) else compiled.pruned_sparsity
-    criterion = recipe.criterion or (None if source.criterion else DEFAULT_CRITERION)
+    named = recipe.criterion or (recipe.method or "").partition("+")[2]
+    criterion = named or (None if source.criterion else DEFAULT_CRITERION)
     ran = replace(recipe, sparsity=sparsity, criterion=criterion)
     return outputs.publish(place, overwrite, source, ran, compiled, own, progress, beside=final)
 
@@ -249,15 +254,19 @@ def _compile(
     from mfcompile.compile import compile_pruned
     from mfcompile.passes.criteria.base import Need
     from mfcompile.passes.criteria.registry import pruner
+    from mfcompile.passes.mask_selection import SelectionOptions
 
     selection = selection_of(recipe, source.criterion)
-    chosen = pruner(selection["criterion"], selection["criterion_options"])
+    request = joint_request_of(recipe)
+    masks = SelectionOptions(**selection) if request is None else request.mask_options(SelectionOptions(**selection))
+    chosen = pruner(masks.criterion, masks.criterion_options)
     is_given = recipe.statistics is not None and Need.STATISTICS in chosen.needs
     if recipe.statistics is not None and not is_given:
         terminal.note(f"note: --statistics is not used: the criterion {chosen.name} needs none")
     if recipe.weighting != "none" and Need.STATISTICS not in chosen.needs:
         terminal.note(f"note: --weighting is not used: the criterion {chosen.name} needs no statistics")
-    runs = bool(recipe.update) or Need.GRADIENTS in chosen.needs or (Need.STATISTICS in chosen.needs and not is_given)
+    runs = request is not None or bool(recipe.update) or Need.GRADIENTS in chosen.needs
+    runs = runs or (Need.STATISTICS in chosen.needs and not is_given)
     spent = {
         "--precision": recipe.precision != "model",
         "--num-calibration-samples": recipe.num_calibration_samples is not None and not runs,
@@ -282,5 +291,9 @@ def _compile(
         keep_gradients=len(sparsities(args.sparsity)) > 1,
         progress=progress,
         tokens=request_of(recipe),
+        method=recipe.method,
+        flops=recipe.flops,
+        method_options=recipe.method_options,
+        evaluate=source.evaluate,
         **options,
     )

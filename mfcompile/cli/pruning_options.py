@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mfcompile.cli.method_options import check_method, joint_request_of
 from mfcompile.cli.parser import fraction, pair, whole_number
 from mfcompile.cli.token_options import check_tokens, read_tokens
 from mfcompile.errors import InputError
@@ -150,8 +151,11 @@ def check_request(recipe: Recipe, wanted: Sequence[Sparsity], source: ModelSourc
     if source.kind == "onnx" and recipe.split:
         raise InputError(f"{recipe.source} is pruned as it is, in one file: leave out --split, which is for PyTorch models")
     check_tokens(recipe, source.kind)
+    check_method(recipe, source)
+    request = joint_request_of(recipe)
     for one in wanted or (recipe.sparsity,):
         options = SelectionOptions(**{**selection_of(recipe, source.criterion), "sparsity": one})
+        options = options if request is None else request.mask_options(options)
         chosen = check_options(options)
         refuse_untrainable(source.model, chosen, recipe.update)
         check_needs(chosen, NO_STATISTICS, tuple, source.loss_fn)
@@ -165,7 +169,7 @@ def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
         InputError: the file of an allocation cannot be read.
     """
     changed = dict(options)
-    for key in ("criterion_options", "update_options"):
+    for key in ("criterion_options", "update_options", "method_options"):
         if key in changed:
             from mfcompile.passes.variants import option_value
 
@@ -209,10 +213,11 @@ def selection_of(recipe: Recipe, criterion: Any = None) -> dict[str, Any]:
             f"`criterion` in {recipe.source} is a {type(criterion).__name__}, not a Criterion object. Make a subclass of "
             f"mfcompile.Criterion and assign an object of it, or rename the variable"
         )
-    is_own = criterion is not None and recipe.criterion in (None, criterion.name)
+    named = recipe.criterion or (recipe.method or "").partition("+")[2] or None
+    is_own = criterion is not None and named in (None, criterion.name)
     return {
         "sparsity": recipe.sparsity,
-        "criterion": _with_options(criterion, recipe) if is_own else recipe.criterion or DEFAULT_CRITERION,
+        "criterion": _with_options(criterion, recipe) if is_own else named or DEFAULT_CRITERION,
         "criterion_options": {} if is_own else dict(recipe.criterion_options),
         "allocation": recipe.allocation,
         "pattern": recipe.pattern,

@@ -9,6 +9,7 @@ from typing import Any
 
 from mfcompile.cli import tables
 from mfcompile.cli.console import Terminal
+from mfcompile.cli.method_options import modes_table, structure_lines
 from mfcompile.cli.tables import milliseconds
 from mfcompile.cli.token_options import cuts_table
 
@@ -18,6 +19,10 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
     out = terminal.out
     out.print(tables.inputs_table(report))
     out.print(tables.regions_table(report))
+    if report.get("structure"):
+        out.print(modes_table(report["structure"]))
+        for line in structure_lines(report["structure"]):
+            terminal.say(line)
     if report.get("tokens"):
         out.print(cuts_table(report["tokens"]))
     if report["calibration"] is not None:
@@ -34,7 +39,7 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
             out.print()
             out.print(tables.parts_table(report["export"], report["latency"]))
     if report["latency"] is not None:
-        for line in latency_lines(report["latency"], has_fewer_tokens=bool(report.get("tokens"))):
+        for line in latency_lines(report["latency"], fewer=_fewer(report)):
             terminal.say(line)
         out.print()
     if report["parity"] is not None:
@@ -95,11 +100,18 @@ def _subject(export: Mapping[str, Any]) -> str:
     return f"the {len(export['parts'])} parts together take"
 
 
-def latency_lines(latency: Mapping[str, Any], *, has_fewer_tokens: bool = False) -> list[str]:
-    """What was measured, and what zeros and fewer tokens do for speed."""
+def _fewer(report: Mapping[str, Any]) -> str:
+    """What the model has less of, besides weights that are zero."""
+    modes = (report.get("structure") or {}).get("modes", ())
+    units = any(unit["removed"] for row in modes for unit in row.get("units", ()))
+    return " and ".join(name for name, is_less in (("units", units), ("tokens", report.get("tokens"))) if is_less)
+
+
+def latency_lines(latency: Mapping[str, Any], *, fewer: str = "") -> list[str]:
+    """What was measured, and what zeros, fewer units and fewer tokens do for speed."""
     medians, load = latency["medians_ms"], latency["load_ms"]
-    gain = "what is faster there is faster by having fewer tokens"
-    gain = gain if has_fewer_tokens else "pruning gives no speed there, it makes the file smaller"
+    gain = "pruning gives no speed there, it makes the file smaller"
+    gain = f"what is faster there is faster by having fewer {fewer}" if fewer else gain
     batch = "" if latency["batch_size"] is None else f", batch {latency['batch_size']}"
     lines = [
         f"Latency, measured here and now ({latency['runtime']}{batch}, {latency['repeats']} turns): dense "

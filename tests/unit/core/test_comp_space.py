@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mfcompile
-from mfcompile.comp_modes import UnitMode, left_of, smaller_unit, token_modes, unit_modes
+from mfcompile.comp_modes import TokenMode, UnitMode, left_of, smaller_unit, token_modes, unit_modes
 from mfcompile.comp_space import ENOUGH, ModelSpace
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph
@@ -35,7 +35,7 @@ def by_number(captured: CapturedGraph, units: Sequence[StructuralUnit]) -> dict[
 
 
 def space_of(dense: CapturedGraph, caps: Mapping[str, float] | None = None, score: Any = by_number) -> ModelSpace:
-    modes = [
+    modes: list[UnitMode | TokenMode] = [
         *unit_modes(find_units(dense).units, caps or {}),
         *token_modes(mfcompile.find_token_sites(dense).sites, caps or {}, (0.0,)),
     ]
