@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import beyond, beyond_tables
+from benchmarks.tavlp.cells import Cell
 from benchmarks.tavlp.configuration import SMALL
 from benchmarks.tavlp.pruners import PRUNERS
 from benchmarks.tavlp.pruning import Folders
+from benchmarks.tavlp.records import write_record
+from benchmarks.tavlp.summary import Results
 from mfcompile.passes.variants import read_variant
 
 
@@ -59,4 +62,15 @@ def test_tables_are_put_between_the_comments_of_a_page(tmp_path: Path, monkeypat
     assert lines[first + 1] == "| `wanda` | 0.500 | 3 | 20 |"
     assert lines[first + 2].endswith("| . | . | . |")
     assert f"| {beyond.PAIRS[0]} | . | 0.250 | . | . | . |" in lines
-    assert "| xvlm 75 % MULTIFLOW | . | . | . | . | . |" in lines
+    assert not any("75 % MULTIFLOW" in line for line in lines)
+
+
+def test_a_row_of_evidence_says_how_far_above_multiflow_it_is(tmp_path: Path) -> None:
+    folders = Folders(tmp_path, tmp_path)
+    for pruner, value in (("multiflow", 20.0), (beyond.CHOSEN, 50.0)):
+        cell = Cell("blip", "retrieval", pruner, 0.75, 1)
+        write_record(cell.path(tmp_path), cell.config(SMALL), {"metrics": {"tr1": value, "ir1": value + 2 * (value > 30)}})
+    table = beyond_tables.evidence(Results(folders, SMALL))
+    assert "| blip 75 % MULTIFLOW | . | . | 20.0 (1) | 20.0 (1) | . |" in table
+    assert "| blip 75 % MULTIFLOW + least squares | . | . | 50.0 (1) | 52.0 (1) | +31.0 (1) |" in table
+    assert "xvlm" not in table
