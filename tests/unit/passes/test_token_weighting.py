@@ -350,3 +350,11 @@ def test_streams_that_put_tokens_first() -> None:
     query, key = (split_heads(part.transpose(1, 0, 2), 2) for part in parts)
     score = token_scores(query, key, np.ones((3, 9, 9), bool))
     np.testing.assert_allclose(found["mlps.1.weight"], weighted_norm(states, score), rtol=CLOSE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_of_a_sample_at_a_time_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = FAMILIES[name].make()
+    whole = norms_of(model, [batch])
+    monkeypatch.setattr("mfcompile.passes.token_weighting._LOGITS_AT_A_TIME", 1)
+    assert_equal(norms_of(model, [batch]), whole)
