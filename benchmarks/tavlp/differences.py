@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import mfcompile
 from benchmarks.tavlp.configuration import Scale, config_hash, mask_config
 from benchmarks.tavlp.families import FAMILIES
 from benchmarks.tavlp.families import family as family_of
@@ -28,7 +29,8 @@ def differences_of(family: Family, scale: Scale, folders: Folders) -> dict[str, 
 
     Returns:
         ``shared``: pruner -> fraction of the kept weights that MULTIFLOW keeps too; ``by_chance``: what random masks share;
-        ``least_kept``: pruner -> fraction that the emptiest layer keeps; ``input_spread`` and ``weight_spread``: standard
+        ``least_kept``: pruner -> fraction that the emptiest layer keeps; ``unread``: pruner -> fraction of the inputs of all
+        layers of which no weight is kept, so that no fine-tuning brings them back; ``input_spread`` and ``weight_spread``: standard
         deviation over mean of the input norms of a layer and of its sizes of weights, median over layers.
     """
     path = folders.results / family.name / f"differences-{SPARSITY:g}-{SEED}.json"
@@ -43,7 +45,10 @@ def differences_of(family: Family, scale: Scale, folders: Folders) -> dict[str, 
 
 def differences_config(family: Family, scale: Scale) -> dict[str, Any]:
     """All that they depend on."""
-    return {"masks": [mask_config(family, PRUNERS[name], SPARSITY, SEED, scale) for name in (REFERENCE, *COMPARED)]}
+    return {
+        "version": 2,
+        "masks": [mask_config(family, PRUNERS[name], SPARSITY, SEED, scale) for name in (REFERENCE, *COMPARED)],
+    }
 
 
 def _found(family: Family, scale: Scale, folders: Folders) -> dict[str, Any]:
@@ -59,9 +64,16 @@ def _found(family: Family, scale: Scale, folders: Folders) -> dict[str, Any]:
         "least_kept": {
             name: min(mask.kept_count / mask.weight_count for mask in found.packed.values()) for name, found in masks.items()
         },
+        "unread": {name: unread_inputs(found) for name, found in masks.items()},
         "input_spread": median(float(norm.std() / norm.mean()) for norm in norms),
         "weight_spread": median(float(size.std() / size.mean()) for size in sizes),
     }
+
+
+def unread_inputs(masks: mfcompile.MaskSet) -> float:
+    """Fraction of the input features of all layers that no kept weight reads; weights are (out_features, in_features)."""
+    read = [masks[fqn].any(dim=0) for fqn in masks]
+    return 1 - sum(int(item.sum()) for item in read) / sum(len(item) for item in read)
 
 
 def differences(scale: Scale, folders: Folders, families: Sequence[str] = tuple(FAMILIES)) -> str:
@@ -79,9 +91,11 @@ def differences(scale: Scale, folders: Folders, families: Sequence[str] = tuple(
     for pruner in (*COMPARED, REFERENCE):
         row = [title(pruner)]
         for record in records.values():
-            row += [f"{100 * record['shared'].get(pruner, 1.0):.1f}", f"{100 * record['least_kept'][pruner]:.2f}"]
+            figures = (record["shared"].get(pruner, 1.0), record["least_kept"][pruner], record["unread"][pruner])
+            row += [f"{100 * figure:.1f}" for figure in figures]
         rows.append(row)
-    headings = [f"{name}: {what}" for name in records for what in ("kept that MULTIFLOW keeps", "emptiest layer keeps")]
+    kinds = ("kept that MULTIFLOW keeps", "emptiest layer keeps", "inputs without a weight")
+    headings = [f"{name}: {what}" for name in records for what in kinds]
     notes = [
         f"{name}: random masks share {100 * record['by_chance']:.1f} %; within a layer the norms of inputs scatter by "
         f"{100 * record['input_spread']:.0f} % of their mean, the sizes of weights by {100 * record['weight_spread']:.0f} % "

@@ -61,7 +61,7 @@ def test_tables_are_put_between_the_comments_of_a_page(tmp_path: Path, monkeypat
     first = lines.index(f"| `{beyond.CHOSEN}` | 0.125 | 3 | 20 |")
     assert lines[first + 1] == "| `wanda` | 0.500 | 3 | 20 |"
     assert lines[first + 2].endswith("| . | . | . |")
-    assert f"| {beyond.PAIRS[0]} | . | 0.250 | . | . | . |" in lines
+    assert f"| {beyond.PAIRS[0]} | . | 0.250 | . | . |" in lines
     assert not any("75 % MULTIFLOW" in line for line in lines)
 
 

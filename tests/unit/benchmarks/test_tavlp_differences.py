@@ -25,6 +25,10 @@ def test_shares_are_those_of_the_masks_and_are_found_once(tmp_path: Path, monkey
     emptiest = min(float(masks["omp"][fqn].float().mean()) for fqn in masks["omp"])
     assert math.isclose(found["least_kept"]["omp"], emptiest, rel_tol=1e-5)
     assert found["least_kept"]["without-distribution"] < found["least_kept"]["multiflow"] < found["least_kept"]["wanda"]
+    inputs = [mask.any(dim=0) for mask in masks["multiflow"].values()]
+    unread = sum(int((~item).sum()) for item in inputs) / sum(item.numel() for item in inputs)
+    assert math.isclose(found["unread"]["multiflow"], unread)
+    assert found["unread"]["omp"] < found["unread"]["multiflow"]
     assert found["by_chance"] < found["shared"]["omp"] < found["shared"]["without-multimodality"] < 1
 
     def refuse(*_: Any) -> None:
