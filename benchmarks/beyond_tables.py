@@ -58,9 +58,9 @@ def searched() -> str:
     """A row for each combination, by its output error for held-out pairs."""
     found = {word: _result(search_path(word)) for word in COMBINATIONS}
     order = sorted(COMBINATIONS, key=lambda word: (found[word] or {"output_error": inf})["output_error"])
-    names = (("output_error", 3), ("seconds", 0), ("memory_mib", 0))
+    names = (("output_error", 3), ("seconds", 0))
     rows = [[f"`{word}`", *(_shown(found[word], name, digits) for name, digits in names)] for word in order]
-    return table(["combination", "output error", "seconds", "memory, MiB"], rows)
+    return table(["combination", "output error", "seconds"], rows)
 
 
 def tokens() -> str:
