@@ -19,6 +19,9 @@ def take(tensor: Tensor, kept: Tensor, axes: Sequence[int], batch: Place, lead: 
         axes: token axes, counted after ``lead`` axes of size one are put in front.
         batch: batch axis, likewise; with an inner factor where samples and heads share the axis. Of size one it is repeated.
         lead: axes to put in front.
+
+    Returns:
+        The axes lie in memory in the order of the tensor's: keeping every token must change no bit.
     """
     for _ in range(lead):
         tensor = tensor.unsqueeze(0)
@@ -26,24 +29,22 @@ def take(tensor: Tensor, kept: Tensor, axes: Sequence[int], batch: Place, lead: 
     inner = batch.inner
     if inner != 1:
         rows = kept[:, None, :].expand(-1, inner, -1).reshape(-1, kept.shape[1])
+    order = _memory_order(tensor)
     if isinstance(tensor.shape[batch.axis], int) and tensor.shape[batch.axis] == 1:
         tensor = tensor.expand([rows.shape[0] if axis == batch.axis else -1 for axis in range(tensor.ndim)])
+    tensor = tensor.permute(order)
     for axis in axes:
-        tensor = tensor.gather(axis, _index(tensor, rows, axis, batch.axis))
-    return tensor
+        tensor = tensor.gather(order.index(axis), _index(tensor, rows, order.index(axis), order.index(batch.axis)))
+    return tensor.permute([order.index(at) for at in range(tensor.ndim)])
 
 
-def take_in_memory_order(tensor: Tensor, kept: Tensor, axis: int, batch: int) -> Tensor:
-    """``take`` along one axis, with a result whose axes lie in memory in the order of the tensor's.
+def _memory_order(tensor: Tensor) -> list[int]:
+    """Axes by their strides, the largest first: the order in which the result of an operator should lie, too.
 
-    Products of tensors in another order differ in their last bits: keeping every token must change none.
+    Products of tensors in another order, and attention beside a mask in another order, differ in their last bits.
     """
     steps = [step.node.hint if isinstance(step, torch.SymInt) else step for step in tensor.stride()]
-    order = sorted(range(tensor.ndim), key=lambda at: (-steps[at], at))
-    if order == list(range(tensor.ndim)):
-        return take(tensor, kept, [axis], Place(batch))
-    taken = take(tensor.permute(order), kept, [order.index(axis)], Place(order.index(batch)))
-    return taken.permute([order.index(at) for at in range(tensor.ndim)])
+    return sorted(range(tensor.ndim), key=lambda at: (-steps[at] if steps[at] else -torch.inf, at))
 
 
 def put_back(tensor: Tensor, kept: Tensor, axes: Sequence[int], batch: Place, size: int, onto: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from mfcompile.passes.operators import operator_name
 from mfcompile.passes.program_editor import SCORING, ProgramEditor
 from mfcompile.passes.token_attention import NEGLIGIBLE
 from mfcompile.passes.token_axis import Carried, Side, TokenAxisError
-from mfcompile.passes.token_cutting import put_back, take, take_in_memory_order
+from mfcompile.passes.token_cutting import put_back, take
 from mfcompile.passes.token_merging import (
     MergedRow,
     best_dropped,
@@ -205,7 +205,7 @@ class SiteCut:
                     f"the scorer gives {tuple(score.shape)} at {self.name}, not (batch, tokens), {tuple(valid.shape)}"
                 )
             kept = keep_best(score, protected, valid, self.count)
-            taken = take_in_memory_order(stream, kept, plan.token, plan.batch)
+            taken = take(stream, kept, [plan.token], Place(plan.batch))
             if merged is None:
                 return kept, taken
             rest = merge_rest(states, kept, score.float(), valid)

@@ -45,6 +45,8 @@ class Masked(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """See TorchFunctionMode."""
         named = dict(kwargs or {})
+        if func is F.multi_head_attention_forward and self.is_behind and args[1].shape[0] == self.tokens:
+            return func(*args, **{**named, "key_padding_mask": ~self.seen})  # a pooling head
         if func is not F.scaled_dot_product_attention:
             return func(*args, **named)
         named |= dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))

@@ -29,7 +29,7 @@ def main() -> None:
     from benchmarks.token_families.models import keys
 
     arguments = _parser().parse_args()
-    kept = {row["key"]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
+    kept = _kept()
     wanted = [key for key in keys() if any(fnmatch.fnmatch(key, item) for item in arguments.patterns or ["*"])]
     wanted = [key for key in wanted if not (arguments.missing and key in kept)]
     console = Console()
@@ -37,11 +37,16 @@ def main() -> None:
         futures = [pool.submit(_in_process, key, arguments.timeout) for key in wanted]
         for future in as_completed(futures):
             record = future.result()
-            kept[record["key"]] = record
+            kept = {**_kept(), record["key"]: record}  # another run may have written meanwhile
             rows = [kept[key] for key in keys() if key in kept]
             RESULT.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1) + "\n")
             console.print(record["key"], record["failed"] or "ok", record["reason"] or "", highlight=False, soft_wrap=True)
     write_table(PAGE, [kept[key] for key in keys() if key in kept])
+
+
+def _kept() -> dict[str, dict[str, Any]]:
+    """Results of earlier runs."""
+    return {row["key"]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
 
 
 def _parser() -> argparse.ArgumentParser:
