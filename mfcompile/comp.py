@@ -32,6 +32,7 @@ from mfcompile.inputs import ExampleInputs
 from mfcompile.passes.mode_search import SearchOptions, Stage, search_modes
 from mfcompile.passes.random_numbers import seeded
 from mfcompile.passes.structured_units import StructuralUnit
+from mfcompile.passes.token_scores import resolve_scorer
 from mfcompile.passes.token_sites import TokenSites
 from mfcompile.passes.unit_scores import resolve_unit_scorer, scorer_weighting
 from mfcompile.region import RegionMap
@@ -179,6 +180,8 @@ def prune_jointly(
     """
     asked = options if isinstance(options, CompOptions) else CompOptions.of(options or {})
     search = _search_options(asked)
+    resolve_unit_scorer(asked.scorer)
+    resolve_scorer(asked.token_scorer)
     captured = model if isinstance(model, CapturedGraph) else capture(model, example_inputs)
     if asked.loss == EVALUATE and evaluate is None:
         raise InputError("loss='evaluate' compares models by your own measure: give evaluate, or define it in model.py")

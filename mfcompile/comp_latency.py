@@ -9,7 +9,7 @@ from types import TracebackType
 from mfcompile.graph import CapturedGraph
 
 REPEATS, WARMUP = 15, 3
-"""Turns that a state and the dense model take, of which the median ratio counts."""
+"""Turns that a state and the dense model take on one thread, of which the median ratio counts."""
 
 
 class OnnxClock:
@@ -38,7 +38,7 @@ class OnnxClock:
         from mfcompile.exporters.latency import compare_latency
 
         paths = {"dense": self._dense, "state": self._written(captured, "state")}
-        return compare_latency(paths, self._inputs, repeats=REPEATS, warmup=WARMUP).ratio("state", "dense")
+        return compare_latency(paths, self._inputs, repeats=REPEATS, warmup=WARMUP, threads=1).ratio("state", "dense")
 
     def _written(self, captured: CapturedGraph, name: str) -> Path:
         from mfcompile.exporters.onnx_model import export_onnx

@@ -258,8 +258,10 @@ class ModelSpace:
         )
         taken: dict[str, list[int]] = {}
         spent = 0.0
+        least = min((price[name] for _, _, _, name in ranked), default=0.0)
         for _, _, element, name in ranked:
-            if left[name] and (not taken or spent + price[name] <= saving):
+            fits = spent + price[name] <= saving or (not taken and price[name] == least > saving)
+            if left[name] and fits:
                 taken.setdefault(name, []).append(element)
                 left[name] -= 1
                 spent += price[name]

@@ -55,7 +55,9 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name == "listener" else pytest.mark.slow) for name in FAMILIES]
+)
 def pruned(request: pytest.FixtureRequest) -> tuple[str, JointlyPruned]:
     """Every mode of a model in turn, so that none is left out."""
     model, batch = FAMILIES[request.param]()
@@ -131,23 +133,25 @@ def encoder() -> CapturedGraph:
 
 
 def trace_of(captured: CapturedGraph, **options: Any) -> list[dict[str, Any]]:
-    return [stage.as_dict() for stage in prune_jointly(captured, flops=0.7, options={"step": 0.1, **options}).stages]
+    return [stage.as_dict() for stage in prune_jointly(captured, flops=0.75, options={"step": 0.1, **options}).stages]
 
 
 def test_the_same_seed_gives_the_same_trace(encoder: CapturedGraph) -> None:
-    options: dict[str, Any] = {"strategy": "comp", "exploration": 0.5, "scorer": "wanda"}
+    options: dict[str, Any] = {"strategy": "comp", "exploration": 0.5, "at": 0.0}
     assert trace_of(encoder, **options) == trace_of(encoder, **options)
 
 
 def test_the_users_measure_decides(encoder: CapturedGraph) -> None:
     def evaluate(module: nn.Module) -> dict[str, float]:
-        """Every hidden channel that is gone, or zeroed, costs; tokens are free."""
-        return {"channels": float((module.get_parameter("blocks.0.down.weight") != 0).sum())}
+        """Every channel or head that is gone, or zeroed, costs; tokens are free."""
+        names = [f"blocks.{block}.{name}.weight" for block in (0, 1) for name in ("down", "attention.out")]
+        weights = [module.get_parameter(name) for name in names]
+        return {"kept": float(sum((weight != 0).sum() for weight in weights))}
 
-    found = prune_jointly(encoder, flops=0.8, evaluate=evaluate, options={"step": 0.1, "scorer": "magnitude"})
-    assert {stage.mode for stage in found.stages} == {"tokens:vision"}
-    assert found.stages[-1].loss == 0
-    assert all(stage.tried["parameters:vision"] > 0 for stage in found.stages if "parameters:vision" in stage.tried)
+    found = prune_jointly(encoder, flops=0.85, evaluate=evaluate, options={"step": 0.1, "scorer": "magnitude", "at": 0.0})
+    first = found.stages[0]
+    assert (first.mode, first.loss) == ("tokens:vision", 0)
+    assert first.tried["parameters:vision"] > 0
 
 
 def test_some_modes_can_be_chosen(encoder: CapturedGraph) -> None:
@@ -157,14 +161,14 @@ def test_some_modes_can_be_chosen(encoder: CapturedGraph) -> None:
 
 
 def test_seconds_can_be_what_costs_are_divided_by(encoder: CapturedGraph) -> None:
-    found = prune_jointly(encoder, flops=0.8, options={"cost": "latency", "step": 0.2, "scorer": "magnitude"})
+    found = prune_jointly(encoder, flops=0.8, options={"cost": "latency", "step": 0.2, "scorer": "random", "at": 0.0})
     assert all(0 < stage.spent < 10 for stage in found.stages)
     assert found.stages[0].spent != found.stages[0].flops
     assert found.report()["seconds_share"] == found.stages[-1].spent
 
 
 def test_the_stages_are_a_picture(encoder: CapturedGraph, tmp_path: Path) -> None:
-    found = prune_jointly(encoder, flops=0.8, options={"step": 0.1, "scorer": "magnitude"})
+    found = prune_jointly(encoder, flops=0.8, options={"step": 0.1, "modes": "parameters:vision", "scorer": "magnitude"})
     png, svg = found.plot(tmp_path)
     first = svg.read_bytes()
     assert png.read_bytes()[:4] == b"\x89PNG"

@@ -73,6 +73,18 @@ def test_a_step_takes_what_scores_least_per_flop_and_saves_no_more_than_it_may(d
     assert len(channels["blocks.0"]) == pytest.approx(len(channels["blocks.1"]), abs=1)
 
 
+def test_the_finest_element_goes_where_none_fits(dense: CapturedGraph) -> None:
+    def heads_first(captured: CapturedGraph, units: Sequence[StructuralUnit]) -> dict[str, Tensor]:
+        return {unit.name: torch.arange(unit.count) + (0.0 if unit.kind == "heads" else 1e3) for unit in units}
+
+    space = space_of(dense, score=heads_first)
+    several: Any = space.step(space.start(), "parameters:vision", 0.2)
+    assert any("attention" in name for name in several.removed)
+    one: Any = space.step(space.start(), "parameters:vision", 1e-9)
+    assert sum(len(elements) for elements in one.removed.values()) == 1
+    assert not any("attention" in name for name in one.removed)  # a head is many channels
+
+
 def test_what_stands_in_for_a_graph_computes_and_counts_as_it_does(dense: CapturedGraph) -> None:
     space = space_of(dense)
     state: Any = space.step(space.start(), "parameters:vision", 0.3)
