@@ -116,7 +116,7 @@ class Closure:
         labels = self.elements.reduce(labels)
         axes = dependent_axes(labels)
         if len(axes) > 1:
-            raise InseparableError(node, f"an element is no whole slice along one of its axes {axes}")
+            raise InseparableError(node, f"an element is no whole slice of it: it lies across axes {axes}")
         if not axes:
             raise InseparableError(node, "all of it belongs to one element")
         return labels

@@ -188,14 +188,18 @@ class _Finder:
     def _without_products(self) -> frozenset[fx.Node]:
         """What comes from positions, masks, tables and inputs without a product; views of weights are not among it."""
         found: set[fx.Node] = set()
+        weights = {node for node in self.graph.nodes if node.op == "placeholder" and node.name in self.held}
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                is_apart = node.name not in self.held
+                is_apart = node not in weights
+            elif parameter_behind(node, self.parameters) is not None:
+                weights.add(node)
+                is_apart = False
             else:
                 is_product = operator_name(node) in CONTRACTIONS | CONVOLUTIONS | SOFTMAX_ATTENTION and not is_lookup(node)
-                given = [item for item in node.all_input_nodes if item.op != "placeholder" or item.name not in self.held]
-                is_view = parameter_behind(node, self.parameters) is not None
-                is_apart = node.op == "call_function" and not is_product and not is_view and found.issuperset(given)
+                is_apart = (
+                    node.op == "call_function" and not is_product and found.issuperset(set(node.all_input_nodes) - weights)
+                )
             if is_apart:
                 found.add(node)
         return frozenset(found)

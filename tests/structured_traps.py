@@ -229,7 +229,7 @@ class SharedMiddle(Plain):
             middle = self.own_norm(middle)
         given: Tensor = self.b(middle)
         if self.how == "linear":
-            return given + self.second(middle)
+            given = given + self.second(middle)
         if self.how == "mean":
             return given + middle.mean(-1, keepdim=True)
         if self.how == "position":
@@ -308,10 +308,11 @@ class Library(nn.Module):
 class SharedBias(nn.Module):
     """Attentions in a row with one relative bias of the first, a mask added to it, as T5 has."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_transposed: bool = False) -> None:
         super().__init__()
+        self.is_transposed = is_transposed
         self.first = nn.Linear(WIDTH, WIDTH)
-        self.table = nn.Embedding(2 * TOKENS, HEADS)
+        self.table = nn.Linear(2 * TOKENS, HEADS, bias=False) if is_transposed else nn.Embedding(2 * TOKENS, HEADS)
         self.parts = nn.ModuleList(Attention("shared_bias") for _ in range(2))
         self.last = nn.Linear(WIDTH, 3)
 
@@ -319,7 +320,8 @@ class SharedBias(nn.Module):
         states = self.first(image)
         count = image.shape[1]
         distance = torch.arange(count)[:, None] - torch.arange(count)[None]
-        bias = self.table(distance + TOKENS).permute(2, 0, 1)[None] + (1 - mask[:, None, None, :].float()) * -1e9
+        table = self.table.weight.t() if self.is_transposed else self.table.weight
+        bias = table[distance + TOKENS].permute(2, 0, 1)[None] + (1 - mask[:, None, None, :].float()) * -1e9
         for part in self.parts:
             part.given = bias
             states = part(states)
