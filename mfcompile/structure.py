@@ -18,14 +18,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from mfcompile.errors import ExportError, InputError
 from mfcompile.frontends.capture import capture
 from mfcompile.frontends.exporting import candidates
 from mfcompile.frontends.program_module import program_module
 from mfcompile.graph import CapturedGraph, ExportedModel
-from mfcompile.inputs import ExampleInputs
 from mfcompile.passes.base import run_transform
 from mfcompile.passes.masking import ApplyMasks
 from mfcompile.passes.structured_masks import masks_of_smaller
@@ -33,6 +31,7 @@ from mfcompile.passes.structured_removal import RemoveUnits, kept_positions
 from mfcompile.passes.structured_units import RefusedUnit, StructuralUnit, StructuralUnits, plan_units
 from mfcompile.passes.unit_scores import UnitScorer, resolve_unit_scorer, scorer_weighting
 from mfcompile.region import RegionMap
+from mfcompile.rewriting import example_of, functional
 from mfcompile.statistics import CalibrationStatistics
 from mfcompile.steps import infer_regions
 
@@ -90,9 +89,10 @@ def remove_units(
     result = run_transform(transform, lifted).graph
     assert result.exported is not None  # the transform made it
     removed = result.exported.notes[len(exported.notes) :]
-    example = _example(captured, exported)
+    example = example_of(captured, exported)
     smaller = capture(program_module(result.exported.program), example)
-    smaller = replace(smaller, exported=result.exported, specialised=(*smaller.specialised, *removed))
+    told = (*smaller.specialised, *removed)
+    smaller = replace(smaller, exported=result.exported, specialised=told, diagnostics=captured.diagnostics)
     if captured.masks is None:
         return smaller
     masks = masks_of_smaller(captured.masks, captured.module, smaller.module, kept_positions(transform, exported.program))
@@ -253,25 +253,12 @@ def _matches(pattern: str, name: str, region: str, kind: str) -> bool:
 def _program(captured: CapturedGraph) -> ExportedModel:
     """A program of the model without operators that write into tensors, and without a cache."""
     if captured.exported is not None:
-        return replace(captured.exported, program=_functional(captured.exported.program))
+        return replace(captured.exported, program=functional(captured.exported.program))
     tried = []
     for attempt, exported in candidates(captured, first=_WITHOUT_CACHE):
         if exported is not None:
-            return replace(exported, program=_functional(exported.program))
+            return replace(exported, program=functional(exported.program))
         tried.append(f"{attempt.frontend}: {attempt.detail}")
     raise ExportError(
         f"{type(captured.module).__name__} has no exported program, and units are removed from one. Tried {'; '.join(tried)}"
     )
-
-
-def _functional(program: ExportedProgram) -> ExportedProgram:
-    """What a node gives must not change behind its back."""
-    schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes if node.op == "call_function"]
-    is_written = any(schema is not None and schema.is_mutable for schema in schemas)
-    return program.run_decompositions({}) if is_written else program
-
-
-def _example(captured: CapturedGraph, exported: ExportedModel) -> ExampleInputs:
-    """Inputs that the program runs on: the user's, or their repetition where the program has a fixed batch of two."""
-    is_free = all(0 in exported.dynamic_axes.get(name, {}) for name in exported.input_names)
-    return captured.example_inputs if is_free else exported.example_inputs

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import mfcompile
 from mfcompile.graph import CapturedGraph
-from mfcompile.passes.token_merging import best_dropped
+from mfcompile.passes.token_merging import MaskUse, best_dropped, take_with_merged
+from mfcompile.passes.token_places import Place
 from tests.token_models import fixed, patches, seeded
 from tests.token_reference import attention_weights, choose, pick, received
 
@@ -165,6 +166,21 @@ def test_padding_is_in_no_merged_token() -> None:
     other["image"][1, 3] = 9.0
     with torch.no_grad():
         torch.testing.assert_close(fewer.module(**batch), fewer.module(**other), **CLOSE)
+
+
+@pytest.mark.parametrize("form", ["bool", "inverted", "added"])
+def test_masks_are_seen_by_all_and_see_any(form: str) -> None:
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    masks = {"bool": seen, "inverted": ~seen, "added": torch.where(seen, 0.0, -torch.inf)}
+    rows, members = torch.tensor([[0, 4, 2, 5]]), torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0, 0.0]])
+    mask = MaskUse(is_inverted=form == "inverted")
+    found = take_with_merged(masks[form], rows, members, [2, 3], Place(0), 2, 1, mask)[0, 0]
+    # of positions 0, the merged 1, 3 and 4, 2, 5: position 2 sees 1 alone, and 4 sees all that any of them sees
+    wanted = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    assert torch.equal({"bool": found, "inverted": ~found if form == "inverted" else found, "added": found == 0}[form], wanted)
+    rows = torch.tensor([[0, 1, 2, 5]])
+    earlier = take_with_merged(masks[form], rows, members, [2, 3], Place(0), 2, 1, mask)[0, 0]
+    assert torch.equal(earlier, found)  # whichever of them is the best
 
 
 def test_of_padding_alone_nothing_is_merged() -> None:

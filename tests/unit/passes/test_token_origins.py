@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,8 @@ class Asker(nn.Module):
 
     def forward(self, image: Tensor, input_ids: Tensor) -> Tensor:
         states = torch.cat([self.queries.expand(image.shape[0], -1, -1), self.table(input_ids)], dim=1)
-        for block, look in zip(self.blocks, self.looks, strict=True):
+        layers: Any = zip(self.blocks, self.looks, strict=True)
+        for block, look in layers:
             states = block.attend(states)
             asked, words = look.rest(states[:, :4], image), block.rest(states[:, 4:])
             states = torch.cat([asked, words], dim=1)
