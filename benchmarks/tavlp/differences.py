@@ -30,8 +30,8 @@ def differences_of(family: Family, scale: Scale, folders: Folders) -> dict[str, 
     Returns:
         ``shared``: pruner -> fraction of the kept weights that MULTIFLOW keeps too; ``by_chance``: what random masks share;
         ``least_kept``: pruner -> fraction that the emptiest layer keeps; ``unread``: pruner -> fraction of the inputs of all
-        layers of which no weight is kept, so that no fine-tuning brings them back; ``input_spread`` and ``weight_spread``: standard
-        deviation over mean of the input norms of a layer and of its sizes of weights, median over layers.
+        layers of which no weight is kept, so that no fine-tuning brings them back; ``input_spread`` and ``weight_spread``:
+        standard deviation over mean of the input norms of a layer and of its sizes of weights, median over layers.
     """
     path = folders.results / family.name / f"differences-{SPARSITY:g}-{SEED}.json"
     config = differences_config(family, scale)
