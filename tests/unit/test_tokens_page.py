@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import mfcompile
+from benchmarks.token_families.page import table
 from mfcompile.passes.token_scores import SCORERS
 from tests.models import tiny_vlm, vlm_batch
 
@@ -28,7 +29,7 @@ def test_the_snippets_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     }
     for snippet in SNIPPETS:
         exec(compile(snippet, "docs/tokens.md", "exec"), names)
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     printed = capsys.readouterr().out
     assert "vision.0.attention: 4 vision tokens" in printed
     assert "tokens of vision.0.attention: 2 of 4 stay\n" in printed
@@ -44,3 +45,9 @@ def test_the_figures_are_those_of_the_benchmark() -> None:
 
 def test_every_scorer_is_in_the_table() -> None:
     assert re.findall(r"^\| `(\w+)` \|", PAGE, flags=re.MULTILINE) == list(SCORERS)
+
+
+def test_the_table_of_architectures_is_that_of_its_benchmark() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "token_families.json").read_text())["rows"]
+    assert len(rows) >= 12
+    assert table(rows) in PAGE
