@@ -15,9 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters.program import tensor_input_nodes
@@ -25,7 +23,6 @@ from mfcompile.frontends.capture import capture
 from mfcompile.frontends.exporting import candidates
 from mfcompile.frontends.program_module import program_module
 from mfcompile.graph import CapturedGraph, ExportedModel
-from mfcompile.inputs import ExampleInputs
 from mfcompile.passes.base import run_transform
 from mfcompile.passes.masking import ApplyMasks
 from mfcompile.passes.modalities import VISION, infer_modalities
@@ -34,6 +31,7 @@ from mfcompile.passes.token_pruning import PruneTokens
 from mfcompile.passes.token_scores import TokenEvidence, TokenScorer, resolve_scorer
 from mfcompile.passes.token_site_cut import Keep
 from mfcompile.passes.token_sites import SitePlan, TokenSite, TokenSites, plan_sites, protect
+from mfcompile.rewriting import example_of, functional
 
 __all__ = ["TokenEvidence", "TokenScorer", "find_token_sites", "prune_tokens", "token_schedule", "with_token_program"]
 
@@ -162,7 +160,7 @@ def prune_tokens(
     result = done.graph.exported
     assert result is not None  # the transform made it
     cuts = result.notes[len(exported.notes) :]
-    fewer = capture(program_module(result.program), _example(captured, exported))
+    fewer = capture(program_module(result.program), example_of(captured, exported))
     notes = (*captured.diagnostics, *done.diagnostics)
     fewer = replace(fewer, exported=result, specialised=(*fewer.specialised, *cuts), diagnostics=notes)
     return fewer if captured.masks is None else run_transform(ApplyMasks(captured.masks), fewer).graph
@@ -264,7 +262,7 @@ def _programs(captured: CapturedGraph, modalities: Mapping[str, str] | None, fir
 
 
 def _with_sites(exported: ExportedModel, kinds: Mapping[str, str]) -> _Program:
-    exported = replace(exported, program=_functional(exported.program))
+    exported = replace(exported, program=functional(exported.program))
     program = exported.program
     nodes = tensor_input_nodes(program)
     modalities = {node: kinds[name] for node, name in zip(nodes, exported.input_names, strict=True) if name in kinds}
@@ -292,25 +290,5 @@ def _with_sites(exported: ExportedModel, kinds: Mapping[str, str]) -> _Program:
     return _Program(exported, modalities, tuple(plans), images, TokenSites(tuple(sites), tuple(refused)))
 
 
-def _functional(program: ExportedProgram) -> ExportedProgram:
-    """The program without operators that write into tensors: what a node gives must not change behind its back."""
-    schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes if node.op == "call_function"]
-    if not any(schema is not None and schema.is_mutable for schema in schemas):
-        return program
-    program = program.run_decompositions({})
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            # Written where strides allowed a view; whoever writes attention out later gives its result others.
-            node.target = torch.ops.aten.reshape.default
-    program.graph_module.recompile()
-    return program
-
-
 def _has_free_length(exported: ExportedModel) -> bool:
     return any(axis != "batch" for axes in exported.dynamic_axes.values() for axis in axes.values())
-
-
-def _example(captured: CapturedGraph, exported: ExportedModel) -> ExampleInputs:
-    """Inputs that the program runs on: the user's, or their repetition where the program has a fixed batch of two."""
-    is_free = all(0 in exported.dynamic_axes.get(name, {}) for name in exported.input_names)
-    return captured.example_inputs if is_free else exported.example_inputs
