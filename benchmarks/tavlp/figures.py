@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.tavlp.orderings import HEADLINES, headline_title
 from benchmarks.tavlp.pruners import PRUNERS
-from benchmarks.tavlp.summary import Results, title
+from benchmarks.tavlp.summary import Figure, Results, title
 from benchmarks.tavlp.tasks import TASKS
 from mfcompile.comparison_plot import COLOURS
 from mfcompile.report_plot import FAINT, FURTHER_COLOURS, NAMED_COLOURS, STYLE
@@ -19,49 +20,54 @@ if TYPE_CHECKING:
 def draw_highest_sparsity(
     results: Results, families: Sequence[str], pruners: Sequence[str], sparsity: float, path: Path
 ) -> None:
-    """Bars of every pruner, one panel for each family and task, with the dense model as a line.
+    """Bars of every pruner, one panel for each family and task that has a cell there, with the dense model as a line.
 
     Args:
         results: where figures come from.
         families: rows of panels.
-        pruners: bars.
+        pruners: bars, from top to bottom.
         sparsity: fraction removed.
         path: of the PNG, which carries no date.
     """
     from matplotlib import pyplot, rc_context
 
+    def has_cell(task: str) -> bool:
+        metric = next(iter(TASKS[task].metrics))
+        return any(results.figure(family, task, name, sparsity, metric) for family in families for name in pruners)
+
+    tasks = [task for task in TASKS if has_cell(task)] or list(TASKS)[:1]
+    size = (4.2 * len(tasks) + 1.2, (0.19 * len(pruners) + 0.6) * len(families))
     with rc_context(STYLE):
         figure, panels = pyplot.subplots(
-            len(families),
-            len(TASKS),
-            figsize=(3.6 * len(TASKS), 2.5 * len(families) + 0.6),
-            squeeze=False,
-            layout="constrained",
+            len(families), len(tasks), figsize=size, squeeze=False, sharey=True, sharex="col", layout="constrained"
         )
         for row, family in zip(panels, families, strict=True):
-            for axes, task in zip(row, TASKS, strict=True):
+            for axes, task in zip(row, tasks, strict=True):
                 _bars(axes, results, family, task, pruners, sparsity)
         figure.savefig(path, dpi=160, metadata={"Software": None})
         pyplot.close(figure)
 
 
 def _bars(axes: Axes, results: Results, family: str, task: str, pruners: Sequence[str], sparsity: float) -> None:
-    metric = next(iter(TASKS[task].metrics))
-    dense = results.figure(family, task, "dense", 0.0, metric)
+    metrics = HEADLINES[task]
+    dense = Figure.of(list(results.values(family, task, "dense", 0.0, metrics).values()))
     if dense is not None:
-        axes.axhline(dense.mean, color=FAINT, linewidth=1, linestyle="--")
-        axes.text(len(pruners) - 0.5, dense.mean, "dense", color=FAINT, fontsize=7, ha="right", va="bottom")
+        axes.axvline(dense.mean, color=FAINT, linewidth=1, linestyle="--", label=f"dense {dense.mean:.1f}")
+        axes.legend(fontsize=7, loc="upper center", frameon=False)
     for index, pruner in enumerate(pruners):
-        found = results.figure(family, task, pruner, sparsity, metric)
+        found = Figure.of(list(results.values(family, task, pruner, sparsity, metrics).values()))
         if found is not None:
             colour = FAINT if pruner == "random" else COLOURS[index % len(COLOURS)]
-            axes.bar(index, found.mean, yerr=found.deviation, color=colour, width=0.75, capsize=2)
+            axes.barh(index, found.mean, xerr=found.deviation, color=colour, height=0.75, capsize=2)
+            axes.text(found.mean + (found.deviation or 0), index, f" {found.mean:.1f}", va="center", fontsize=6)
         else:
-            axes.text(index, 0, "no cell", rotation=90, ha="center", va="bottom", color=FAINT, fontsize=6)
-    axes.set_xticks(range(len(pruners)), [title(pruner) for pruner in pruners], rotation=50, ha="right", fontsize=7)
-    axes.set_title(f"{family}, {task}: {TASKS[task].metrics[metric]} at {100 * sparsity:.0f} %", fontsize=8)
-    axes.set_xlim(-0.6, len(pruners) - 0.4)
-    axes.set_ylim(bottom=0)
+            axes.text(0, index, " no cell", va="center", color=FAINT, fontsize=6)
+    axes.set_yticks(range(len(pruners)), [title(pruner) for pruner in pruners], fontsize=7)
+    axes.set_title(f"{family}, {task}: {headline_title(task)} at {100 * sparsity:.0f} %", fontsize=8)
+    axes.set_ylim(len(pruners) - 0.4, -0.6)
+    axes.margins(x=0.1)
+    axes.set_xlim(left=0)
+    axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
 

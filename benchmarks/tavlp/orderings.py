@@ -135,10 +135,11 @@ def choice(results: Results) -> str:
         found = Figure.of(list(results.values(family, task, "dense", sparsity, HEADLINES[task]).values()))
         dense.append(MISSING if found is None else str(found))
     rows = [[title(name), *row] for name, row in zip(names, shown, strict=True) if any(text != MISSING for text in row)]
-    headings = [f"{columns[index][0]} {_headline(columns[index][1])} {100 * columns[index][2]:.0f} %" for index in kept]
+    headings = [f"{columns[index][0]} {headline_title(columns[index][1])} {100 * columns[index][2]:.0f} %" for index in kept]
     return table(["pruner", *headings], [dense, *rows])
 
 
-def _headline(task: str) -> str:
+def headline_title(task: str) -> str:
+    """How tables and pictures call the headline of a task."""
     names = [TASKS[task].metrics[metric] for metric in HEADLINES[task]]
     return names[0] if len(names) == 1 else "R@1"

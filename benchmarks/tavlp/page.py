@@ -80,7 +80,7 @@ def _parts(results: Results) -> Iterator[str]:
     yield f"## Ablations (Tab. 3), {ABLATION_FAMILY}"
     yield ablations(results)
     yield f"## All pruners at {100 * SPARSITIES[-1]:.0f} % (Fig. 3)"
-    yield "![metrics of each task at the highest sparsity](images/benchmark_highest_sparsity.png)"
+    yield "![what each pruner keeps of the dense model at the highest sparsity](images/benchmark_highest_sparsity.png)"
     yield f"## Sparsity of every layer at {100 * ALLOCATION_SPARSITY:.0f} % (Fig. 4)"
     yield "![sparsity per layer and region under three allocations](images/benchmark_allocations.png)"
     yield regions(results)
