@@ -41,7 +41,9 @@ def show(recipe: Recipe, wanted: Sequence[Sparsity], terminal: Terminal) -> None
     if modes:
         terminal.out.print(choices_table(modes))
         terminal.say("note: what of it goes is found by a search that runs the model; what follows is the whole model\n")
-    views = [describe(captured, regions, recipe.override({"sparsity": one})) for one in wanted or (recipe.sparsity,)]
+    asked = wanted or (recipe.sparsity,)
+    asked = (0.0,) if request is not None and request.criterion is None else asked
+    views = [describe(captured, regions, recipe.override({"sparsity": one})) for one in asked]
     view, out = views[0], terminal.out
     out.print(tables.inputs_table(view))
     if view["tokens"]:
@@ -82,7 +84,7 @@ def _data(recipe: Recipe, source: ModelSource, chosen: Pruner) -> str:
     """What the model will be run on."""
     from mfcompile.passes.criteria.base import Need
 
-    runs = Need.GRADIENTS in chosen.needs or recipe.update is not None
+    runs = Need.GRADIENTS in chosen.needs or recipe.update is not None or joint_request_of(recipe) is not None
     if not chosen.needs and not runs:
         return f"none, the criterion {chosen.name} needs none"
     if recipe.statistics is not None and not runs:

@@ -33,7 +33,10 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
     for line in tables.note_lines(report["diagnostics"]):
         terminal.say(line)
     if report["export"] is not None:
-        for line in (*size_lines(report["export"]), *sparse_lines(report["export"])):
+        is_masked = (
+            not report.get("structure") or report["totals"]["prunable"]["kept"] < report["totals"]["prunable"]["weights"]
+        )
+        for line in (*size_lines(report["export"]), *(sparse_lines(report["export"]) if is_masked else ())):
             terminal.say(line)
         if report["export"].get("parts"):
             out.print()

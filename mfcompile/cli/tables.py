@@ -33,6 +33,8 @@ FILES = {
     "report.json": "everything above, and every site",
     "sparsity.png": "sparsity per layer and region",
     "sparsity.svg": "the same picture, for print",
+    "stages.png": "FLOPs that are left after every stage of the search, and the loss",
+    "stages.svg": "the same picture, for print",
 }
 
 
