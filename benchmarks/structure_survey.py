@@ -1,11 +1,11 @@
 """Which structural units are found in tiny models of many architectures, and whether their removal is what it should be.
 
-python -m benchmarks.structure_survey [KEY ...]
+python -m benchmarks.structure_survey [KEY ...] [--show]
 
 Every model is a row of the zoo's table (``benchmarks.zoo``) with random weights. Half of the elements of every unit are
 removed, chosen at random, and outputs are compared with those of the original model whose output weights are zero in the
 columns of these elements. A row of the result has the number of units by kind, refused ones with node and reason, and the
-largest difference of any output relative to its largest value.
+largest difference of any output relative to its largest value. Rows that are there already stay.
 """
 
 from __future__ import annotations
@@ -112,29 +112,41 @@ def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def page_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as the table of docs/structure.md."""
+    lines = ["| model | heads | channels | refused | parameters left |", "|---|---|---|---|---|"]
+    for row in rows:
+        units = row.get("units", {})
+        left = f"{row['parameters']:.2f}" if "parameters" in row else "no exported program"
+        cells = [row["key"], units.get("heads", 0), units.get("channels", 0), len(row.get("refused", ())), left]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Look at every model, print a table, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("keys", nargs="*", default=KEYS)
-    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--show", action="store_true", help="print what is there, and measure nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()
-    rows = []
-    for key in arguments.keys:
-        rows.append(survey(key))
-        console.print(rows[-1], soft_wrap=True)
+    rows = {row["key"]: row for row in json.loads(arguments.output.read_text())} if arguments.output.is_file() else {}
+    for key in () if arguments.show else arguments.keys:
+        rows[key] = survey(key)
+        console.print(rows[key], soft_wrap=True)
+        ordered = [rows[name] for name in sorted(rows)]
+        arguments.output.write_text(json.dumps(ordered, indent=1) + "\n")
     table = Table("model", "heads", "channels", "refused", "parameters left", "difference")
-    for row in rows:
+    for row in rows.values():
         units = row.get("units", {})
         left = [f"{row['parameters']:.2f}", f"{row['difference']:.0e}"] if "difference" in row else ["", row["failed"]]
         table.add_row(
             row["key"], str(units.get("heads", 0)), str(units.get("channels", 0)), str(len(row.get("refused", ()))), *left
         )
     console.print(table)
-    output = arguments.output or (RESULT if tuple(arguments.keys) == KEYS else None)
-    if output is not None:
-        output.write_text(json.dumps(rows, indent=1) + "\n")
+    console.print(page_table(list(rows.values())), soft_wrap=True)
 
 
 if __name__ == "__main__":
