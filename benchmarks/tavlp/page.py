@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -64,6 +65,8 @@ def _parts(results: Results) -> Iterator[str]:
     )
     yield _coverage(results)
     yield scatters(results)
+    yield "## Cells made again"
+    yield repeated(results.folders.results.parents[1] / "tavlp.json")
     yield "## Which pruner to choose"
     yield "Retrieval as the mean R@1 of both directions, captioning as CIDEr, questions as accuracy."
     yield choice(results)
@@ -120,6 +123,26 @@ def scatters(results: Results) -> str:
     if not rows:
         return "No row has two seeds, so that nothing is known of noise."
     return table(["metric", "standard deviation over seeds, all rows together"], rows)
+
+
+def repeated(path: Path) -> str:
+    """How far cells that were made again differ from those that are kept: what rounding alone is worth.
+
+    Args:
+        path: what ``benchmarks/run.py --only tavlp`` wrote.
+    """
+    command = "`python benchmarks/run.py --only tavlp`"
+    if not path.is_file():
+        return f"Not done: {command}."
+    rows = []
+    for name, found in json.loads(path.read_text(encoding="utf-8")).items():
+        if "largest_difference" in found:
+            kept, again = ((found[f"{prefix}tr1"] + found[f"{prefix}ir1"]) / 2 for prefix in ("kept_", ""))
+            rows.append([name, f"{kept:.1f}", f"{again:.1f}", f"{found['largest_difference']:.1f}"])
+    return (
+        f"By {command}, beside the cells that were kept at that time.\n\n"
+        f"{table(['cell', 'mean R@1 kept', 'mean R@1 again', 'largest difference of a metric'], rows)}"
+    )
 
 
 def comparison(results: Results, tasks: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ def reduced() -> dict[str, Any]:
 
     Returns:
         For each pruner the metrics of the new cell, and those of the cell in the repository, where there is one, with the
-        largest difference of a metric. The same processor and versions repeat a cell to the last digit; others round
+        largest difference of a metric. The same code, processor and versions repeat a cell to the last digit; others round
         otherwise, and figures agree to a few points.
     """
     kept = Results(Folders(ROOT / "benchmarks" / "results" / "tavlp" / SMALL.name, ROOT / "out" / "tavlp" / SMALL.name), SMALL)

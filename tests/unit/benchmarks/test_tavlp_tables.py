@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,13 @@ def test_the_page_is_written_from_records_alone_but_for_masks_of_its_picture(res
         "benchmark_allocations.png",
         "benchmark_highest_sparsity.png",
     ]
+
+
+def test_the_page_says_how_far_cells_made_anew_differ(tmp_path: Path) -> None:
+    assert "Not done" in page.repeated(tmp_path / "tavlp.json")
+    cell = beside({"tr1": 3.0, "ir1": 5.0}, {"tr1": 4.0, "ir1": 3.0})
+    (tmp_path / "tavlp.json").write_text(json.dumps({"machine": {"cores": 2}, "xvlm retrieval omp": cell}))
+    assert row_of(page.repeated(tmp_path / "tavlp.json"), "xvlm retrieval omp")[1:] == ["3.5", "4.0", "2.0"]
 
 
 def test_a_cell_made_anew_is_set_beside_the_one_that_is_kept() -> None:
