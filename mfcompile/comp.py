@@ -27,6 +27,7 @@ from mfcompile.comp_modes import TokenMode, UnitMode, token_modes, unit_modes
 from mfcompile.comp_options import EVALUATE, CompOptions
 from mfcompile.comp_space import Cutting, ModelSpace
 from mfcompile.errors import InputError
+from mfcompile.frontends.program_module import program_module
 from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.inputs import ExampleInputs
 from mfcompile.passes.mode_search import SearchOptions, Stage, search_modes
@@ -195,7 +196,9 @@ def prune_jointly(
         if evaluate is not None:
             measure: Loss = evaluation_loss(evaluate, captured.module)
         else:
-            measure = OutputLoss(captured.module, batches, asked.loss, asked.outputs)
+            assert dense.exported is not None  # it is what is cut
+            whole = program_module(dense.exported.program)  # it refuses lengths that no smaller program could run
+            measure = OutputLoss(whole, batches, asked.loss, asked.outputs)
         score = _UnitScores(asked.scorer, batches, modalities, padding_mask)
         cutting = Cutting(asked.token_scorer, asked.rest, asked.restore)
         layouts = {site.fqn: site.layout for site in infer_regions(dense, modalities=modalities).sites}

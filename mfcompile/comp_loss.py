@@ -88,8 +88,9 @@ class OutputLoss:
                 return output_tensors(self._batches[index].call(module))
         except Exception as error:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self._batches[index].tensors().items())
+            why = str(error).partition("\n")[0].rstrip(".")
             raise InputError(
-                f"calibration batch {index} ({shapes}) does not run: {type(error).__name__}: {error}. Tokens are cut in a "
+                f"calibration batch {index} ({shapes}) does not run: {type(error).__name__}: {why}. Tokens are cut in a "
                 f"program whose lengths are those of the example inputs: give batches of these lengths"
             ) from error
 

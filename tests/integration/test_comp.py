@@ -207,6 +207,14 @@ def test_a_batch_of_other_lengths_is_refused(encoder: CapturedGraph) -> None:
         prune_jointly(encoder, calibration=[{"image": patches(3, 4)}])
 
 
+def test_a_batch_that_only_the_whole_model_runs_is_refused() -> None:
+    model, batch = listener()
+    longer = {**batch, "audio": torch.cat([batch["audio"]] * 2, dim=1)}
+    model(**longer)
+    with pytest.raises(InputError, match=r"calibration batch 0 \(audio \(2, 40, 6\), .* give batches of these lengths"):
+        prune_jointly(mfcompile.capture(model, batch), calibration=[longer])
+
+
 def test_masks_come_after(encoder: CapturedGraph) -> None:
     regions = mfcompile.infer_regions(encoder)
     masks = mfcompile.select_masks(encoder, regions, sparsity=0.5, criterion="magnitude")
