@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mfcompile.benchmark.result import Benchmark
     from mfcompile.comp import JointlyPruned, prune_jointly
     from mfcompile.comp_options import CompOptions
+    from mfcompile.comp_training import TrainingOptions, train_jointly
     from mfcompile.comparison import compare
     from mfcompile.comparison_result import Comparison
     from mfcompile.compile import CompiledModel, compile_pruned
@@ -94,6 +95,7 @@ __all__ = [
     "StructuralUnit",
     "StructuralUnits",
     "TokenEvidence",
+    "TrainingOptions",
     "__version__",
     "add_lora",
     "apply_masks",
@@ -121,6 +123,7 @@ __all__ = [
     "select_masks",
     "strip",
     "token_schedule",
+    "train_jointly",
     "transfer_masks",
     "unit_norms",
     "unpack",
@@ -135,6 +138,7 @@ _HOMES = {
     "mfcompile.benchmark.result": ("Benchmark",),
     "mfcompile.comp": ("JointlyPruned", "prune_jointly"),
     "mfcompile.comp_options": ("CompOptions",),
+    "mfcompile.comp_training": ("TrainingOptions", "train_jointly"),
     "mfcompile.comparison": ("compare",),
     "mfcompile.comparison_result": ("Comparison",),
     "mfcompile.exporters.split_session": ("load_parts",),

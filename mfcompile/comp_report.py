@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 LABEL = "CoMP-style, one-shot: not the paper's training recipe"
 """What results are called. The paper prunes inside fine-tuning, and trains afterwards."""
 
+TRAINED_LABEL = "CoMP-style, inside fine-tuning: the paper's recipe as far as it is known"
+"""What results of ``train_jointly`` are called."""
+
 
 def report_of(pruned: JointlyPruned) -> dict[str, Any]:
     """What was asked, done and measured, as plain values."""
@@ -27,7 +30,8 @@ def report_of(pruned: JointlyPruned) -> dict[str, Any]:
     parameters = tuple(_parameter_count(graph.module) for graph in (pruned.dense, pruned.captured))
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(pruned.options).items()}
     return {
-        "label": LABEL,
+        "label": LABEL if pruned.training is None else TRAINED_LABEL,
+        "training": None if pruned.training is None else dict(pruned.training),
         "target": pruned.target,
         "options": {**options, "caps": dict(pruned.options.caps)},
         "flops": {"dense": dense, "left": left, "share": left / dense},

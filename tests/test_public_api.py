@@ -16,6 +16,7 @@ PUBLIC = {
     "prune_tokens", "save", "select_masks", "strip", "token_schedule", "transfer_masks", "unpack", "verify", "verify_masks",
     "with_token_program", "RefusedUnit", "StructuralUnit", "StructuralUnits", "find_units", "output_weights",
     "prune_structure", "remove_units", "unit_norms", "CompOptions", "JointlyPruned", "prune_jointly",
+    "TrainingOptions", "train_jointly",
 }  # fmt: skip
 
 
