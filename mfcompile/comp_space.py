@@ -215,7 +215,7 @@ class ModelSpace:
         return best if best is not None else self._state(state.removed, {**state.gone, mode.name: now + 1})
 
     def _smaller_units(self, state: ModelState, mode: UnitMode, saving: float) -> ModelState | None:
-        """Without the elements that score least per FLOP, as many as the saving allows."""
+        """Without the elements that score least, as many as the saving allows."""
         taken = self._cheapest(state, mode, saving)
         if not taken:
             return None
@@ -251,7 +251,7 @@ class ModelSpace:
         left = {unit.name: mode.most(unit) - len(state.removed.get(unit.name, ())) for unit in mode.units}
         scores = self._scores(state)
         ranked = sorted(
-            (score * len(unit.columns(element)) / price[unit.name], place, element, unit.name)
+            (score, place, element, unit.name)  # one threshold per mode (Eq. 1); per FLOP, heads would go long before channels
             for place, unit in enumerate(mode.units)
             if left[unit.name] > 0
             for element, score in scores[unit.name].items()

@@ -61,7 +61,7 @@ def test_modes_are_regions_of_units_and_modalities_of_tokens(dense: CapturedGrap
     ]
 
 
-def test_a_step_takes_what_scores_least_per_flop_and_saves_no_more_than_it_may(dense: CapturedGraph) -> None:
+def test_a_step_takes_what_scores_least_and_saves_no_more_than_it_may(dense: CapturedGraph) -> None:
     space = space_of(dense)
     state = space.step(space.start(), "parameters:vision", 0.1)
     assert state is not None
@@ -71,6 +71,24 @@ def test_a_step_takes_what_scores_least_per_flop_and_saves_no_more_than_it_may(d
     assert list(channels.values()) == [tuple(range(len(elements))) for elements in channels.values()]  # the lowest go first
     # scores are relative to the mean of their unit: a factor between blocks changes nothing
     assert len(channels["blocks.0"]) == pytest.approx(len(channels["blocks.1"]), abs=1)
+
+
+def test_heads_and_channels_stand_in_one_order(dense: CapturedGraph) -> None:
+    """A head goes after all channels that score less, however many FLOPs it has (Eq. 1: one threshold per mode)."""
+
+    def score(captured: CapturedGraph, units: Sequence[StructuralUnit]) -> dict[str, Tensor]:
+        spread = {unit.name: torch.linspace(0.05, 1.95, unit.count) for unit in units}
+        return {**spread, **{unit.name: torch.tensor([0.9, 1.1]) for unit in units if unit.kind == "heads"}}
+
+    space = space_of(dense, score=score)
+    channels = {unit.name for mode in space.by_name.values() if isinstance(mode, UnitMode) for unit in mode.units} - {
+        "blocks.0.attention", "blocks.1.attention",
+    }  # fmt: skip
+    for saving, are_heads_left in ((0.15, True), (0.5, False)):
+        state = space.step(space.start(), "parameters:vision", saving)
+        assert state is not None
+        assert set(state.removed) == channels if are_heads_left else set(state.removed) > channels
+        assert all(len(state.removed[name]) <= 14 for name in channels) or not are_heads_left  # 14 of 32 score below .9
 
 
 def test_the_finest_element_goes_where_none_fits(dense: CapturedGraph) -> None:
@@ -106,7 +124,7 @@ def test_what_stands_in_for_a_graph_computes_and_counts_as_it_does(dense: Captur
 def test_heads_that_choose_tokens_are_gone_before_they_can(dense: CapturedGraph) -> None:
     def heads_first(captured: CapturedGraph, units: Sequence[StructuralUnit]) -> dict[str, Tensor]:
         scores = by_number(captured, units)
-        return {unit.name: scores[unit.name] * (1e-3 if unit.kind == "heads" else 1) + 1 for unit in units}
+        return {**scores, **{unit.name: torch.tensor([1e-3, 1.0]) for unit in units if unit.kind == "heads"}}
 
     space = space_of(dense, score=heads_first)
     fewer: Any = space.step(space.start(), "tokens:vision", 0.2)
