@@ -16,9 +16,9 @@ MISSING = "missing"
 UNREACHED = "cannot reach"
 TOLERANCE = 0.01
 """A landing further from its target than this share of it is interpolated, never taken as it is."""
-STANDARD_ERRORS = 2.0
-"""A difference of fewer standard errors is noise."""
-FEWEST = 3
+STANDARD_ERRORS = {3: 4.30, 4: 3.18, 5: 2.78}
+"""Seeds -> how many standard errors a difference must have not to be noise: 95 % of Student's t, both sides."""
+FEWEST = min(STANDARD_ERRORS)
 """Of fewer seeds, no difference is called anything but open."""
 
 
@@ -53,7 +53,7 @@ class Mean:
         """Of a difference: "more", "less", "noise", or "open" with too few seeds."""
         if self.error is None or self.count < FEWEST:
             return "open"
-        if abs(self.mean) <= STANDARD_ERRORS * self.error:
+        if abs(self.mean) <= STANDARD_ERRORS[self.count] * self.error:
             return "noise"
         return "more" if self.mean > 0 else "less"
 

@@ -147,7 +147,8 @@ def test_a_cell_of_another_configuration_does_not_count(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "verdict"), [((1, 2), "open"), ((1, 2, 3), "more"), ((-1, -2, -3), "less"), ((-1, 2, 0), "noise")]
+    ("values", "verdict"),
+    [((1, 2), "open"), ((2, 3, 3), "more"), ((-2, -3, -3), "less"), ((1, 2, 3), "noise"), ((-1, 2, 0), "noise")],
 )
 def test_verdicts(values: tuple[float, ...], verdict: str) -> None:
     found = Mean.of(values)
