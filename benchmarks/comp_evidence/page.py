@@ -80,8 +80,9 @@ def _parts(results: Results) -> Iterator[str]:
         yield means(results, tuning)
     yield "## Differences over the same seeds"
     yield (
-        f"In points of R@1, with the standard error. On at least {FEWEST} seeds, what lies outside 95 % of Student's t (4.3 errors "
-        "of 3 seeds, 2.8 of 5) counts as a difference. With heads really gone, attention received is CIT (Eq. 7), also in the rows with Wanda."
+        f"In points of R@1, with the standard error. On at least {FEWEST} seeds, what lies outside 95 % of Student's t (4.3 "
+        "errors of 3 seeds, 2.8 of 5) counts as a difference. With heads really gone, attention received is CIT (Eq. 7), also "
+        "in the rows with Wanda."
     )
     for tuning in TUNINGS:
         yield f"### {TITLES[tuning]}"
