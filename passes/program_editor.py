@@ -66,7 +66,12 @@ class ProgramEditor:
         return {node: position for position, node in enumerate(self.graph.nodes)}
 
     def insert(
-        self, function: Callable[..., Any], operands: Sequence[fx.Node], after: fx.Node, *, marks: Mapping[str, Any] | None = None
+        self,
+        function: Callable[..., Any],
+        operands: Sequence[fx.Node],
+        after: fx.Node,
+        *,
+        marks: Mapping[str, Any] | None = None,
     ) -> list[fx.Node]:
         """Put in what a function of tensors computes.
 

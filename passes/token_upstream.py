@@ -12,12 +12,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from mfcompile.graph import CapturedGraph, TensorValue
+from mfcompile.masked_weights import mask_weight
 from mfcompile.passes.operators import CONTENT_FREE, CONTRACTIONS, argument, is_stored, is_view, operator_name
 from mfcompile.passes.token_axis import index_per_sample
 from mfcompile.passes.token_places import Place, node_sizes
 from mfcompile.passes.token_shape_rules import whole_axis
 from mfcompile.passes.token_spread import VIEWS, places_behind, sources_of
-from mfcompile.masked_weights import mask_weight
 
 _JOINS = frozenset({"cat", "concat"})
 

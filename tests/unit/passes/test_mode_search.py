@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mfcompile.errors import InputError
@@ -198,7 +198,9 @@ def test_a_search_ends_at_the_target_or_as_near_as_a_unit_brings_it(
     names = [f"mode {number}" for number in range(len(units))]
     size = {name: unit[0] for name, unit in zip(names, units, strict=True)}
     price = {name: unit[1] for name, unit in zip(names, units, strict=True)}
-    space = Units(size, price, {name: int(0.99 / size[name]) for name in names})
+    cap = {name: int(0.99 / size[name]) for name in names}
+    assume(1 - sum(size[name] * cap[name] for name in names) <= target)  # what is below all caps is refused
+    space = Units(size, price, cap)
     result = search_modes(space, target, SearchOptions(strategy=strategy, seed=seed))
     left = space.flops(result.state)
     open_ = [size[name] for name in names if name not in result.capped]
