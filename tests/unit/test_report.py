@@ -126,6 +126,7 @@ def test_top_level_keys_are_the_schema(report: Report) -> None:
         "capture",
         "skipped",
         "overrides",
+        "tokens",
         "diagnostics",
         "calibration",
         "totals",
@@ -228,6 +229,7 @@ def test_inputs_skipped_sites_and_capture(report: Report, masks: MaskSet) -> Non
         "batches": 2,
         "observed_by": "graph",
         "padding_masks": ["mask"],
+        "weighting": "none",
     }
 
 

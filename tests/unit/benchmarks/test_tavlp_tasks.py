@@ -37,17 +37,17 @@ class Numbered(RetrievalModel):
         return input_ids[:, :1]
 
     def embed_image(self, image_states: Tensor) -> Tensor:
-        return self.near[image_states]
+        return self.near[image_states.long()]
 
     def embed_text(self, text_states: Tensor) -> Tensor:
-        return torch.eye(len(self.near))[text_states[:, 0]]
+        return torch.eye(len(self.near))[text_states[:, 0].long()]
 
     def scale(self) -> Tensor:
         return torch.tensor(1.0)
 
     def match(self, image_states: Tensor, text_states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         assert torch.equal(text_states[:, 0], input_ids[:, 0])
-        right = self.matching[image_states, text_states[:, 0]]
+        right = self.matching[image_states.long(), text_states[:, 0].long()]
         return torch.stack([torch.zeros_like(right), right], dim=1)
 
 

@@ -66,7 +66,8 @@ def test_every_masked_weight_is_a_sparse_initializer_with_its_bits(
 def test_sizes_are_twelve_bytes_for_every_kept_weight(artifacts: dict[str, ExportedArtifact]) -> None:
     artifact = artifacts["onnx-sparse"]
     assert artifact.size_bytes == artifact.path.stat().st_size
-    assert artifact.dense_size_bytes == artifacts["dense"].path.stat().st_size
+    blanks = artifacts["dense"].path.stat().st_size - artifact.dense_size_bytes  # they align tensors in the file, to be mapped
+    assert 0 <= blanks <= 64 * len(artifacts["dense"].encodings or artifact.encodings)
     for item in artifact.encodings:
         assert (item.encoding, item.stored_bytes) == ("onnx-sparse", 12 * item.kept_count)
     assert artifact.size_bytes > artifact.dense_size_bytes, "below two thirds it is larger than dense"
