@@ -40,7 +40,7 @@ from mfcompile.masks import MaskSet, PackedMask
 from mfcompile.passes.mode_search import search_modes
 from mfcompile.passes.random_numbers import seeded
 from mfcompile.region import ROWS
-from mfcompile.steps import apply_masks, capture, infer_regions
+from mfcompile.steps import capture, infer_regions
 from mfcompile.tokens import prune_tokens
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -259,15 +259,20 @@ class TrainedSpace(ModelSpace):
         """Take a stage's steps with the tokens of a state; what goes in it fades."""
         module = self._trainee(state).module
         fading = self._fading(state)
+        assert self._current is not None
+        gone = self._marked(self._current.removed)
         steps = self._trainer.options.stage_steps
-        self._trainer.train(module, steps, self._optimizer, lambda step: _fade(fading, (steps - step) / (steps - step + 1)))
+
+        def after_step(step: int) -> None:
+            _fade(fading, (steps - step) / (steps - step + 1))
+            _fade(gone, 0.0)  # neither the gradient nor momentum brings them back
+
+        self._trainer.train(module, steps, self._optimizer, after_step)
 
     def _trainee(self, state: ModelState) -> CapturedGraph:
         """The dense module with the tokens of a state, and the units that were gone before it."""
         assert self._current is not None
         graph = self._dense.captured
-        if self._current.removed:
-            graph = apply_masks(graph, self._masks(self._current.removed))
         keep = self.keep(state.gone)
         if not keep:
             return graph
@@ -291,8 +296,12 @@ class TrainedSpace(ModelSpace):
         assert self._current is not None
         before = self._current.removed
         new = {name: sorted(set(gone) - set(before.get(name, ()))) for name, gone in state.removed.items()}
+        return self._marked({name: gone for name, gone in new.items() if gone})
+
+    def _marked(self, removed: Mapping[str, Sequence[int]]) -> list[tuple[nn.Parameter, Tensor]]:
+        """(weight, bool of its shape) of what W_out takes from elements."""
         named = dict(self._dense.captured.module.named_parameters(remove_duplicate=False))
-        marked = self._masks({name: gone for name, gone in new.items() if gone})
+        marked = self._masks(removed)
         return [(named[fqn], ~mask) for fqn, mask in marked.items()]
 
     def _columns(self, removed: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

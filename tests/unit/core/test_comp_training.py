@@ -121,6 +121,25 @@ def test_what_is_doomed_fades_linearly_and_stays_gone(model: nn.Module) -> None:
         assert all(any(torch.equal(row, dense) for dense in model.get_parameter(name)) for row in kept)
 
 
+def test_what_is_gone_does_not_come_back_while_later_stages_train(model: nn.Module) -> None:
+    """Neither the gradient nor momentum nor weight decay moves a column that faded in an earlier stage."""
+    empty: list[int] = []
+
+    def watched(module: nn.Module, one: tuple[Tensor, Tensor]) -> Tensor:
+        weights = [module.get_submodule(f"blocks.{number}.down").weight for number in (0, 1)]
+        empty.append(sum(int((weight == 0).all(dim=0).sum()) for weight in weights if isinstance(weight, Tensor)))
+        return error(module, one)
+
+    only_units = {"step": 0.1, "modes": ("parameters:vision",), "strategy": "fixed"}
+    trained(model, loss_fn=watched, options=only_units, flops=0.8)
+    stages = [empty[start : start + STAGES.stage_steps] for start in range(0, len(empty), STAGES.stage_steps)]
+    assert len(stages) > 1
+    assert set(stages[0]) == {0}  # fading, and none gone yet
+    for stage in stages[1:]:
+        assert stage[0] > 0
+        assert set(stage) == {stage[0]}
+
+
 def test_recovery_trains_the_smaller_module(done: JointlyPruned, model: nn.Module) -> None:
     recovered = trained(model, training=TrainingOptions(stage_steps=6, recovery_steps=40))
     assert recovered.structure == done.structure
