@@ -202,7 +202,7 @@ def prune_jointly(
         score = _UnitScores(asked.scorer, batches, modalities, padding_mask)
         cutting = Cutting(asked.token_scorer, asked.rest, asked.restore)
         layouts = {site.fqn: site.layout for site in infer_regions(dense, modalities=modalities).sites}
-        space = ModelSpace(dense, modes, score, measure, clock, cutting, modalities, layouts)
+        space = ModelSpace(dense, modes, score, measure, clock, cutting, modalities, layouts, asked.mode_step)
         _check_reachable(space, flops, asked, skipped)
         found = search_modes(space, flops, search, progress)
     state = found.state

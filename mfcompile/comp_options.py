@@ -25,6 +25,8 @@ class CompOptions:
             to 10), "fixed" (in turn), "greedy" (Eq. 8 alone).
         cost: one of ``COSTS``.
         step: FLOPs that a stage saves, as a share of the dense model's.
+        mode_step: at most this share of what a mode has left goes in one stage, however little that saves: a step of one size for
+            all would be most of a small region.
         modes: names of the modes to use; None for all but tokens of text.
         order: modes in the order of "fixed", and of first visits.
         caps: mode -> how much of every unit, or of the tokens of every site, may go; 1.0 where it is not named: all but one.
@@ -42,6 +44,7 @@ class CompOptions:
     strategy: str = "probe"
     cost: str = "flops"
     step: float = 0.05
+    mode_step: float = 0.2
     modes: tuple[str, ...] | None = None
     order: tuple[str, ...] | None = None
     caps: Mapping[str, float] = field(default_factory=dict)
@@ -70,6 +73,8 @@ class CompOptions:
             isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1
         ):
             raise InputError(f"samples={self.samples!r} must be a positive integer or None")
+        if isinstance(self.mode_step, bool) or not isinstance(self.mode_step, (int, float)) or not 0 < self.mode_step <= 1:
+            raise InputError(f"mode_step={self.mode_step!r} is not in (0, 1]: it is the share of a mode that goes in a stage")
         for mode, share in self.caps.items():
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise InputError(f"caps[{mode!r}] is {share!r}: give the share that may go, from 0 to 1")

@@ -100,6 +100,7 @@ class ModelSpace:
         cutting: how tokens are cut.
         modalities: as in ``prune_tokens``.
         layouts: FQN of an output weight -> its layout, where it is not (out_features, in_features).
+        mode_step: at most this share of what a mode has left goes in one step.
     """
 
     def __init__(
@@ -112,11 +113,13 @@ class ModelSpace:
         cutting: Cutting | None = None,
         modalities: Mapping[str, str] | None = None,
         layouts: Mapping[str, WeightLayout] | None = None,
+        mode_step: float = 1.0,
     ) -> None:
         self.by_name = {mode.name: mode for mode in modes}
         self._score, self._measure, self._spend = score, measure, spend
         self._cutting, self._modalities = cutting or Cutting(), modalities
         self._layouts = layouts or {}
+        self._mode_step = mode_step
         self._dense = ModelState({}, {}, lambda: dense)
         self._slopes: dict[str, float] = {}
         self._scored: tuple[ModelState, dict[str, dict[int, float]]] | None = None
@@ -198,7 +201,7 @@ class ModelSpace:
             return None
         slope = self._slopes.get(mode.name) or self.flops(state) / mode.free
         best: ModelState | None = None
-        low, high = now, mode.most + 1
+        low, high = now, self._most_now(now, mode) + 1
         for _ in range(MOST_TRIALS):
             trial = min(max(now + int(saving / slope), low + 1), high - 1)
             found = self._state(state.removed, {**state.gone, mode.name: trial})
@@ -213,6 +216,10 @@ class ModelSpace:
             if high - low <= 1 or ENOUGH * saving <= saved <= saving:
                 break
         return best if best is not None else self._state(state.removed, {**state.gone, mode.name: now + 1})
+
+    def _most_now(self, now: int, mode: TokenMode) -> int:
+        """Tokens that may be gone after one more step."""
+        return now + max(1, int(self._mode_step * (mode.most - now)))
 
     def _smaller_units(self, state: ModelState, mode: UnitMode, saving: float) -> ModelState | None:
         """Without the elements that score least, as many as the saving allows."""
@@ -249,6 +256,7 @@ class ModelSpace:
     def _cheapest(self, state: ModelState, mode: UnitMode, saving: float) -> dict[str, list[int]]:
         price = {unit.name: self._price(state, unit) for unit in mode.units}
         left = {unit.name: mode.most(unit) - len(state.removed.get(unit.name, ())) for unit in mode.units}
+        saving = min(saving, self._mode_step * sum(price[name] * count for name, count in left.items()))
         scores = self._scores(state)
         ranked = sorted(
             (score, place, element, unit.name)  # one threshold per mode (Eq. 1); per FLOP, heads would go long before channels

@@ -139,7 +139,7 @@ def train_jointly(
         score = _UnitScores(asked.scorer, samples, modalities, padding_mask)
         cutting = Cutting(asked.token_scorer, asked.rest, asked.restore)
         layouts = {site.fqn: site.layout for site in infer_regions(dense, modalities=modalities).sites}
-        space = TrainedSpace(trainer, dense, modes, score, measure, None, cutting, modalities, layouts)
+        space = TrainedSpace(trainer, dense, modes, score, measure, None, cutting, modalities, layouts, asked.mode_step)
         _check_reachable(space, flops, asked, skipped)
         found = search_modes(space, flops, _search_options(asked), progress)
         structure = Structure(dict(found.state.removed), space.keep(found.state.gone), cutting)

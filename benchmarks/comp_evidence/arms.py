@@ -42,6 +42,7 @@ class Arm:
 
 SEARCH: dict[str, Any] = {
     "step": 0.05,
+    "mode_step": 0.2,
     "outputs": ("image_embeds", "text_embeds", "itm_logits"),  # what retrieval reads
     "samples": 32,
 }
@@ -64,8 +65,18 @@ _ROWS = (
 )
 ARMS = {arm.name: arm for arm in _ROWS}
 JOINT, SINGLE, SCORES = (tuple(arm.name for arm in _ROWS if arm.group == kind) for kind in ("joint", "single", "scores"))
-CIM, ORDERED = "probe", "fixed"
-"""The arm that independent scores are compared with, and the one that mode searches are compared with."""
+ORDERED = "fixed"
+"""The arm that mode searches are compared with."""
+
+
+def cim(tuning: str) -> str:
+    """The arm with all of CoMP's scores, which single modes and independent scores are compared with."""
+    return "comp" if tuning == INSIDE else "probe"
+
+
+def arms_of(tuning: str) -> tuple[str, ...]:
+    """The arms that differ: a stage that was trained cannot be taken back, so that probing would be another name for MPS."""
+    return tuple(name for name in ARMS if tuning != INSIDE or name != cim(ONE_SHOT))
 
 
 def trained_strategy(arm: Arm) -> str:

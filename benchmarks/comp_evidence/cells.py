@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks import machine
-from benchmarks.comp_evidence.arms import ARMS, INSIDE, ONE_SHOT, RECOVERED, SEEDS, TUNINGS, Arm, trained_strategy
+from benchmarks.comp_evidence.arms import ARMS, INSIDE, ONE_SHOT, RECOVERED, SEEDS, TUNINGS, Arm, arms_of, trained_strategy
 from benchmarks.comp_evidence.space import SharedSpace
 from benchmarks.comp_evidence.subject import EXAMPLES, Score, Subject, calibration, training
 from mfcompile.comp import Structure, _UnitScores
@@ -30,13 +30,18 @@ from mfcompile.passes.flops import count_flops
 from mfcompile.passes.mode_search import SearchOptions, Stage, search_modes
 from mfcompile.passes.random_numbers import seeded
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "comp"
-VERSION = 1
-TOKEN_STEP = 7
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "comp"
+SEARCHES = ROOT / "out" / "comp"
+"""What searches found, which cells with and without training share; found again where it is missing."""
+VERSION = 2
+TOKEN_STEP = 4
 STEPS = 60
 RATE = 1e-4
 STAGE = 0.1
-"""FLOPs that a stage of pruning inside fine-tuning saves."""
+"""FLOPs that a stage of pruning inside fine-tuning saves at most."""
+MODE_STAGE = 0.4
+"""Share of what a mode has left that goes in such a stage at most."""
 
 SCORE = Score()
 
@@ -73,15 +78,15 @@ class Cell:
             "token_step": TOKEN_STEP,
             "checkpoint": hashlib.sha256((EXAMPLES / "emoji_xvlm" / "model.safetensors").read_bytes()).hexdigest()[:16],
         }
-        return config if self.tuning == ONE_SHOT else {**config, "steps": STEPS, "rate": RATE, "stage": STAGE}
+        return config if self.tuning == ONE_SHOT else {**config, "steps": STEPS, "rate": RATE, "stage": [STAGE, MODE_STAGE]}
 
 
 def cells(
     arms: Sequence[str] = (), flops: Sequence[float] = (), seeds: Sequence[int] = (), tunings: Sequence[str] = ()
 ) -> Iterator[Cell]:
-    """The wanted cells (all where nothing is named): without training first, then by size and by seed."""
-    for tuning, share, seed, arm in product(tunings or TUNINGS, flops or (0.5, 0.35, 0.7), seeds or SEEDS, arms or ARMS):
-        yield Cell(arm, share, seed, tuning)
+    """The wanted cells (all where nothing is named): size by size, without training first, then by seed."""
+    for share, tuning, seed in product(flops or (0.5, 0.35, 0.7), tunings or TUNINGS, seeds or SEEDS):
+        yield from (Cell(arm, share, seed, tuning) for arm in arms_of(tuning) if arm in (arms or ARMS))
 
 
 def read(cell: Cell, results: Path = RESULTS) -> dict[str, Any] | None:
@@ -135,7 +140,7 @@ def measured(cell: Cell, subject: Subject) -> dict[str, Any]:
         if cell.tuning == INSIDE:
             module, share, stages, losses = inside(cell, arm, subject)
         else:
-            structure, stages = search(arm, cell.flops, cell.seed, subject)
+            structure, stages = searched(cell, subject)
             module, share = built(structure, subject)
             losses = train(module, cell.seed, STEPS, subject) if cell.tuning == RECOVERED else []
     except InputError as error:
@@ -144,6 +149,19 @@ def measured(cell: Cell, subject: Subject) -> dict[str, Any]:
         return {"cannot_reach": str(error)}
     trace = [[stage.mode, stage.why, round(stage.flops, 4), round(stage.loss, 4)] for stage in stages]
     return {"metrics": SCORE.of(module), "achieved": share, "stages": trace, "losses": losses}
+
+
+def searched(cell: Cell, subject: Subject, folder: Path = SEARCHES) -> tuple[Structure, tuple[Stage, ...]]:
+    """What ``search`` finds for a cell, from its file or found now."""
+    config = replace(cell, tuning=ONE_SHOT).config()
+    path = folder / f"{hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    if not path.is_file():
+        structure, stages = search(ARMS[cell.arm], cell.flops, cell.seed, subject)
+        plain = {"structure": structure.as_dict(), "stages": [stage.as_dict() for stage in stages]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(plain).encode())
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return Structure.of(found["structure"]), tuple(Stage(**stage) for stage in found["stages"])
 
 
 def search(arm: Arm, flops: float, seed: int, subject: Subject) -> tuple[Structure, tuple[Stage, ...]]:
@@ -156,7 +174,7 @@ def search(arm: Arm, flops: float, seed: int, subject: Subject) -> tuple[Structu
         measure = OutputLoss(dense.module, batches, "cos", options["outputs"])
         score = _UnitScores(arm.scorer, batches, None, None)
         cutting = Cutting(arm.token_scorer)
-        space = SharedSpace(subject.graphs, TOKEN_STEP, modes, score, measure, None, cutting)
+        space = SharedSpace(subject.graphs, TOKEN_STEP, modes, score, measure, None, cutting, mode_step=options["mode_step"])
         if space.flops(space.least()) > flops * 1.01:
             raise InputError(f"flops={flops:g} cannot be reached: {space.flops(space.least()):.3f} is the least")
         found = search_modes(space, flops, SearchOptions(strategy=arm.strategy, step=options["step"], seed=seed))
@@ -195,13 +213,13 @@ def train(module: nn.Module, seed: int, steps: int, subject: Subject, skip: int 
 
 
 def stage_steps(flops: float) -> int:
-    """Steps of one stage, so that about half of all are taken in stages."""
-    return max(1, STEPS // 2 // math.ceil((1 - flops) / STAGE))
+    """Steps of one stage, so that about half of all are taken in stages, of which there are more than the largest would need."""
+    return max(1, STEPS // 3 // math.ceil((1 - flops) / STAGE))
 
 
 def inside(cell: Cell, arm: Arm, subject: Subject) -> tuple[nn.Module, float, tuple[Stage, ...], list[float]]:
     """Pruned by ``mfcompile.train_jointly``, and trained on until all steps are taken."""
-    options = {**arm.options(cell.seed), "strategy": trained_strategy(arm), "step": STAGE}
+    options = {**arm.options(cell.seed), "strategy": trained_strategy(arm), "step": STAGE, "mode_step": MODE_STAGE}
     del options["outputs"]  # stages are judged by the loss that is trained
     judged = calibration(10_000 + cell.seed)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from benchmarks.comp_evidence.arms import ARMS, CIM, FLOPS, JOINT, ORDERED, SCORES, SEEDS, SINGLE, TUNINGS
+from benchmarks.comp_evidence.arms import ARMS, FLOPS, JOINT, ORDERED, SCORES, SEEDS, SINGLE, TUNINGS, arms_of, cim
 from benchmarks.comp_evidence.cells import SCORE, STEPS
 from benchmarks.comp_evidence.results import FEWEST, MISSING, UNREACHED, Mean, Results
 from mfcompile.files import write_atomically
@@ -26,20 +26,15 @@ PAPER = """\
 
 Source: the ablation of CoMP (CVPR 2026, arXiv 2604.02956), as read in public notes about the paper, after its fine-tuning on
 two A800. Another model, another task and another ratio: these figures stand here to be compared with in sign, not in size."""
-COMPARISONS = (
-    ("joint against single modes", CIM, SINGLE),
-    ("CIM against independent scores", CIM, (*SCORES, "random")),
-    ("mode search against the fixed order", None, ()),
-)
 
 
-def pairs() -> Iterator[tuple[str, str, str]]:
+def pairs(tuning: str) -> Iterator[tuple[str, str, str]]:
     """(claim, arm, the arm it is compared with)."""
-    for claim, one, others in COMPARISONS:
-        if one is None:
-            yield from ((claim, arm, ORDERED) for arm in JOINT if arm != ORDERED)
-        else:
-            yield from ((claim, one, other) for other in others)
+    own = cim(tuning)
+    yield from (("joint against single modes", own, other) for other in SINGLE)
+    yield from (("CIM against independent scores", own, other) for other in (*SCORES, "random"))
+    searched = [arm for arm in JOINT if arm != ORDERED and arm in arms_of(tuning)]
+    yield from (("mode search against the fixed order", arm, ORDERED) for arm in searched)
 
 
 def write_page(folder: Path, docs: Path) -> Path:
@@ -101,7 +96,7 @@ def coverage(results: Results) -> str:
     rows = []
     for tuning in TUNINGS:
         counts = [results.count(share, tuning) for share in FLOPS]
-        rows.append([TITLES[tuning], *(f"{count} of {len(ARMS) * len(SEEDS)}" for count in counts)])
+        rows.append([TITLES[tuning], *(f"{count} of {len(arms_of(tuning)) * len(SEEDS)}" for count in counts)])
     seconds = results.seconds()
     cost = f"\n\nA cell took {median(seconds):.0f} CPU seconds in the median, {max(seconds):.0f} at most." if seconds else ""
     return _table(["cells at FLOPs", *(f"{share:g}" for share in FLOPS)], rows) + cost
@@ -111,7 +106,7 @@ def means(results: Results, tuning: str) -> str:
     """A row per arm."""
     dense = results.dense()
     rows = [["dense", *[MISSING if dense is None else f"{dense:.1f}"] * len(FLOPS)]]
-    rows += [[arm.title, *(_mean(results, arm.name, share, tuning) for share in FLOPS)] for arm in ARMS.values()]
+    rows += [[ARMS[arm].title, *(_mean(results, arm, share, tuning) for share in FLOPS)] for arm in arms_of(tuning)]
     return _table(["R@1 at FLOPs", *(f"{share:g}" for share in FLOPS)], rows)
 
 
@@ -126,7 +121,7 @@ def _mean(results: Results, arm: str, flops: float, tuning: str) -> str:
 def differences(results: Results, tuning: str) -> str:
     """A row per pair of arms."""
     rows = []
-    for claim, one, other in pairs():
+    for claim, one, other in pairs(tuning):
         cells = [_difference(results.difference(one, other, share, tuning)) for share in FLOPS]
         rows.append([claim, f"{ARMS[one].title} - {ARMS[other].title}", *cells])
     return _table(["claim", "difference", *(f"{share:g}" for share in FLOPS)], rows, texts=2)
@@ -143,7 +138,7 @@ def reading(results: Results) -> str:
     """Sentences on every claim, from the differences."""
     lines = []
     for tuning in TUNINGS:
-        for claim in dict.fromkeys(claim for claim, _, _ in pairs()):
+        for claim in dict.fromkeys(claim for claim, _, _ in pairs(tuning)):
             said = [
                 sentence
                 for share in FLOPS
@@ -166,7 +161,7 @@ _WORDS = {
 def _said(results: Results, claim: str, flops: float, tuning: str, verdict: str) -> str:
     """The pairs of a claim that have a verdict at a size."""
     found: dict[str, list[str]] = {}
-    for own, one, other in pairs():
+    for own, one, other in pairs(tuning):
         gap = results.difference(one, other, flops, tuning) if own == claim else None
         if gap is not None and gap.verdict == verdict:
             found.setdefault(one, []).append(f"{ARMS[other].title} ({_difference(gap)})")

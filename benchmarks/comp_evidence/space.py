@@ -156,7 +156,8 @@ class SharedSpace(ModelSpace):
         now, step = state.gone.get(mode.name, 0), self._token_step
         if now >= mode.most:
             return None
-        numbers = [*range(now + step, mode.most, step), mode.most]
+        most = max(now + step, self._most_now(now, mode))
+        numbers = [number for number in (*range(now + step, mode.most, step), mode.most) if number <= most] or [mode.most]
         low, high = 0, len(numbers)  # numbers[:low] save no more than they may
         while low < high:
             middle = (low + high) // 2

@@ -167,7 +167,7 @@ def test_the_page_is_written_between_its_comments(folder: Path, tmp_path_factory
 
 def test_every_arm_is_run_and_every_claim_has_arms() -> None:
     assert {cell.arm for cell in cells()} == set(ARMS)
-    assert {one for _, one, _ in pairs()} | {other for _, _, other in pairs()} == set(ARMS)
+    assert {one for _, one, _ in pairs("one-shot")} | {other for _, _, other in pairs("one-shot")} == set(ARMS)
 
 
 def test_the_committed_page_is_of_the_committed_cells() -> None:

@@ -34,12 +34,12 @@ def by_number(captured: CapturedGraph, units: Sequence[StructuralUnit]) -> dict[
     return {unit.name: torch.arange(1.0, unit.count + 1) * (2 if "blocks.0" in unit.name else 1) for unit in units}
 
 
-def space_of(dense: CapturedGraph, caps: Mapping[str, float] | None = None, score: Any = by_number) -> ModelSpace:
+def space_of(dense: CapturedGraph, caps: Mapping[str, float] | None = None, score: Any = by_number, **how: Any) -> ModelSpace:
     modes: list[UnitMode | TokenMode] = [
         *unit_modes(find_units(dense).units, caps or {}),
         *token_modes(mfcompile.find_token_sites(dense).sites, caps or {}, (0.0,)),
     ]
-    return ModelSpace(dense, modes, score, lambda module: 0.0)
+    return ModelSpace(dense, modes, score, lambda module: 0.0, **how)
 
 
 def run(module: nn.Module) -> Tensor:
@@ -71,6 +71,26 @@ def test_a_step_takes_what_scores_least_and_saves_no_more_than_it_may(dense: Cap
     assert list(channels.values()) == [tuple(range(len(elements))) for elements in channels.values()]  # the lowest go first
     # scores are relative to the mean of their unit: a factor between blocks changes nothing
     assert len(channels["blocks.0"]) == pytest.approx(len(channels["blocks.1"]), abs=1)
+
+
+def test_a_step_takes_no_more_than_its_share_of_what_a_mode_has_left(dense: CapturedGraph) -> None:
+    """A saving that would empty the mode is cut down, of units by their FLOPs, of tokens by their number."""
+    space = space_of(dense, mode_step=0.25)
+    start = space.start()
+    whole = space.flops(start) - space.flops(space_of(dense, {"tokens:vision": 0.0}).least())
+    fewer = space.step(start, "parameters:vision", 1.0)
+    assert fewer is not None
+    units = space.by_name["parameters:vision"]
+    assert isinstance(units, UnitMode)
+    dearest = max(space._price(start, unit) for unit in units.units)
+    assert 0.25 * whole - dearest < space.flops(start) - space.flops(fewer) <= 0.25 * whole
+    tokens = space.by_name["tokens:vision"]
+    assert isinstance(tokens, TokenMode)
+    gone, state = 0, start
+    for _ in range(2):
+        state = space.step(state, "tokens:vision", 1.0)
+        gone += max(1, int(0.25 * (tokens.most - gone)))
+        assert state.gone == {"tokens:vision": gone}
 
 
 def test_heads_and_channels_stand_in_one_order(dense: CapturedGraph) -> None:

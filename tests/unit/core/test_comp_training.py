@@ -50,7 +50,7 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 def trained(model: nn.Module, **changes: Any) -> JointlyPruned:
     given: dict[str, Any] = {
         "flops": 0.6, "loss_fn": error, "batches": BATCHES, "evaluate": skill, "optimizer": sgd, "training": STAGES,
-        "options": {"step": 0.2},
+        "options": {"step": 0.2, "mode_step": 1.0},
     }  # fmt: skip
     return train_jointly(model, IMAGE, **(given | changes))
 
