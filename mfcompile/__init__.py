@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from mfcompile.artifact import ExportedArtifact, ParityReport
     from mfcompile.benchmark.bench import bench
     from mfcompile.benchmark.result import Benchmark
-    from mfcompile.comp import JointlyPruned, prune_jointly
-    from mfcompile.comp_options import CompOptions
-    from mfcompile.comp_training import TrainingOptions, train_jointly
+    from mfcompile.comp.one_shot import prune_jointly
+    from mfcompile.comp.options import CompOptions
+    from mfcompile.comp.result import JointlyPruned
+    from mfcompile.comp.trained_space import TrainingOptions
+    from mfcompile.comp.training import train_jointly
     from mfcompile.comparison import compare
     from mfcompile.comparison_result import Comparison
     from mfcompile.compile import CompiledModel, compile_pruned
@@ -136,9 +138,11 @@ _HOMES = {
     "mfcompile.artifact": ("ExportedArtifact", "ParityReport"),
     "mfcompile.benchmark.bench": ("bench",),
     "mfcompile.benchmark.result": ("Benchmark",),
-    "mfcompile.comp": ("JointlyPruned", "prune_jointly"),
-    "mfcompile.comp_options": ("CompOptions",),
-    "mfcompile.comp_training": ("TrainingOptions", "train_jointly"),
+    "mfcompile.comp.one_shot": ("prune_jointly",),
+    "mfcompile.comp.options": ("CompOptions",),
+    "mfcompile.comp.result": ("JointlyPruned",),
+    "mfcompile.comp.trained_space": ("TrainingOptions",),
+    "mfcompile.comp.training": ("train_jointly",),
     "mfcompile.comparison": ("compare",),
     "mfcompile.comparison_result": ("Comparison",),
     "mfcompile.exporters.split_session": ("load_parts",),

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from mfcompile.artifact import ExportedArtifact, ParityReport
-from mfcompile.comp import JointlyPruned
-from mfcompile.comp_request import joined_digest, method_request
+from mfcompile.comp.request import joined_digest, method_request
+from mfcompile.comp.result import JointlyPruned
 from mfcompile.errors import InputError
 from mfcompile.exporting import export_onnx, verify
 from mfcompile.files import staged_directory

@@ -16,8 +16,7 @@ TOP = {"mfcompile.compile", "mfcompile.exporting", "mfcompile.steps", "mfcompile
 TOP |= {"mfcompile.loading", "mfcompile.tokens", "mfcompile.structure", "mfcompile.comp", "mfcompile.benchmark"}
 ABOVE_CORE = {
     "compile.py", "comparison.py", "comparison_result.py", "exporting.py", "steps.py", "onnx_ladder.py", "onnx_entry.py",
-    "tokens.py", "structure.py", "__init__.py", "__main__.py", "loading.py", "comp.py", "comp_latency.py", "comp_modes.py",
-    "comp_report.py", "comp_request.py", "comp_space.py", "comp_training.py", "token_request.py",
+    "tokens.py", "structure.py", "__init__.py", "__main__.py", "loading.py", "token_request.py",
 }  # fmt: skip
 
 

@@ -19,10 +19,12 @@ from benchmarks import machine
 from benchmarks.comp_evidence.arms import ARMS, INSIDE, ONE_SHOT, RECOVERED, SEEDS, TUNINGS, Arm, arms_of, trained_strategy
 from benchmarks.comp_evidence.space import SharedSpace
 from benchmarks.comp_evidence.subject import EXAMPLES, Score, Subject, calibration, training
-from mfcompile.comp import Structure, _UnitScores
-from mfcompile.comp_loss import OutputLoss, calibration_inputs
-from mfcompile.comp_space import Cutting
-from mfcompile.comp_training import TrainingOptions, train_jointly
+from mfcompile.comp.loss import OutputLoss, calibration_inputs
+from mfcompile.comp.scoring import CalibratedScores
+from mfcompile.comp.space import Cutting
+from mfcompile.comp.structure import Structure
+from mfcompile.comp.trained_space import TrainingOptions
+from mfcompile.comp.training import train_jointly
 from mfcompile.errors import InputError
 from mfcompile.files import write_atomically
 from mfcompile.module_copy import with_weights
@@ -172,7 +174,7 @@ def search(arm: Arm, flops: float, seed: int, subject: Subject) -> tuple[Structu
     modes = [subject.modes[name] for name in arm.modes]
     with seeded(seed, dense.module):
         measure = OutputLoss(dense.module, batches, "cos", options["outputs"])
-        score = _UnitScores(arm.scorer, batches, None, None)
+        score = CalibratedScores(arm.scorer, batches, None, None)
         cutting = Cutting(arm.token_scorer)
         space = SharedSpace(subject.graphs, TOKEN_STEP, modes, score, measure, None, cutting, mode_step=options["mode_step"])
         if space.flops(space.least()) > flops * 1.01:
@@ -213,7 +215,7 @@ def train(module: nn.Module, seed: int, steps: int, subject: Subject, skip: int 
 
 
 def stage_steps(flops: float) -> int:
-    """Steps of one stage, so that about half of all are taken in stages, of which there are more than the largest would need."""
+    """Steps of one stage, so that about half of all are taken in stages: most stages save less than the largest may."""
     return max(1, STEPS // 3 // math.ceil((1 - flops) / STAGE))
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfcompile.comp_modes import TokenMode, UnitMode, left_of
-from mfcompile.comp_space import Cutting, ModelSpace, ModelState
+from mfcompile.comp.modes import TokenMode, UnitMode, left_of
+from mfcompile.comp.space import Cutting, ModelSpace, ModelState
 from mfcompile.graph import CapturedGraph
 from mfcompile.module_copy import with_weights
 from mfcompile.passes.flops import FlopCount, count_flops

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import mfcompile
 from benchmarks.comp_evidence.arms import EVERY
 from benchmarks.comp_evidence.space import TokenGraphs
-from mfcompile.comp import modes_of
-from mfcompile.comp_modes import TokenMode, UnitMode
+from mfcompile.comp.candidates import candidates_of
+from mfcompile.comp.modes import TokenMode, UnitMode
 from mfcompile.graph import CapturedGraph
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -91,8 +91,8 @@ class Subject:
 
     @cached_property
     def _found(self) -> tuple[CapturedGraph, dict[str, UnitMode | TokenMode]]:
-        dense, modes, _ = modes_of(self.captured, mfcompile.CompOptions(modes=EVERY))
-        return dense, {mode.name: mode for mode in modes}
+        found = candidates_of(self.captured, mfcompile.CompOptions(modes=EVERY))
+        return found.dense, {mode.name: mode for mode in found.modes}
 
     @property
     def modes(self) -> Mapping[str, UnitMode | TokenMode]:

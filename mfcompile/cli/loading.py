@@ -142,7 +142,7 @@ def capture_masked(
     with progress.stage("capture"):
         captured = capture(source.model, example_of(source))
         if metadata:
-            from mfcompile.comp import repeat_structure
+            from mfcompile.comp.structure import repeat_structure
             from mfcompile.token_request import repeat_cuts
 
             smaller = repeat_structure(captured, metadata, source.modalities)

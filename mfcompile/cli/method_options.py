@@ -13,8 +13,8 @@ from mfcompile.cli.tables import percent, table
 from mfcompile.errors import InputError
 
 if TYPE_CHECKING:
-    from mfcompile.comp_modes import TokenMode, UnitMode
-    from mfcompile.comp_request import JointRequest
+    from mfcompile.comp.modes import TokenMode, UnitMode
+    from mfcompile.comp.request import JointRequest
     from mfcompile.frontends.sources import ModelSource
     from mfcompile.graph import CapturedGraph
     from mfcompile.recipe import Recipe
@@ -90,7 +90,7 @@ def joint_request_of(recipe: Recipe) -> JointRequest | None:
     """
     if recipe.method in (None, "masks") and recipe.flops is None and not recipe.method_options:
         return None
-    from mfcompile.comp_request import method_request
+    from mfcompile.comp.request import method_request
 
     return method_request(recipe.method, recipe.flops, recipe.method_options, recipe.seed)
 
@@ -118,14 +118,14 @@ def find_modes(
     captured: CapturedGraph, request: JointRequest, modalities: Mapping[str, str] | None
 ) -> list[UnitMode | TokenMode]:
     """What joint pruning of a model may choose of."""
-    from mfcompile.comp import modes_of
+    from mfcompile.comp.candidates import candidates_of
 
-    return modes_of(captured, request.options, modalities)[1]
+    return list(candidates_of(captured, request.options, modalities).modes)
 
 
 def choices_table(modes: Sequence[UnitMode | TokenMode]) -> RenderableType:
     """What joint pruning may choose of."""
-    from mfcompile.comp_modes import UnitMode
+    from mfcompile.comp.modes import UnitMode
 
     rows = []
     for mode in modes:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import mfcompile
-from mfcompile.comp import JointlyPruned, prune_jointly
+from mfcompile.comp.one_shot import prune_jointly
+from mfcompile.comp.result import JointlyPruned
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import output_tensors

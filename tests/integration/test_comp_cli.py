@@ -10,7 +10,7 @@ import yaml
 
 import mfcompile
 from mfcompile.cli import main
-from mfcompile.comp import STRUCTURE_KEY
+from mfcompile.comp.structure import STRUCTURE_KEY
 
 MODEL = (Path(__file__).parent / "cli_model.py").read_text()
 

@@ -18,8 +18,8 @@ from benchmarks.comp_evidence.cells import SCORE, Cell, cells, read
 from benchmarks.comp_evidence.page import FIRST, LAST, differences, means, pairs, reading, write_page
 from benchmarks.comp_evidence.results import Mean, Results, interpolated
 from benchmarks.comp_evidence.space import SharedSpace, TokenGraphs
-from mfcompile.comp_modes import TokenMode, UnitMode, token_modes, unit_modes
-from mfcompile.comp_space import ModelSpace
+from mfcompile.comp.modes import TokenMode, UnitMode, token_modes, unit_modes
+from mfcompile.comp.space import ModelSpace
 from mfcompile.graph import CapturedGraph
 from mfcompile.passes.flops import count_flops
 from mfcompile.passes.mode_search import SearchOptions, search_modes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mfcompile.comp_loss import OutputLoss, calibration_inputs, evaluation_loss
+from mfcompile.comp.loss import OutputLoss, calibration_inputs, evaluation_loss
 from mfcompile.errors import CalibrationError, InputError
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import mfcompile
-from mfcompile.comp_modes import TokenMode, UnitMode, left_of, smaller_unit, token_modes, unit_modes
-from mfcompile.comp_space import ENOUGH, ModelSpace
+from mfcompile.comp.modes import TokenMode, UnitMode, left_of, smaller_unit, token_modes, unit_modes
+from mfcompile.comp.space import ENOUGH, ModelSpace
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph
 from mfcompile.passes.structured_units import StructuralUnit
@@ -88,7 +88,9 @@ def test_a_step_takes_no_more_than_its_share_of_what_a_mode_has_left(dense: Capt
     assert isinstance(tokens, TokenMode)
     gone, state = 0, start
     for _ in range(2):
-        state = space.step(state, "tokens:vision", 1.0)
+        further = space.step(state, "tokens:vision", 1.0)
+        assert further is not None
+        state = further
         gone += max(1, int(0.25 * (tokens.most - gone)))
         assert state.gone == {"tokens:vision": gone}
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfcompile.comp import JointlyPruned
-from mfcompile.comp_training import TrainingOptions, train_jointly
+from mfcompile.comp.result import JointlyPruned
+from mfcompile.comp.trained_space import TrainingOptions
+from mfcompile.comp.training import train_jointly
 from mfcompile.errors import InputError
 from mfcompile.passes.flops import count_flops
 from tests.token_models import Encoder, patches, seeded

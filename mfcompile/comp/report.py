@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mfcompile.comp_modes import TokenMode, UnitMode
+from mfcompile.comp.modes import TokenMode, UnitMode
 from mfcompile.report_plot import FAINT, FURTHER_COLOURS, INK, NAMED_COLOURS, save_picture
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
-    from mfcompile.comp import JointlyPruned
+    from mfcompile.comp.result import JointlyPruned
 
 LABEL = "CoMP-style, one-shot: not the paper's training recipe"
 """What results are called. The paper prunes inside fine-tuning, and trains afterwards."""

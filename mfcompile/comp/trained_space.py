@@ -1,46 +1,21 @@
-"""Joint pruning inside fine-tuning: the recipe of CoMP (CVPR 2026), one mode per stage with training in between.
-
-::
-
-    smaller = mfcompile.train_jointly(
-        model, example_inputs, flops=0.3, loss_fn=loss, batches=loader, evaluate=accuracy, calibration=batches
-    )
-    mfcompile.export_onnx(smaller.captured, "smaller.onnx")
-"""
+"""States of a model that is trained while it is pruned, and what trains it."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mfcompile.comp import (
-    JointlyPruned,
-    Progress,
-    Structure,
-    _check_reachable,
-    _least,
-    _search_options,
-    _told,
-    _UnitScores,
-    modes_of,
-)
-from mfcompile.comp_loss import calibration_inputs, evaluation_loss
-from mfcompile.comp_options import CompOptions
-from mfcompile.comp_space import Cutting, ModelSpace, ModelState
+from mfcompile.comp.space import ModelSpace, ModelState
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph
 from mfcompile.masks import MaskSet, PackedMask
-from mfcompile.passes.mode_search import search_modes
-from mfcompile.passes.random_numbers import seeded
 from mfcompile.region import ROWS
-from mfcompile.steps import capture, infer_regions
 from mfcompile.tokens import prune_tokens
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -73,114 +48,15 @@ class TrainingOptions:
             raise InputError(f"clip={self.clip!r} is not above 0: it is the largest norm of the gradient; None for any")
 
 
-def train_jointly(
-    model: CapturedGraph | nn.Module,
-    example_inputs: Any = None,
-    *,
-    flops: float = 0.5,
-    loss_fn: LossFn,
-    batches: Iterable[Any],
-    evaluate: Callable[[nn.Module], Any],
-    calibration: Iterable[Any] | None = None,
-    optimizer: OptimizerFactory | None = None,
-    training: TrainingOptions | None = None,
-    options: Mapping[str, Any] | CompOptions | None = None,
-    modalities: Mapping[str, str] | None = None,
-    padding_mask: str | None = None,
-    num_calibration_samples: int | None = None,
-    progress: Progress | None = None,
-) -> JointlyPruned:
-    """Prune units and tokens inside fine-tuning until a share of the FLOPs is left: the recipe of CoMP (CVPR 2026).
-
-    Every stage chooses a mode (Eq. 8 to 10), marks its least important units by the weights of the moment or cuts more
-    tokens, and trains: tokens are really gone, and marked units fade to zero linearly (as in UPop, whose soft masks CoMP
-    takes over), which is when they count as removed. What a stage costs is what ``evaluate`` lost over it. In the end all
-    that faded is taken out of the module, which is trained on for ``recovery_steps``.
-
-    The model is trained as a copy in eval mode, without dropout, through the program that tokens are cut in: ``loss_fn`` and
-    ``evaluate`` see a module with the forward of the model, and no other methods of it.
+class Trainer:
+    """Takes steps of an optimizer on the user's loss.
 
     Args:
-        model: what ``capture`` gave, or a module; nothing of it is changed.
-        example_inputs: of a module; see ``capture``.
-        flops: the share of the dense FLOPs that is to stay, as in ``prune_jointly``.
-        loss_fn: takes the module and a batch of ``batches``.
-        batches: what the model is trained on, begun again when it ends: a DataLoader or a list, no generator that is used up.
-        evaluate: takes a module and gives a number (or several by name, of which the mean counts), the higher the better.
-        calibration: batches that units are scored on, as in ``prune_jointly``; None uses the example inputs.
-        optimizer: makes an optimizer of parameters, once for the stages and once for the recovery; None is AdamW with a rate
-            of 1e-4.
-        training: numbers of steps.
-        options: see ``CompOptions``; the strategy is "comp", "fixed" or "greedy", the default being "comp". Stages are
-            trained, so that none can be tried and taken back, and costs are per FLOPs.
-        modalities: input name -> modality, or "control", where inference needs help.
-        padding_mask: name of the mask input of the text; None finds it by convention and shape.
-        num_calibration_samples: use at most about this many samples; None uses all.
-        progress: called with (thousandths of the FLOPs that are saved, thousandths to save).
-
-    Raises:
-        InputError: as ``prune_jointly``; or the loss is no finite scalar, or there is no batch.
-        ExportError: the model has no exported program, which is what is pruned.
-        RegionError: the modality of an input cannot be decided.
-        CalibrationError: calibration gave nothing that units can be scored by.
+        loss_fn: the loss.
+        batches: begun again when they end.
+        factory: makes the optimizer.
+        options: how many steps.
     """
-    asked = _with_training(options)
-    steps = training or TrainingOptions()
-    module, inputs = (model.module, model.example_inputs) if isinstance(model, CapturedGraph) else (model, example_inputs)
-    if isinstance(model, CapturedGraph) and model.masks is not None:
-        raise InputError("the graph has masks in force: prune units and tokens first, and mask what is left")
-    own = capture(copy.deepcopy(module), inputs)
-    given = [own.example_inputs] if calibration is None else calibration
-    samples = calibration_inputs(own.module, given, _least(num_calibration_samples, asked.samples))
-    dense, modes, skipped = modes_of(own, asked, modalities)
-    trainer = _Trainer(loss_fn, batches, optimizer or _adamw, steps)
-    with seeded(asked.seed, own.module):
-        measure = evaluation_loss(evaluate, own.module)
-        score = _UnitScores(asked.scorer, samples, modalities, padding_mask)
-        cutting = Cutting(asked.token_scorer, asked.rest, asked.restore)
-        layouts = {site.fqn: site.layout for site in infer_regions(dense, modalities=modalities).sites}
-        space = TrainedSpace(trainer, dense, modes, score, measure, None, cutting, modalities, layouts, asked.mode_step)
-        _check_reachable(space, flops, asked, skipped)
-        found = search_modes(space, flops, _search_options(asked), progress)
-        structure = Structure(dict(found.state.removed), space.keep(found.state.gone), cutting)
-        captured = _told(found.state.captured, structure)
-        trainer.train(captured.module, steps.recovery_steps, trainer.optimizer(captured.module))
-        recovered = measure(captured.module)
-    return JointlyPruned(
-        captured=captured,
-        dense=dense,
-        structure=structure,
-        stages=found.stages,
-        modes=tuple(modes),
-        capped=found.capped,
-        skipped=skipped,
-        options=asked,
-        target=flops,
-        flops=(space.start().total, found.state.total),
-        training={**asdict(steps), "loss": recovered},
-    )
-
-
-def _with_training(options: Mapping[str, Any] | CompOptions | None) -> CompOptions:
-    """The options, where they can be had with training.
-
-    Raises:
-        InputError: they cannot.
-    """
-    asked = options if isinstance(options, CompOptions) else CompOptions.of({"strategy": "comp", **(options or {})})
-    if asked.strategy == "probe":
-        raise InputError("strategy='probe' takes steps back, and stages are trained: choose 'comp', 'fixed' or 'greedy'")
-    if asked.cost != "flops":
-        raise InputError(f"cost={asked.cost!r}: with training, costs are per FLOPs; leave cost out")
-    return asked
-
-
-def _adamw(parameters: list[nn.Parameter]) -> Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
-
-
-class _Trainer:
-    """Takes steps of an optimizer on the user's loss."""
 
     def __init__(self, loss_fn: LossFn, batches: Iterable[Any], factory: OptimizerFactory, options: TrainingOptions) -> None:
         self._loss_fn, self._factory = loss_fn, factory
@@ -234,8 +110,8 @@ class TrainedSpace(ModelSpace):
         arguments: of ``ModelSpace``.
     """
 
-    def __init__(self, trainer: _Trainer, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, trainer: Trainer, **arguments: Any) -> None:
+        super().__init__(**arguments)
         self._trainer = trainer
         self._optimizer = trainer.optimizer(self._dense.captured.module)
         self._current: ModelState | None = None

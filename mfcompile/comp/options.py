@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mfcompile.comp_loss import LOSSES
+from mfcompile.comp.loss import LOSSES
 from mfcompile.errors import InputError
 
 COSTS = ("flops", "latency")
@@ -25,8 +25,8 @@ class CompOptions:
             to 10), "fixed" (in turn), "greedy" (Eq. 8 alone).
         cost: one of ``COSTS``.
         step: FLOPs that a stage saves, as a share of the dense model's.
-        mode_step: at most this share of what a mode has left goes in one stage, however little that saves: a step of one size for
-            all would be most of a small region.
+        mode_step: at most this share of what a mode has left goes in one stage, however little that saves: a step of one
+            size for all would be most of a small region.
         modes: names of the modes to use; None for all but tokens of text.
         order: modes in the order of "fixed", and of first visits.
         caps: mode -> how much of every unit, or of the tokens of every site, may go; 1.0 where it is not named: all but one.

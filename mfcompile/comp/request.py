@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mfcompile.comp import JointlyPruned, prune_jointly
-from mfcompile.comp_options import CompOptions
+from mfcompile.comp.one_shot import prune_jointly
+from mfcompile.comp.options import CompOptions
+from mfcompile.comp.result import JointlyPruned
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph
 from mfcompile.passes.mask_selection import SelectionOptions

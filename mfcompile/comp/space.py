@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mfcompile.comp_modes import TokenMode, UnitMode, left_of, smaller_unit
+from mfcompile.comp.modes import TokenMode, UnitMode, left_of, smaller_unit
 from mfcompile.graph import CapturedGraph
 from mfcompile.module_copy import with_weights
 from mfcompile.passes.flops import FlopCount, count_flops
