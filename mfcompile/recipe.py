@@ -63,6 +63,7 @@ MASK_OPTIONS = (
     "token_scorer",
     "token_rest",
     "token_restore",
+    "token_outputs",
     "method",
     "flops",
     "method_options",
