@@ -75,6 +75,14 @@ def main() -> None:
             differences_of(family(name), scale, folders_of(scale))
         print(differences(scale, folders_of(scale)))
         return
+    if arguments.command == "ridge":
+        from benchmarks.tavlp.ridge import ridges_of
+
+        torch.set_num_threads(1)
+        for name in FAMILIES:
+            for row in ridges_of(family(name), scale, folders_of(scale)) or []:
+                print(f"{name}: ridge {row['ridge']:g}: kept weights moved by {row['moved']:.3g}, loss {row['loss']:.3f}")
+        return
     if arguments.command == "tables":
         from benchmarks.tavlp.page import write_page
 
@@ -110,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--untuned", action="store_true", help="only the figures of pruned models before fine-tuning")
     tables = commands.add_parser("tables", help="write docs/benchmark_tables.md and its figures from the results")
     differences = commands.add_parser("differences", help="which weights pruners share, what layers keep")
-    for command in (runs, tables, differences):
+    ridge = commands.add_parser("ridge", help="what CHITA's ridge does, on calibration data that no pruner saw")
+    for command in (runs, tables, differences, ridge):
         command.add_argument("--scale", choices=sorted(SCALES), default="small")
     return parser
 

@@ -29,14 +29,14 @@ class Scale:
 
     name: str
     calibration: tuple[int, int]
-    pruning: Mapping[str, int]
+    pruning: Mapping[str, float]
     recipes: Mapping[str, Recipe]
 
 
 SMALL = Scale(
     name="small",
     calibration=(32, 32),
-    pruning={"itersnip_steps": 10, "itersnip_batches": 8, "chita_gradients": 32, "chita_steps": 6},
+    pruning={"itersnip_steps": 10, "itersnip_batches": 8, "chita_gradients": 32, "chita_steps": 6, "chita_ridge": 0.1},
     recipes={
         "retrieval": Recipe(steps=60, batch_size=32, learning_rate=3e-4, train_size=1_920, test_size=500),
         "captioning": Recipe(steps=110, batch_size=24, learning_rate=1e-3, train_size=1_920, test_size=300),
@@ -48,7 +48,7 @@ SMALL = Scale(
 FULL = Scale(
     name="full",
     calibration=(96, 32),
-    pruning={"itersnip_steps": 60, "itersnip_batches": 50, "chita_gradients": 50, "chita_steps": 60},
+    pruning={"itersnip_steps": 60, "itersnip_batches": 50, "chita_gradients": 50, "chita_steps": 60, "chita_ridge": 0.1},
     recipes={
         "retrieval": Recipe(steps=600, batch_size=128, learning_rate=3e-4, train_size=8_000, test_size=1_000),
         "captioning": Recipe(steps=600, batch_size=96, learning_rate=1e-3, train_size=8_000, test_size=1_000),

@@ -18,6 +18,8 @@ from benchmarks.tavlp.figures import draw_allocations, draw_highest_sparsity
 from benchmarks.tavlp.orderings import HEADLINES, choice, orderings
 from benchmarks.tavlp.pruners import ABLATIONS, PRUNERS, ROWS, SEEDS, SPARSITIES
 from benchmarks.tavlp.pruning import Folders, masks_of
+from benchmarks.tavlp.ridge import RIDGES, ridges_of
+from benchmarks.tavlp.ridge import SPARSITY as RIDGE_SPARSITY
 from benchmarks.tavlp.summary import MISSING, NEAR, STANDARD_ERRORS, Figure, Results, table, title, with_best
 from benchmarks.tavlp.tasks import TASKS
 
@@ -98,6 +100,13 @@ def _parts(results: Results) -> Iterator[str]:
     yield stacks(results)
     yield "## Retrieval before fine-tuning"
     yield before(results)
+    yield f"## CHITA's ridge, at {100 * RIDGE_SPARSITY:.0f} %"
+    yield (
+        "How far the kept weights move, in % of their size, and the pretraining loss of the pruned model on calibration data "
+        "that no pruner saw (`python -m benchmarks.tavlp ridge`). The rows of the tables have "
+        f"{results.scale.pruning['chita_ridge']:g}."
+    )
+    yield ridges(results)
     yield "## Cost of each pruner"
     yield costs(results)
 
@@ -234,6 +243,20 @@ def magnitudes(results: Results) -> str:
             root = weights.square().mean().sqrt()
             rows.append([f"{name}, {region}", f"{len(weights):,}", f"{weights.median():.4f}", f"{root:.4f}"])
     return table(["pretrained weights", "count", "median size", "root of mean square"], rows)
+
+
+def ridges(results: Results) -> str:
+    """What each ridge does to every family."""
+    found = {name: ridges_of(family(name), results.scale, results.folders, is_made=False) for name in FAMILIES}
+    kinds = ("moved", "loss")
+    rows = []
+    for place, ridge in enumerate(RIDGES):
+        shown = [
+            (MISSING, MISSING) if made is None else (f"{100 * made[place]['moved']:.2g}", f"{made[place]['loss']:.2f}")
+            for made in found.values()
+        ]
+        rows.append([f"{ridge:g}", *(cell for pair in shown for cell in pair)])
+    return table(["ridge", *(f"{name} {kind}" for name, kind in product(FAMILIES, kinds))], rows)
 
 
 def costs(results: Results) -> str:

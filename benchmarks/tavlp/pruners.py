@@ -45,7 +45,7 @@ class PrunerRow:
         return {option: pruning[key] for option, key in self.options.items()}
 
 
-_CHITA = {"gradients": "chita_gradients"}
+_CHITA = {"gradients": "chita_gradients", "ridge": "chita_ridge"}
 
 ROWS = (
     PrunerRow("dense", "DENSE", None, is_seeded=False),

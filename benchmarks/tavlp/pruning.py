@@ -39,7 +39,8 @@ class Folders:
 
 
 @functools.lru_cache(maxsize=2)
-def _captured(family: Family) -> tuple[mfcompile.CapturedGraph, mfcompile.RegionMap]:
+def captured_family(family: Family) -> tuple[mfcompile.CapturedGraph, mfcompile.RegionMap]:
+    """A family's pretrained model and its regions."""
     captured = mfcompile.capture(family.build(), family.example_inputs())
     return captured, mfcompile.infer_regions(captured)
 
@@ -52,7 +53,7 @@ def _batches(family: Family, seed: int, calibration: tuple[int, int]) -> list[Ba
 @functools.lru_cache(maxsize=6)
 def _statistics(family: Family, seed: int, calibration: tuple[int, int]) -> tuple[mfcompile.CalibrationStatistics, float]:
     """Statistics, which serve all criteria and sparsities of a seed, and the seconds they took."""
-    captured, regions = _captured(family)
+    captured, regions = captured_family(family)
     batches = _batches(family, seed, calibration)
     started = time.process_time()
     return mfcompile.calibrate(captured, batches, regions=regions), time.process_time() - started
@@ -61,11 +62,11 @@ def _statistics(family: Family, seed: int, calibration: tuple[int, int]) -> tupl
 @functools.lru_cache(maxsize=2)
 def _gradients(family: Family, seed: int, calibration: tuple[int, int]) -> tuple[DenseFacts, float]:
     """Mean gradients of the dense model, which serve all sparsities of a seed, and the seconds they took."""
-    captured, regions = _captured(family)
+    captured, regions = captured_family(family)
     batches = _batches(family, seed, calibration)
     names = dict.fromkeys(site.fqn for site in regions.pruned_sites)
     started = time.process_time()
-    found = accumulate_gradients(captured.module, batches, _loss(family, {"losses": 0}), tuple(names), seed=seed)
+    found = accumulate_gradients(captured.module, batches, loss_of(family, {"losses": 0}), tuple(names), seed=seed)
     return DenseFacts(gradients=found), time.process_time() - started
 
 
@@ -79,7 +80,7 @@ def calibrated(
         seed: of the calibration data.
         calibration: batches, and pairs in each.
     """
-    return *_captured(family), _statistics(family, seed, calibration)[0]
+    return *captured_family(family), _statistics(family, seed, calibration)[0]
 
 
 def masks_of(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: Scale, folders: Folders) -> mfcompile.MaskSet:
@@ -107,7 +108,7 @@ def masks_of(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: 
     write_record(
         record_file,
         config,
-        {"mask_digest": masks.mask_digest(), "cost": cost, **_sparsities(masks), **_movement(masks, _captured(family)[0])},
+        {"mask_digest": masks.mask_digest(), "cost": cost, **_sparsities(masks), **movement(masks, captured_family(family)[0])},
     )
     return masks
 
@@ -119,7 +120,7 @@ def record_path(folders: Folders, family: Family, row: PrunerRow, sparsity: floa
 
 
 def _made(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: Scale) -> tuple[mfcompile.MaskSet, dict[str, Any]]:
-    captured, regions = _captured(family)
+    captured, regions = captured_family(family)
     batches = _batches(family, seed, scale.calibration) if row.needs_statistics or row.needs_batches else []
     statistics, calibrate_s = _statistics(family, seed, scale.calibration) if row.needs_statistics else (None, 0.0)
     facts, gradients_s = _gradients(family, seed, scale.calibration) if row.shares_gradients else (None, 0.0)
@@ -139,7 +140,7 @@ def _made(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: Sca
                 seed=seed,
             ),
             batches=_counted(batches, counts) if row.needs_batches else None,
-            loss_fn=_loss(family, counts) if row.needs_loss else None,
+            loss_fn=loss_of(family, counts) if row.needs_loss else None,
             known=facts,
         )
     shared = len(batches) if row.shares_gradients else 0
@@ -161,7 +162,9 @@ def _counted(batches: list[Batch], counts: dict[str, int]) -> Callable[[], Itera
     return read
 
 
-def _loss(family: Family, counts: dict[str, int]) -> Callable[[nn.Module, Batch], Any]:
+def loss_of(family: Family, counts: dict[str, int]) -> Callable[[nn.Module, Batch], Any]:
+    """The pretraining loss of a batch in bf16; ``counts["losses"]`` goes up with every one."""
+
     def loss(model: nn.Module, batch: Batch) -> Any:
         counts["losses"] += 1
         with torch.autocast("cpu", torch.bfloat16), quick_attention(torch.device("cpu")):
@@ -181,7 +184,7 @@ def _sparsities(masks: mfcompile.MaskSet) -> dict[str, Any]:
     }
 
 
-def _movement(masks: mfcompile.MaskSet, captured: mfcompile.CapturedGraph) -> dict[str, float]:
+def movement(masks: mfcompile.MaskSet, captured: mfcompile.CapturedGraph) -> dict[str, float]:
     """How far an update moved the weights that stay, relative to their own size; nothing for pruners that move none."""
     moved, size = 0.0, 0.0
     for fqn in masks.new_values:

@@ -15,7 +15,7 @@ from benchmarks.tavlp.tasks.contract import Recipe
 TINY = Scale(
     name="tiny",
     calibration=(2, 4),
-    pruning={"itersnip_steps": 2, "itersnip_batches": 1, "chita_gradients": 2, "chita_steps": 2},
+    pruning={"itersnip_steps": 2, "itersnip_batches": 1, "chita_gradients": 2, "chita_steps": 2, "chita_ridge": 0.1},
     recipes={
         task: Recipe(steps=1, batch_size=4, learning_rate=1e-3, train_size=8, test_size=6)
         for task in ("retrieval", "captioning", "vqa")
