@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from mfcompile.frontends.module_calls import ReportsCalls
 from mfcompile.graph import ExportedModel, ModuleCall
 from mfcompile.inputs import ExampleInputs, output_tensors
+from mfcompile.rewriting import over_state
 
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
 _NOWHERE = "_empty_nn_module_stack_from_metadata_hook"
@@ -72,23 +73,8 @@ class ProgramModule(ReportsCalls):
 
     def save_archive(self, path: Path) -> None:
         """Write the program with the module's weights as they are now."""
-        program = self.held.program
         own = dict(self.named_parameters(remove_duplicate=False)) | dict(self.named_buffers(remove_duplicate=False))
-        state: dict[str, Tensor] = {}
-        for name, tensor in program.state_dict.items():
-            now = own.get(name, tensor)
-            state[name] = nn.Parameter(now.detach(), now.requires_grad) if isinstance(tensor, nn.Parameter) else now
-        changed = ExportedProgram(
-            root=program.graph_module,
-            graph=program.graph,
-            graph_signature=program.graph_signature,
-            state_dict=state,
-            range_constraints=program.range_constraints,
-            module_call_graph=program.module_call_graph,
-            example_inputs=program.example_inputs,
-            constants=program.constants,
-            verifiers=program.verifiers,
-        )
+        changed = over_state(self.held.program, own)
         torch.export.save(changed, path)
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +25,18 @@ from mfcompile.frontends.capture import capture
 from mfcompile.frontends.exporting import candidates
 from mfcompile.frontends.program_module import program_module
 from mfcompile.graph import CapturedGraph, ExportedModel
+from mfcompile.inputs import as_function
 from mfcompile.passes.base import run_transform
+from mfcompile.passes.least_squares import LeastSquaresOptions
 from mfcompile.passes.masking import ApplyMasks
 from mfcompile.passes.structured_masks import masks_of_smaller
+from mfcompile.passes.structured_refit import Refit, refit_outputs
 from mfcompile.passes.structured_removal import RemoveUnits, kept_positions
 from mfcompile.passes.structured_units import RefusedUnit, StructuralUnit, StructuralUnits, plan_units
 from mfcompile.passes.unit_scores import UnitScorer, resolve_unit_scorer, scorer_weighting
+from mfcompile.passes.weight_values import with_values
 from mfcompile.region import RegionMap
-from mfcompile.rewriting import example_of, functional
+from mfcompile.rewriting import example_of, functional, over_state
 from mfcompile.statistics import CalibrationStatistics
 from mfcompile.steps import infer_regions
 
@@ -39,6 +44,9 @@ __all__ = [
     "RefusedUnit", "StructuralUnit", "StructuralUnits", "find_units", "output_weights", "prune_structure", "remove_units",
     "unit_norms",
 ]  # fmt: skip
+
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+"""Calibration batches, or a function that gives them from the start at every call."""
 
 _WITHOUT_CACHE = "torch.export without cache"
 """A cache is never exported: what a layer keeps is an output, and its heads the caller's."""
@@ -61,15 +69,24 @@ def find_units(captured: CapturedGraph, *, modalities: Mapping[str, str] | None 
 
 
 def remove_units(
-    captured: CapturedGraph, remove: Mapping[str, Sequence[int]], *, modalities: Mapping[str, str] | None = None
+    captured: CapturedGraph,
+    remove: Mapping[str, Sequence[int]],
+    *,
+    refit: bool | Mapping[str, Any] = False,
+    calibration: Batches | None = None,
+    modalities: Mapping[str, str] | None = None,
 ) -> CapturedGraph:
     """Take elements of units out of the model: rows and columns of weights, biases, and every size that names them.
 
-    The outputs are those of the given model with the columns of W_out that belong to the elements set to zero.
+    The outputs are those of the given model with the columns of W_out that belong to the elements set to zero, unless W_out
+    is refitted.
 
     Args:
         captured: what ``capture``, ``prune_tokens`` or ``remove_units`` gave; nothing of it is changed.
         remove: name of a unit -> its elements that go, by number; at least one of each unit stays. See ``find_units``.
+        refit: give every W_out that loses inputs the values, by least squares, with which those that stay stand in for them;
+            a mapping gives options of the update "least-squares" ({"damping": 0.1, "padding_mask": ...}).
+        calibration: batches for ``refit``, run up to four times; None uses the example inputs.
         modalities: as in ``find_units``.
 
     Returns:
@@ -78,10 +95,19 @@ def remove_units(
         applies are cut with their weights.
 
     Raises:
-        InputError: a unit is unknown or refused (with node and reason), has no such element, or would lose all.
+        InputError: a unit is unknown or refused (with node and reason), has no such element, or would lose all; or W_out
+            cannot be refitted, because masks are in force or an option is not valid.
+        CalibrationError: there is no calibration batch to refit on, or one that the model refuses.
         ExportError: the model has no exported program, which is what they are removed from.
         RegionError: the modality of an input cannot be decided.
     """
+    if refit is not False:
+        captured = replace(captured, exported=_program(captured))
+        found = refit_removed(captured, remove, calibration, refit, modalities=modalities)
+        smaller = remove_units(with_outputs(captured, found.values), remove, modalities=modalities)
+        return replace(smaller, diagnostics=(*smaller.diagnostics, *found.diagnostics))
+    if calibration is not None:
+        raise InputError("calibration is what output weights are refitted on: give refit=True with it, or leave it out")
     exported = _program(captured)
     regions = infer_regions(captured, modalities=modalities)
     lifted = replace(captured, graph_module=exported.program.graph_module, exported=exported, masks=None)
@@ -99,6 +125,71 @@ def remove_units(
     return run_transform(ApplyMasks(masks), smaller).graph
 
 
+def refit_removed(
+    captured: CapturedGraph,
+    remove: Mapping[str, Sequence[int]],
+    calibration: Batches | None = None,
+    options: bool | Mapping[str, Any] = True,
+    *,
+    modalities: Mapping[str, str] | None = None,
+) -> Refit:
+    """Values of output weights with which the elements that stay stand in for those that go; nothing is removed yet.
+
+    Args:
+        captured, remove, calibration, modalities: as in ``remove_units``.
+        options: its ``refit``.
+
+    Raises:
+        InputError, CalibrationError, ExportError, RegionError: see ``remove_units``.
+    """
+    if captured.masks is not None:
+        raise InputError("the graph has masks in force, and a refit would rewrite what they keep: refit first, then mask")
+    asked = LeastSquaresOptions.from_mapping(options if isinstance(options, Mapping) else {})
+    batches = as_function([captured.example_inputs] if calibration is None else calibration)
+    program, regions = _program(captured).program, infer_regions(captured, modalities=modalities)
+    transform = RemoveUnits({name: tuple(items) for name, items in remove.items() if len(items)}, regions.weights)
+    first_name = {name: fqn for fqn, names in captured.aliases.items() for name in names}
+    cuts = {first_name.get(name, name): kept for name, kept in kept_positions(transform, program).items()}
+    kept: dict[str, Tensor] = {}
+    units = [plan.unit for plan, _ in transform.chosen(program)]
+    sites = {site.fqn: site for site in regions.sites}
+    for fqn in [first_name.get(unit.output_weight, unit.output_weight) for unit in units]:
+        mask = torch.ones(captured.parameter(fqn).shape, dtype=torch.bool)
+        for axis, positions in cuts.get(fqn, {}).items():
+            if fqn not in sites or axis in sites[fqn].layout.inputs:  # rows go where another unit's elements are made
+                shape = [-1 if dim == axis else 1 for dim in range(mask.ndim)]
+                mask &= torch.from_numpy(positions).view(shape)
+        kept[fqn] = mask
+    return refit_outputs(captured, regions_of_units(captured, units, modalities), kept, batches, asked)
+
+
+def with_outputs(captured: CapturedGraph, values: Mapping[str, Tensor]) -> CapturedGraph:
+    """The captured model, and its program, over other values of some parameters; the given one keeps its own.
+
+    Args:
+        captured: what ``capture`` and the like gave.
+        values: FQN -> tensor of the parameter's sizes and dtype.
+
+    Raises:
+        InputError: the module cannot be copied.
+        ExportError: the model has no exported program.
+    """
+    exported = _program(captured)
+    named = {name: tensor for fqn, tensor in values.items() for name in captured.aliases.get(fqn, (fqn,))}
+    program = over_state(exported.program, named)
+    return replace(with_values(captured, values), exported=replace(exported, program=program))
+
+
+def regions_of_units(
+    captured: CapturedGraph, units: Iterable[StructuralUnit], modalities: Mapping[str, str] | None
+) -> RegionMap:
+    """Regions with the output weights of units as sites, and no others."""
+    known = infer_regions(captured, modalities=modalities)
+    linear = {name: site.fqn for site in known.sites for name in (site.fqn, *site.tied_with)}
+    targets = list(dict.fromkeys(linear[unit.output_weight] for unit in units if unit.output_weight in linear))
+    return infer_regions(captured, modalities=modalities, targets=targets) if targets else replace(known, sites=())
+
+
 def prune_structure(
     captured: CapturedGraph,
     shares: float | Mapping[str, float],
@@ -107,6 +198,8 @@ def prune_structure(
     scores: Mapping[str, Tensor] | None = None,
     statistics: CalibrationStatistics | None = None,
     scope: str = "unit",
+    refit: bool | Mapping[str, Any] = False,
+    calibration: Batches | None = None,
     modalities: Mapping[str, str] | None = None,
 ) -> CapturedGraph:
     """Remove the elements that score lowest, without training.
@@ -122,6 +215,7 @@ def prune_structure(
         scores: unit -> (count,) scores of its elements, in place of a scorer.
         statistics: of ``calibrate`` on this model, with the output weights among its targets; what the norms are taken from.
         scope: "unit" removes the share of every unit; "pattern" the lowest of all units of one key and kind together.
+        refit, calibration: as in ``remove_units``.
         modalities: as in ``find_units``.
 
     Raises:
@@ -147,7 +241,8 @@ def prune_structure(
         else:
             for kind in dict.fromkeys(unit.kind for unit in members):
                 remove.update(_lowest({unit.name: own[unit.name] for unit in members if unit.kind == kind}, share))
-    return remove_units(exported, {name: items for name, items in remove.items() if items}, modalities=modalities)
+    taken = {name: items for name, items in remove.items() if items}
+    return remove_units(exported, taken, refit=refit, calibration=calibration, modalities=modalities)
 
 
 def output_weights(captured: CapturedGraph, units: Iterable[StructuralUnit], regions: RegionMap) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mfcompile.passes.observers import StatisticsCollector
 from mfcompile.passes.reduction import Reduction, features_last, fresh_samples, is_repeat, read
@@ -22,16 +23,19 @@ class ObservedRows(Reduction):
         source: the activation.
         rows: gives its rows, (..., in_features).
         keep: bool, the leading sizes of the rows; False rows are padding. None keeps all.
+        has_ones: a 1 is put behind every row, for a bias.
         known: Gram matrices that were computed, by the samples they are of.
     """
 
     source: Tensor | None = None
     rows: Callable[[], Tensor] = torch.Tensor
     keep: Tensor | None = None
+    has_ones: bool = False
     known: dict[bytes, Tensor] = field(default_factory=dict)
 
     def gram(self, fresh: Tensor | None = None) -> Tensor:
-        """(in_features, in_features) X^T X over the rows that are no padding; float32, float64 of float64 rows.
+        """(in_features, in_features) X^T X over the rows that are no padding; float32, float64 of float64 rows. One more of
+        both with ``has_ones``.
 
         Args:
             fresh: (samples,) bool, the samples that count; None takes all.
@@ -46,6 +50,7 @@ class ObservedRows(Reduction):
             flat = rows.reshape(-1, rows.shape[-1])
             flat = flat if chosen is None else flat[chosen]  # not multiplied by zero: padding may hold NaN
             flat = flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
+            flat = functional.pad(flat, (0, 1), value=1.0) if self.has_ones else flat
             self.known[key] = flat.mT @ flat
         return self.known[key]
 
@@ -87,8 +92,13 @@ class GramCollector(StatisticsCollector):
 
     Memory: (in_features, in_features) per distinct set of activations, and for the length of a forward pass once more per
     distinct activation.
+
+    Attributes:
+        has_ones: the rows of weights that are a single matrix get a 1 behind them: sums of inputs, and the number of tokens,
+            in the last row and column, for least squares with a bias.
     """
 
+    has_ones: bool = False
     _pending: dict[str, list[Tensor]] = field(default_factory=dict)
     _earlier: dict[str, list[Reduction]] = field(default_factory=dict)
     _grams: dict[str, Tensor] = field(default_factory=dict)
@@ -107,7 +117,7 @@ class GramCollector(StatisticsCollector):
                 return RoutedObservedRows(reduced.sums, reduced.tokens, reduced.padding, routed)
             rows = features_last(activation, reading.features)
         sums = (reduced.sum_of_squares, reduced.token_count, reduced.padding_count, reduced.sample_count, reduced.by_sample)
-        return ObservedRows(*sums, source=rows, rows=lambda: rows, keep=keep)
+        return ObservedRows(*sums, source=rows, rows=lambda: rows, keep=keep, has_ones=self.has_ones)
 
     def take(self, site: PruneSite, reduction: Reduction) -> None:
         """Compute the Gram matrix of what the site has not met in this forward pass, at once: the rows may be overwritten."""

@@ -12,7 +12,8 @@ Update for Pruned Large Language Models" (TMLR 2024), which iterates with ADMM, 
 a row when much is removed, so the systems are small here, and a Cholesky factor of each gives the optimum itself.
 
 Cost of a layer: out_features * k^3 / 3 multiplications for k kept weights a row (SparseGPT: in_features^3 +
-out_features * in_features^2).
+out_features * in_features^2). Where all rows keep the same places, as after structured removal, they share one system:
+k^3 / 3 + out_features * k^2.
 """
 
 from __future__ import annotations
@@ -52,16 +53,21 @@ class LeastSquares(RowReconstructor):
         gram: (in_features, in_features) X^T X, finite, not all zero.
         damping: what is added to its diagonal, as a fraction of the mean of the diagonal. Rows whose system cannot be
             factored get more; without any, an input that never moved leaves its weights undetermined.
+        has_bias: the last input is 1 for every token, and the last weight of a row its bias. It is not damped, and does not
+            count in the mean: the other weights are then those for inputs and outputs without their means.
     """
 
-    def __init__(self, gram: Tensor, damping: float = 0.01) -> None:
+    def __init__(self, gram: Tensor, damping: float = 0.01, *, has_bias: bool = False) -> None:
         super().__init__(gram)
         self._hessian = gram.double().clone()
-        self._mean = float(self._hessian.diagonal().mean())
-        self._hessian.diagonal().add_(damping * self._mean)
+        diagonal = self._hessian.diagonal()[: -1 if has_bias else None]
+        self._mean = float(diagonal.mean())
+        diagonal.add_(damping * self._mean)
 
     def _update(self, weight: Tensor, kept: Tensor) -> Tensor:
         """Rows with about as many kept weights are solved together: shorter ones are filled up with rows of the identity."""
+        if bool((kept == kept[:1]).all()):
+            return self._update_together(weight, kept[0])
         counts = kept.sum(1)
         order = counts.argsort(descending=True, stable=True)
         lost = torch.where(kept, 0.0, weight) @ self._hessian  # H_KR w_R of every row, at all places
@@ -76,13 +82,23 @@ class LeastSquares(RowReconstructor):
             system = self._hessian[places.unsqueeze(2), places.unsqueeze(1)]
             system.masked_fill_(~(is_there.unsqueeze(2) & is_there.unsqueeze(1)), 0.0)
             system.diagonal(dim1=1, dim2=2).masked_fill_(~is_there, 1.0)
-            moved = self._solved(system, lost[rows].gather(1, places).masked_fill(~is_there, 0.0))
+            moved = self._solved(system, lost[rows].gather(1, places).masked_fill(~is_there, 0.0).unsqueeze(2)).squeeze(2)
             change = torch.zeros_like(result[rows]).scatter_(1, places, moved)
             result[rows] += change.masked_fill_(~kept[rows], 0.0)
         return result
 
+    def _update_together(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """The same where all rows keep the same places, (in_features,) bool: one system with a right-hand side for each."""
+        places, gone = kept.nonzero().squeeze(1), (~kept).nonzero().squeeze(1)
+        result = torch.where(kept, weight, 0.0)
+        if len(places) and len(gone):
+            lost = self._hessian[places.unsqueeze(1), gone] @ weight[:, gone].mT
+            system = self._hessian[places.unsqueeze(1), places]
+            result[:, places] += self._solved(system.unsqueeze(0), lost.unsqueeze(0)).squeeze(0).mT
+        return result
+
     def _solved(self, system: Tensor, right: Tensor) -> Tensor:
-        """(rows, k) solutions of (rows, k, k) systems; NaN for a row that no damping makes positive definite."""
+        """(systems, k, n) solutions of (systems, k, k) systems; NaN where no damping makes a system positive definite."""
         factor, failed = torch.linalg.cholesky_ex(system)
         damping = 1e-10
         for _ in range(_DAMPING_STEPS):
@@ -93,5 +109,5 @@ class LeastSquares(RowReconstructor):
             own.diagonal(dim1=1, dim2=2).add_(damping * self._mean)
             factor[bad], failed[bad] = torch.linalg.cholesky_ex(own)
             damping *= 10
-        solution = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
-        return solution.masked_fill_((failed != 0).unsqueeze(1), torch.nan)
+        solution = torch.cholesky_solve(right, factor)
+        return solution.masked_fill_((failed != 0).view(-1, 1, 1), torch.nan)

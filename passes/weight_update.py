@@ -240,12 +240,9 @@ class _Updater:
 
     def _solver(self, gram: Tensor | None) -> tuple[RowReconstructor | None, str | None]:
         """What reconstructs matrices with this input, or why nothing can."""
-        if gram is None:
-            return None, _NO_TOKEN
-        if not bool(gram.isfinite().all()):
-            return None, "its input holds NaN or infinity"
-        if not bool(gram.diagonal().any()):
-            return None, "its input is zero in every calibration token"
+        refusal = refused_gram(gram)
+        if gram is None or refusal is not None:
+            return None, refusal
         try:
             return self._options.solver(gram, self._run.pattern), None
         except ArithmeticError as error:
@@ -296,4 +293,10 @@ class _Updater:
             yield Diagnostic(fqn, f"{len(numbers)} of its {count} experts ({listed}) are not updated: {reason}")
 
 
-_NO_TOKEN = "it received no calibration token"
+def refused_gram(gram: Tensor | None) -> str | None:
+    """Why nothing can be solved with a Gram matrix (in_features, in_features); None where it can be tried."""
+    if gram is None:
+        return "it received no calibration token"
+    if not bool(gram.isfinite().all()):
+        return "its input holds NaN or infinity"
+    return None if bool(gram.diagonal().any()) else "its input is zero in every calibration token"

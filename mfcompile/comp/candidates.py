@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from mfcompile.comp.modes import TokenMode, UnitMode, token_modes, unit_modes
 from mfcompile.comp.options import CompOptions
-from mfcompile.comp.scoring import regions_of_units
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph, Diagnostic
 from mfcompile.passes.structured_units import StructuralUnit
 from mfcompile.passes.token_sites import TokenSites
 from mfcompile.passes.unit_scores import scorer_weighting
-from mfcompile.structure import find_units
+from mfcompile.structure import find_units, regions_of_units
 from mfcompile.tokens import find_token_sites, with_program_for, with_token_program
 
 

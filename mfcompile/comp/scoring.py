@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +12,8 @@ from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import ExampleInputs
 from mfcompile.passes.structured_units import StructuralUnit
 from mfcompile.passes.unit_scores import resolve_unit_scorer, scorer_weighting
-from mfcompile.region import RegionMap
-from mfcompile.steps import calibrate, infer_regions
-from mfcompile.structure import output_weights, unit_norms
+from mfcompile.steps import calibrate
+from mfcompile.structure import output_weights, regions_of_units, unit_norms
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,3 @@ class CalibratedScores:
             statistics = calibrate(captured, list(self.batches), regions=regions, padding_mask=self.padding_mask, **how)
             norms = unit_norms(units, statistics)
         return resolve_unit_scorer(self.scorer)(units, output_weights(captured, units, regions), norms)
-
-
-def regions_of_units(
-    captured: CapturedGraph, units: Iterable[StructuralUnit], modalities: Mapping[str, str] | None
-) -> RegionMap:
-    """Regions with the output weights of units as sites, and no others."""
-    known = infer_regions(captured, modalities=modalities)
-    linear = {site.fqn for site in known.sites}
-    targets = [fqn for fqn in dict.fromkeys(unit.output_weight for unit in units) if fqn in linear]
-    return infer_regions(captured, modalities=modalities, targets=targets) if targets else replace(known, sites=())

@@ -130,7 +130,7 @@ def test_values_are_those_of_lstsq_layer_after_layer(
 def test_batches_may_be_cut_anyhow(mixed: tuple[nn.Module, CapturedGraph, StructuralUnits]) -> None:
     _, captured, units = mixed
     remove, whole = some_of(units), images()["image"]
-    parts = [{"image": part} for part in whole.split(16)]
+    parts = [{"image": part} for part in torch.split(whole, 16)]
     found = [
         mfcompile.remove_units(captured, remove, refit=True, calibration=given)
         for given in ([images()], parts, iter(parts), lambda: iter(parts))
@@ -179,11 +179,11 @@ def test_what_others_can_say_is_lost_without_loss() -> None:
     """Channels that repeat others, or add them up, or are always the same: nothing is lost with them."""
     torch.manual_seed(0)
     model = spread_out(Around(Plain(), Attention("sdpa")))
-    part: Any = model.parts[0]
+    part: Any = model.get_submodule("parts.0")
     with torch.no_grad():
         part.a.weight[5], part.a.bias[5] = part.a.weight[2], part.a.bias[2]
         part.a.weight[9], part.a.bias[9] = 0.0, 1.5  # a constant, which the bias takes over
-        attention: Any = model.parts[1]
+        attention: Any = model.get_submodule("parts.1")
         attention.v.weight[4:8] = 2 * attention.v.weight[:4]  # the second head says what the first does, in other words
         attention.v.bias[4:8] = 2 * attention.v.bias[:4]
         for item in (attention.q, attention.k):
@@ -231,11 +231,11 @@ def test_tied_output_weights_get_one_value_and_keep_biases_that_differ() -> None
     smaller = mfcompile.remove_units(captured, {unit.name: [0, 3, 4]}, refit=True, calibration=[images()])
     own = dict(smaller.module.named_parameters(remove_duplicate=False))
     assert own["one.b.weight"] is own["two.b.weight"]
-    assert torch.equal(own["two.b.bias"], model.two.b.bias)
+    assert torch.equal(own["two.b.bias"], model.get_parameter("two.b.bias"))
     seen = linear_inputs(model, images())
     rows = torch.cat([item.reshape(-1, 8) for item in (*seen["one.b.weight"], *seen["two.b.weight"])])
     kept = kept_columns(mfcompile.find_units(captured), unit.name, [0, 3, 4])
-    expected, _ = by_numpy(rows.double().numpy(), model.one.b.weight, None, kept, 0.01)
+    expected, _ = by_numpy(rows.double().numpy(), model.get_parameter("one.b.weight"), None, kept, 0.01)
     torch.testing.assert_close(own["one.b.weight"].detach(), torch.from_numpy(expected[:, kept]).float(), rtol=RTOL, atol=ATOL)
 
 
@@ -352,9 +352,10 @@ def test_the_share_that_scores_lowest_is_made_up_for() -> None:
 def test_what_is_not_refitted_is_told() -> None:
     torch.manual_seed(0)
     model = spread_out(Around(Plain()))
+    part: Any = model.get_submodule("parts.0")
     with torch.no_grad():
-        model.parts[0].a.weight.zero_()  # type: ignore[union-attr]
-        model.parts[0].a.bias.zero_()  # type: ignore[union-attr]
+        part.a.weight.zero_()
+        part.a.bias.zero_()
     smaller = mfcompile.remove_units(mfcompile.capture(model, images(4)), {"parts.0": [1]}, refit=True)
     assert [str(item) for item in smaller.diagnostics] == [
         "parts.0.b.weight: it is not refitted: its input is zero in every calibration token"
