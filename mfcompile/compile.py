@@ -344,6 +344,8 @@ class Pruning:
 
     def assemble(self, masks: MaskSet) -> CompiledModel:
         """Put masks into graph and module, and report."""
+        if self.joint is not None and self.joint.structure.refitted:
+            masks = replace(masks, refitted={fqn: self.captured.parameter(fqn) for fqn in self.joint.structure.refitted})
         assert masks.sparsity is not None
         report = build_report(
             captured=self.captured,

@@ -24,7 +24,12 @@ FORMAT_VERSION = "1"
 FORMAT_VERSION_WITH_VALUES = "2"
 """Files that also hold values: a reader that knows only masks must not take them for less than they are."""
 
+FORMAT_VERSION_REFITTED = "3"
+"""Files that also hold parameters of the model that the masks are for, which is not quite the one that was pruned."""
+
 _VALUES = "values of "
+_REFITTED = "refitted "
+_READ = (FORMAT_VERSION, FORMAT_VERSION_WITH_VALUES, FORMAT_VERSION_REFITTED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +79,8 @@ class MaskSet(Mapping[str, Tensor]):
         new_values: FQN -> (kept_count,) new values of the weights that are kept, in the order of the stored parameter, where a
             weight update changed them; the other weights keep the model's own.
         diagnostics: what was decided by a weaker rule while the masks were chosen; not kept in files.
+        refitted: FQN -> whole parameters of the model that the masks are for which differ from those of the model that units
+            were removed from; nothing is applied of them with the masks.
     """
 
     packed: Mapping[str, PackedMask]
@@ -82,6 +89,7 @@ class MaskSet(Mapping[str, Tensor]):
     sparsity: float | Mapping[str, float] | None = None
     new_values: Mapping[str, Tensor] = field(default_factory=dict)
     diagnostics: tuple[Diagnostic, ...] = ()
+    refitted: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, fqn: str) -> Tensor:
         return self.packed[fqn].unpack()
@@ -140,13 +148,17 @@ class MaskSet(Mapping[str, Tensor]):
                 values = self.new_values[fqn].detach().cpu().contiguous()
                 state.update(f"values:{values.dtype}:".encode())
                 state.update(values.view(torch.uint8).numpy().data)
+        for fqn in sorted(self.refitted) if with_values else ():
+            values = self.refitted[fqn].detach().cpu().contiguous()
+            state.update(f"refitted:{fqn}:{tuple(values.shape)}:{values.dtype}:".encode())
+            state.update(values.reshape(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()
 
     def save(self, path: Path | str) -> Path:
         """Write the masks as safetensors (packed bits, new values; metadata in strings), complete or not at all."""
         metadata = {
             "format": "mfcompile.masks",
-            "format_version": FORMAT_VERSION_WITH_VALUES if self.new_values else FORMAT_VERSION,
+            "format_version": self._format_version(),
             "sha256": self.digest(),
             "base_model_fingerprint": self.fingerprint,
             "sparsity": "" if self.sparsity is None else json.dumps(_plain(self.sparsity)),
@@ -155,8 +167,14 @@ class MaskSet(Mapping[str, Tensor]):
         }
         tensors = {fqn: torch.from_numpy(mask.bits) for fqn, mask in self.packed.items()}
         tensors |= {_VALUES + fqn: values.detach().cpu().contiguous() for fqn, values in self.new_values.items()}
+        tensors |= {_REFITTED + fqn: values.detach().cpu().contiguous() for fqn, values in self.refitted.items()}
         data = serialize(tensors, metadata=metadata)
         return write_atomically(Path(path), data)
+
+    def _format_version(self) -> str:
+        if self.refitted:
+            return FORMAT_VERSION_REFITTED
+        return FORMAT_VERSION_WITH_VALUES if self.new_values else FORMAT_VERSION
 
     @classmethod
     def load(cls, path: Path | str) -> MaskSet:
@@ -173,16 +191,18 @@ class MaskSet(Mapping[str, Tensor]):
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "mfcompile.masks":
                     raise InputError(f"{path} is a safetensors file, but not of masks: its metadata names no mfcompile format")
-                if metadata.get("format_version") not in (FORMAT_VERSION, FORMAT_VERSION_WITH_VALUES):
+                if metadata.get("format_version") not in _READ:
                     raise InputError(
                         f"{path} is of mask format {metadata.get('format_version')}; this version reads "
-                        f"{FORMAT_VERSION} and {FORMAT_VERSION_WITH_VALUES}. "
-                        f"Write it again with this version of mfcompile"
+                        f"{', '.join(_READ)}. Write it again with this version of mfcompile"
                     )
                 shapes = json.loads(metadata["shapes"])
                 packed = {fqn: PackedMask(file.get_tensor(fqn).numpy(), tuple(shape)) for fqn, shape in shapes.items()}
                 there = set(file.keys())
                 values = {fqn: file.get_tensor(_VALUES + fqn) for fqn in shapes if _VALUES + fqn in there}
+                refitted = {
+                    key.removeprefix(_REFITTED): file.get_tensor(key) for key in sorted(there) if key.startswith(_REFITTED)
+                }
                 regions = dict(json.loads(metadata.get("regions", "{}")))
                 sparsity = json.loads(metadata["sparsity"]) if metadata.get("sparsity") else None
         except InputError:
@@ -197,7 +217,7 @@ class MaskSet(Mapping[str, Tensor]):
                 raise InputError(
                     f"{path}: {fqn} has {kept.numel()} new values for {packed[fqn].kept_count} kept weights; it is damaged"
                 )
-        masks = cls(packed, regions, metadata.get("base_model_fingerprint", ""), sparsity, values)
+        masks = cls(packed, regions, metadata.get("base_model_fingerprint", ""), sparsity, values, refitted=refitted)
         if masks.digest() != metadata.get("sha256"):
             raise InputError(f"{path}: the masks do not match their sha256; the file is damaged. Prune again, or use a backup")
         return masks

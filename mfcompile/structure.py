@@ -131,6 +131,7 @@ def refit_removed(
     calibration: Batches | None = None,
     options: bool | Mapping[str, Any] = True,
     *,
+    seen: CapturedGraph | None = None,
     modalities: Mapping[str, str] | None = None,
 ) -> Refit:
     """Values of output weights with which the elements that stay stand in for those that go; nothing is removed yet.
@@ -138,6 +139,7 @@ def refit_removed(
     Args:
         captured, remove, calibration, modalities: as in ``remove_units``.
         options: its ``refit``.
+        seen: the model over the same parameters, with fewer tokens, that batches are run through; None for ``captured``.
 
     Raises:
         InputError, CalibrationError, ExportError, RegionError: see ``remove_units``.
@@ -146,6 +148,22 @@ def refit_removed(
         raise InputError("the graph has masks in force, and a refit would rewrite what they keep: refit first, then mask")
     asked = LeastSquaresOptions.from_mapping(options if isinstance(options, Mapping) else {})
     batches = as_function([captured.example_inputs] if calibration is None else calibration)
+    kept, units = kept_inputs(captured, remove, modalities=modalities)
+    through = captured if seen is None else seen
+    return refit_outputs(through, regions_of_units(through, units, modalities), kept, batches, asked)
+
+
+def kept_inputs(
+    captured: CapturedGraph, remove: Mapping[str, Sequence[int]], *, modalities: Mapping[str, str] | None = None
+) -> tuple[dict[str, Tensor], list[StructuralUnit]]:
+    """What output weights lose: FQN of W_out -> bool in its shape, False where removed elements are read; and their units.
+
+    Args:
+        captured, remove, modalities: as in ``remove_units``.
+
+    Raises:
+        InputError, ExportError, RegionError: see ``remove_units``.
+    """
     program, regions = _program(captured).program, infer_regions(captured, modalities=modalities)
     transform = RemoveUnits({name: tuple(items) for name, items in remove.items() if len(items)}, regions.weights)
     first_name = {name: fqn for fqn, names in captured.aliases.items() for name in names}
@@ -160,7 +178,7 @@ def refit_removed(
                 shape = [-1 if dim == axis else 1 for dim in range(mask.ndim)]
                 mask &= torch.from_numpy(positions).view(shape)
         kept[fqn] = mask
-    return refit_outputs(captured, regions_of_units(captured, units, modalities), kept, batches, asked)
+    return kept, units
 
 
 def with_outputs(captured: CapturedGraph, values: Mapping[str, Tensor]) -> CapturedGraph:

@@ -34,7 +34,10 @@ def masks_of_smaller(masks: MaskSet, model: nn.Module, smaller: nn.Module, kept:
         spread[masks[fqn]] = own.detach().cpu()
         values[fqn] = _cut(spread, kept.get(fqn, {}))[packed[fqn].unpack()]
     is_own = bool(masks.fingerprint) and masks.fingerprint == fingerprint(model)
-    return replace(masks, packed=packed, new_values=values, fingerprint=fingerprint(smaller) if is_own else "")
+    refitted = {fqn: _cut(own.detach().cpu(), kept.get(fqn, {})) for fqn, own in masks.refitted.items()}
+    return replace(
+        masks, packed=packed, new_values=values, refitted=refitted, fingerprint=fingerprint(smaller) if is_own else ""
+    )
 
 
 def _cut(tensor: Tensor, kept: Kept) -> Tensor:

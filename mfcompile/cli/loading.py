@@ -145,7 +145,7 @@ def capture_masked(
             from mfcompile.comp.structure import repeat_structure
             from mfcompile.token_request import repeat_cuts
 
-            smaller = repeat_structure(captured, metadata, source.modalities)
+            smaller = repeat_structure(captured, metadata, source.modalities, masks.refitted if masks is not None else None)
             captured = repeat_cuts(captured, metadata, source.modalities) if smaller is None else smaller
     if masks is None:
         return captured

@@ -21,6 +21,7 @@ from mfcompile.comp.candidates import candidates_of
 from mfcompile.comp.latency import OnnxClock
 from mfcompile.comp.loss import Loss, OutputLoss, calibration_inputs, evaluation_loss
 from mfcompile.comp.options import EVALUATE, CompOptions
+from mfcompile.comp.refit import refit_outputs
 from mfcompile.comp.result import JointlyPruned
 from mfcompile.comp.search import JointSearch, Progress, least
 from mfcompile.comp.space import ModelSpace
@@ -81,7 +82,9 @@ def prune_jointly(
     if captured.masks is not None:
         raise InputError("the graph has masks in force: prune units and tokens first, and mask what is left")
     given = [captured.example_inputs] if calibration is None else calibration
-    batches = calibration_inputs(captured.module, given, least(num_calibration_samples, asked.samples))
+    few = least(num_calibration_samples, asked.samples)
+    every = calibration_inputs(captured.module, given, num_calibration_samples if asked.refit else few)
+    batches = calibration_inputs(captured.module, every, few)
     candidates = candidates_of(captured, asked, modalities)
     search = JointSearch(asked, candidates, batches, modalities, padding_mask)
     with ExitStack() as stack, seeded(asked.seed, captured.module):
@@ -92,4 +95,5 @@ def prune_jointly(
             assert candidates.dense.exported is not None  # it is what is cut
             whole = program_module(candidates.dense.exported.program)  # it refuses lengths that no smaller program could run
             measure = OutputLoss(whole, batches, asked.loss, asked.outputs)
-        return search.run(ModelSpace(**search.space_options, measure=measure, spend=clock), flops, progress)
+        found = search.run(ModelSpace(**search.space_options, measure=measure, spend=clock), flops, progress)
+        return refit_outputs(found, every, measure, modalities, padding_mask) if asked.refit else found

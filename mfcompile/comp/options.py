@@ -36,6 +36,8 @@ class CompOptions:
         loss: "cos" or "kl", what outputs are compared by, or "evaluate" for the user's measure.
         outputs: names of the outputs that are compared; None for all.
         samples: about how many calibration samples are run for every step that is tried; None for all.
+        refit: after the search, give output weights of units that lost elements the values, by least squares on all
+            calibration samples, with which those that stay stand in for them; see ``mfcompile.remove_units``.
         exploration, temperature, memory, horizon: rho, tau, lambda_0 and I_max of "comp".
         tolerance: how far from the target the end may be, as a share of it.
         seed: of exploration, and of what a model draws.
@@ -56,6 +58,7 @@ class CompOptions:
     loss: str = "cos"
     outputs: tuple[str, ...] | None = None
     samples: int | None = 64
+    refit: bool = False
     exploration: float = 0.2
     temperature: float = 5.0
     memory: float = 0.4
@@ -73,6 +76,8 @@ class CompOptions:
             isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1
         ):
             raise InputError(f"samples={self.samples!r} must be a positive integer or None")
+        if not isinstance(self.refit, bool):
+            raise InputError(f"refit={self.refit!r} is neither true nor false")
         if isinstance(self.mode_step, bool) or not isinstance(self.mode_step, (int, float)) or not 0 < self.mode_step <= 1:
             raise InputError(f"mode_step={self.mode_step!r} is not in (0, 1]: it is the share of a mode that goes in a stage")
         for mode, share in self.caps.items():

@@ -32,6 +32,7 @@ def report_of(pruned: JointlyPruned) -> dict[str, Any]:
     return {
         "label": LABEL if pruned.training is None else TRAINED_LABEL,
         "training": None if pruned.training is None else dict(pruned.training),
+        "refit": None if pruned.refit is None else dict(pruned.refit),
         "target": pruned.target,
         "options": {**options, "caps": dict(pruned.options.caps)},
         "flops": {"dense": dense, "left": left, "share": left / dense},

@@ -32,6 +32,8 @@ class JointlyPruned:
         target: FLOPs asked for, as a share of the dense model's.
         flops: (dense, left) for inputs of the sizes of the example.
         training: what training took part ("stage_steps", "recovery_steps") and the "loss" after it; None in one shot.
+        refit: the "loss" after output weights were refitted, and for each the "error" of its output as a share of that of
+            removal alone, None where it stayed, with the reason in "left"; None without a refit.
     """
 
     captured: CapturedGraph
@@ -45,6 +47,7 @@ class JointlyPruned:
     target: float
     flops: tuple[int, int]
     training: Mapping[str, Any] | None = None
+    refit: Mapping[str, Any] | None = None
 
     @property
     def module(self) -> nn.Module:

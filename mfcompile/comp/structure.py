@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from mfcompile.comp.space import Cutting
+from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph
+from mfcompile.passes.weight_values import with_values
 from mfcompile.structure import remove_units
 from mfcompile.tokens import prune_tokens, with_program_for
 
@@ -25,14 +29,16 @@ class Structure:
         removed: unit -> elements that are gone, by their numbers in the dense model.
         kept: token site -> the share of arriving unprotected tokens that stays.
         cutting: how tokens are cut.
+        refitted: FQNs of parameters that got other values for what was taken; the values are not told.
     """
 
     removed: Mapping[str, tuple[int, ...]]
     kept: Mapping[str, float]
     cutting: Cutting
+    refitted: tuple[str, ...] = ()
 
     def apply(self, captured: CapturedGraph, modalities: Mapping[str, str] | None = None) -> CapturedGraph:
-        """Take the same out of another capture of the model.
+        """Take the same out of another capture of the model, whose values stay.
 
         Raises:
             InputError: it has no such unit or site.
@@ -49,13 +55,15 @@ class Structure:
     def of(cls, plain: Mapping[str, Any]) -> Structure:
         """What ``as_dict`` gave."""
         removed = {name: tuple(elements) for name, elements in plain["removed"].items()}
-        return cls(removed, dict(plain["kept"]), Cutting(plain["scorer"], plain["rest"], plain["restore"]))
+        cutting = Cutting(plain["scorer"], plain["rest"], plain["restore"])
+        return cls(removed, dict(plain["kept"]), cutting, tuple(plain.get("refitted", ())))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         removed = {name: list(elements) for name, elements in sorted(self.removed.items())}
         how = {"scorer": self.cutting.scorer, "rest": self.cutting.rest, "restore": self.cutting.restore}
-        return {"removed": removed, "kept": dict(sorted(self.kept.items())), **how}
+        refitted = {"refitted": sorted(self.refitted)} if self.refitted else {}
+        return {"removed": removed, "kept": dict(sorted(self.kept.items())), **how, **refitted}
 
     def told_by(self, captured: CapturedGraph) -> CapturedGraph:
         """A graph without these units and tokens, with a program whose files say so."""
@@ -69,7 +77,10 @@ class Structure:
 
 
 def repeat_structure(
-    captured: CapturedGraph, metadata: Mapping[str, str], modalities: Mapping[str, str] | None = None
+    captured: CapturedGraph,
+    metadata: Mapping[str, str],
+    modalities: Mapping[str, str] | None = None,
+    refitted: Mapping[str, Tensor] | None = None,
 ) -> CapturedGraph | None:
     """A model without the units and tokens that a file is without, by what its metadata say; None where they say nothing.
 
@@ -77,9 +88,23 @@ def repeat_structure(
         captured: the whole model.
         metadata: of the file.
         modalities: as in ``prune_jointly``.
+        refitted: FQN -> values of the parameters that the file says were refitted, as ``MaskSet.refitted`` has them.
 
     Raises:
-        InputError: it is another model.
+        InputError: it is another model, or a parameter was refitted and there are no values of it.
     """
     told = metadata.get(STRUCTURE_KEY)
-    return None if told is None else Structure.of(json.loads(told)).apply(captured, modalities)
+    if told is None:
+        return None
+    structure = Structure.of(json.loads(told))
+    smaller = structure.apply(captured, modalities)
+    values = {fqn: tensor for fqn, tensor in (refitted or {}).items() if fqn in structure.refitted}
+    for fqn in structure.refitted:
+        if fqn not in values:
+            raise InputError(
+                f"{fqn} was refitted after units were removed, and the file's metadata do not say its values. They are in the "
+                f"masks.safetensors that was written with the file: give it with --masks"
+            )
+        if values[fqn].shape != (shape := smaller.parameter(fqn).shape):
+            raise InputError(f"the refitted {fqn} is {tuple(values[fqn].shape)}, the model's {tuple(shape)}: of another model")
+    return with_values(smaller, values) if values else smaller

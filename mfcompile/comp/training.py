@@ -109,6 +109,8 @@ def _with_training(options: Mapping[str, Any] | CompOptions | None) -> CompOptio
     asked = options if isinstance(options, CompOptions) else CompOptions.of({"strategy": "comp", **(options or {})})
     if asked.strategy == "probe":
         raise InputError("strategy='probe' takes steps back, and stages are trained: choose 'comp', 'fixed' or 'greedy'")
+    if asked.refit:
+        raise InputError("refit=True solves for output weights that training has found: leave it out")
     if asked.cost != "flops":
         raise InputError(f"cost={asked.cost!r}: with training, costs are per FLOPs; leave cost out")
     return asked

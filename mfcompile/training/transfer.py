@@ -98,7 +98,7 @@ def transfer_masks(
     regions = {target: masks.regions[source] for target, source in found.items() if source in masks.regions}
     values = {target: masks.new_values[source] for target, source in found.items() if source in masks.new_values}
     dense = tuple(name for name in shapes if name == alias[name] and len(shapes[name]) > 1 and name not in found)
-    moved = replace(masks, packed=packed, regions=regions, new_values=values, fingerprint="")
+    moved = replace(masks, packed=packed, regions=regions, new_values=values, refitted={}, fingerprint="")
     result = MaskTransfer(moved, found, {source: unmatched[source] for source in masks if source in unmatched}, dense)
     if strict and unmatched:
         shown = "; ".join(f"{source}: {reason}" for source, reason in list(unmatched.items())[:4])

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import mfcompile
+from mfcompile.comp.modes import UnitMode
 from mfcompile.comp.one_shot import prune_jointly
 from mfcompile.comp.result import JointlyPruned
+from mfcompile.comp.structure import repeat_structure
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import output_tensors
@@ -127,6 +129,44 @@ def test_masks_go_on_what_is_left(pruned: tuple[str, JointlyPruned], tmp_path: P
     assert mfcompile.verify(artifact, masked).passed
 
 
+@pytest.mark.parametrize("name", ["listener", pytest.param("llava", marks=pytest.mark.slow)])
+def test_output_weights_can_be_refitted_after_the_search(name: str, tmp_path: Path) -> None:
+    model, batch = FAMILIES[name]()
+    captured = mfcompile.capture(model, batch)
+    options = {"strategy": "fixed", "step": 0.12}
+    plain, refit = (prune_jointly(captured, flops=0.6, options={**options, "refit": given}) for given in (False, True))
+    assert refit.stages == plain.stages
+    assert refit.structure.removed == plain.structure.removed
+    assert refit.structure.kept == plain.structure.kept
+    assert refit.refit is not None
+    assert refit.refit["loss"] < 0.9 * plain.stages[-1].loss
+    lost = {unit.output_weight for mode in plain.modes if isinstance(mode, UnitMode) for unit in mode.units
+            if plain.structure.removed.get(unit.name)}  # fmt: skip
+    assert {name for name, row in refit.refit["weights"].items() if row["error"] < 1} == lost
+    assert lost <= set(refit.structure.refitted)
+    own = dict(refit.module.named_parameters())
+    for fqn, parameter in plain.module.named_parameters():
+        assert parameter.shape == own[fqn].shape
+        assert torch.equal(parameter, own[fqn]) is (fqn not in refit.structure.refitted)
+    report = json.loads(json.dumps(refit.report(), allow_nan=False))
+    assert report["refit"]["loss"] == refit.refit["loss"]
+    assert report["digest"] == refit.structure.digest() != plain.structure.digest()
+    artifact = mfcompile.export_onnx(refit.captured, tmp_path / "refit.onnx")
+    assert mfcompile.verify(artifact, refit.captured).passed
+    assert refit.captured.exported is not None
+    metadata = refit.captured.exported.metadata
+    values = {fqn: own[fqn] for fqn in refit.structure.refitted}
+    again = repeat_structure(mfcompile.capture(model, batch), metadata, refitted=values)
+    assert again is not None
+    for first, second in zip(outputs(refit.captured).values(), outputs(again).values(), strict=True):
+        assert torch.equal(first, second)
+    with pytest.raises(InputError, match=r"was refitted after units were removed, .* give it with --masks"):
+        repeat_structure(mfcompile.capture(model, batch), metadata)
+    first = refit.structure.refitted[0]
+    with pytest.raises(InputError, match=f"the refitted {first} is \\(1,\\), the model's .* of another model"):
+        repeat_structure(mfcompile.capture(model, batch), metadata, refitted={**values, first: torch.zeros(1)})
+
+
 @pytest.fixture(scope="module")
 def encoder() -> CapturedGraph:
     captured = mfcompile.capture(seeded(Encoder), {"image": patches()})
@@ -196,6 +236,7 @@ def test_a_target_out_of_reach_says_what_is_in_reach(encoder: CapturedGraph) -> 
         ({"cost": "energy"}, "cost='energy' is not known; choose one of flops, latency"),
         ({"scorer": "best"}, "scorer='best' is not known"),
         ({"token_scorer": "best"}, "best"),
+        ({"refit": "yes"}, "refit='yes' is neither true nor false"),
     ],
 )
 def test_options_that_cannot_be_are_refused(encoder: CapturedGraph, options: dict[str, Any], message: str) -> None:
