@@ -23,11 +23,12 @@ from benchmarks.beyond import (
     search_path,
     tokens_path,
 )
+from benchmarks.over_seeds import Figure
 from benchmarks.tavlp.configuration import Scale
 from benchmarks.tavlp.families import FAMILIES
 from benchmarks.tavlp.pruners import PRUNERS
 from benchmarks.tavlp.pruning import Folders
-from benchmarks.tavlp.summary import MISSING, Figure, Results, table, title
+from benchmarks.tavlp.summary import MISSING, Results, table, title
 from mfcompile.files import write_atomically
 
 FIRST, LAST = "<!-- tables: python -m benchmarks.beyond tables -->", "<!-- end of tables -->"

@@ -114,8 +114,7 @@ def _mean(results: Results, arm: str, flops: float, tuning: str) -> str:
     found = results.mean(arm, flops, tuning)
     if found is None:
         return UNREACHED if results.is_unreached(arm, flops, tuning) else MISSING
-    spread = "" if found.deviation is None else f" ± {found.deviation:.1f}"
-    return f"{found.mean:.1f}{spread} ({found.count})"
+    return str(found)
 
 
 def differences(results: Results, tuning: str) -> str:

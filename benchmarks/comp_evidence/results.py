@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.comp_evidence.arms import ARMS, FLOPS, SEEDS
 from benchmarks.comp_evidence.cells import Cell, dense_score, read
+from benchmarks.over_seeds import Figure
 
 MISSING = "missing"
 UNREACHED = "cannot reach"
@@ -22,31 +20,8 @@ FEWEST = min(STANDARD_ERRORS)
 """Of fewer seeds, no difference is called anything but open."""
 
 
-@dataclass(frozen=True)
-class Mean:
-    """Over seeds.
-
-    Attributes:
-        mean: in per cent, or points.
-        deviation: sample standard deviation; None for one seed.
-        count: seeds.
-    """
-
-    mean: float
-    deviation: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean | None:
-        """None of no values."""
-        if not values:
-            return None
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
-
-    @property
-    def error(self) -> float | None:
-        """Standard error; None for one seed."""
-        return None if self.deviation is None else self.deviation / math.sqrt(self.count)
+class Mean(Figure):
+    """A mean that is judged."""
 
     @property
     def verdict(self) -> str:

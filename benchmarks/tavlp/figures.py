@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.over_seeds import Figure
 from benchmarks.tavlp.orderings import HEADLINES, headline_title
 from benchmarks.tavlp.pruners import PRUNERS
-from benchmarks.tavlp.summary import Figure, Results, title
+from benchmarks.tavlp.summary import Results, title
 from benchmarks.tavlp.tasks import TASKS
 from mfcompile.comparison_plot import COLOURS
 from mfcompile.report_plot import FAINT, FURTHER_COLOURS, NAMED_COLOURS, STYLE

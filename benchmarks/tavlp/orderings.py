@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks.over_seeds import Figure
 from benchmarks.tavlp.families import FAMILIES
 from benchmarks.tavlp.pruners import PRUNERS, SPARSITIES
 from benchmarks.tavlp.summary import (
     MISSING,
     STANDARD_ERRORS,
-    Figure,
     Results,
     standard_error,
     table,

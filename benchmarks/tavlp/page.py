@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 
+from benchmarks.over_seeds import Figure
 from benchmarks.tavlp.cells import Choice, cells
 from benchmarks.tavlp.configuration import Scale
 from benchmarks.tavlp.differences import differences
@@ -20,7 +21,7 @@ from benchmarks.tavlp.pruners import ABLATIONS, PRUNERS, ROWS, SEEDS, SPARSITIES
 from benchmarks.tavlp.pruning import Folders, masks_of
 from benchmarks.tavlp.ridge import RIDGES, ridges_of
 from benchmarks.tavlp.ridge import SPARSITY as RIDGE_SPARSITY
-from benchmarks.tavlp.summary import MISSING, NEAR, STANDARD_ERRORS, Figure, Results, table, title, with_best
+from benchmarks.tavlp.summary import MISSING, NEAR, STANDARD_ERRORS, Results, table, title, with_best
 from benchmarks.tavlp.tasks import TASKS
 
 ALLOCATION_SPARSITY = 0.75

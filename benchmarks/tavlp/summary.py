@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from benchmarks.over_seeds import Figure
 from benchmarks.tavlp.cells import Cell, untuned_config, untuned_path
 from benchmarks.tavlp.configuration import Scale, config_hash, mask_config, mask_seed
 from benchmarks.tavlp.families import FAMILIES
@@ -23,33 +24,6 @@ NEAR = "≈"
 """In front of figures that noise alone may keep from being the best."""
 STANDARD_ERRORS = 2.0
 """A difference of fewer standard errors is noise."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A mean over seeds.
-
-    Attributes:
-        mean: in the unit of the values.
-        deviation: sample standard deviation; None for one seed.
-        count: seeds.
-    """
-
-    mean: float
-    deviation: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Figure | None:
-        """None of no values."""
-        if not values:
-            return None
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return cls(statistics.fmean(values), deviation, len(values))
-
-    def __str__(self) -> str:
-        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
-        return f"{self.mean:.1f}{spread} ({self.count})"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mfcompile
+from benchmarks.over_seeds import Figure
 from benchmarks.tavlp import cells as runner
 from benchmarks.tavlp import pruning
 from benchmarks.tavlp.cells import Cell, Choice, cells, run_cell
@@ -19,7 +20,7 @@ from benchmarks.tavlp.configuration import config_hash
 from benchmarks.tavlp.families import FAMILIES, family
 from benchmarks.tavlp.pruners import PRUNERS
 from benchmarks.tavlp.pruning import masks_of
-from benchmarks.tavlp.summary import Figure, Results
+from benchmarks.tavlp.summary import Results
 from mfcompile.passes import mask_selection
 from tests.unit.benchmarks.tavlp_runs import TINY, folders, other_recipe
 

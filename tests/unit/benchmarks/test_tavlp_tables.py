@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.over_seeds import Figure
 from benchmarks.tavlp import page
 from benchmarks.tavlp.cells import Cell
 from benchmarks.tavlp.orderings import Difference, Ordering, choice, difference, orderings
 from benchmarks.tavlp.pruners import PRUNERS
 from benchmarks.tavlp.reduced import beside
-from benchmarks.tavlp.summary import Figure, Results, standard_error, with_best
+from benchmarks.tavlp.summary import Results, standard_error, with_best
 from tests.unit.benchmarks.tavlp_runs import TINY, folders, made_up, other_recipe
 
 
