@@ -36,7 +36,8 @@ def show(report: Mapping[str, Any], directory: Path, source: Path, terminal: Ter
         is_masked = (
             not report.get("structure") or report["totals"]["prunable"]["kept"] < report["totals"]["prunable"]["weights"]
         )
-        for line in (*size_lines(report["export"]), *(sparse_lines(report["export"]) if is_masked else ())):
+        lines = size_lines(report["export"], report.get("structure"), is_masked=is_masked)
+        for line in (*lines, *(sparse_lines(report["export"]) if is_masked else ())):
             terminal.say(line)
         if report["export"].get("parts"):
             out.print()
@@ -68,19 +69,38 @@ def calibration_line(calibration: Mapping[str, Any]) -> str:
     return f"Calibrated with {calibration['source']} ({calibration['batches']:,} in all); padding mask: {padding}.{weighed}"
 
 
-def size_lines(export: Mapping[str, Any]) -> list[str]:
-    """How large the ONNX file is, against dense fp32."""
-    lines = [
-        f"Size: {_subject(export)} {tables.size(export['size_bytes'])}, {export['size_ratio']:.2f}x of the dense "
-        f"file's {tables.size(export['dense_size_bytes'])}; its pruned weights take {export['pruned_ratio']:.3f}x of "
+def size_lines(export: Mapping[str, Any], structure: Mapping[str, Any] | None = None, *, is_masked: bool = True) -> list[str]:
+    """How large the ONNX file is, against dense fp32 and, where units were taken out, against the whole model.
+
+    Args:
+        export: of a report.
+        structure: of a report; None where nothing was taken out.
+        is_masked: whether there are zeros that a format could leave out.
+    """
+    lines = []
+    dense = "dense file's"
+    if structure:
+        whole, dense = 4 * structure["parameters"]["dense"], "dense file of what is left, which is"
+        lines.append(
+            f"Size: {_subject(export)} {tables.size(export['size_bytes'])}, {export['size_bytes'] / whole:.2f}x of the "
+            f"{tables.size(whole)} that the parameters of the whole model take in fp32."
+        )
+        if not is_masked:
+            return [*lines, *_load_lines(export)]
+    lines += [
+        f"Size: {_subject(export)} {tables.size(export['size_bytes'])}, {export['size_ratio']:.2f}x of the {dense} "
+        f"{tables.size(export['dense_size_bytes'])}; its pruned weights take {export['pruned_ratio']:.3f}x of "
         f"their dense fp32 bytes ({export['format']}, {export['values']})."
     ]
     if export["format"] == "dense":
         lines.append("Size: the dense format stores every zero. Use --format packed for a smaller file.")
-    if export.get("load_peak_bytes"):  # reports of earlier versions do not have it
-        lines.append(load_line(export))
-    lines += [f"note: {note}" for note in export["notes"]]
-    return lines
+    return [*lines, *_load_lines(export)]
+
+
+def _load_lines(export: Mapping[str, Any]) -> list[str]:
+    """What loading takes, where a report has it (those of earlier versions do not), and notes."""
+    predicted = [load_line(export)] if export.get("load_peak_bytes") else []
+    return [*predicted, *(f"note: {note}" for note in export["notes"])]
 
 
 def load_line(export: Mapping[str, Any]) -> str:

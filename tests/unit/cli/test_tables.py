@@ -146,18 +146,33 @@ def test_layers_that_run_sparse_and_those_that_do_not() -> None:
     assert sparse_lines({"sparse_layers": [], "dense_layers": {}}) == []
 
 
+DENSE_FILE = {
+    "file": "model.onnx",
+    "size_bytes": 1000,
+    "dense_size_bytes": 1000,
+    "size_ratio": 1.0,
+    "pruned_ratio": 1.0,
+    "format": "dense",
+    "values": "fp32",
+    "notes": ["dimension 1 of x is fixed"],
+}
+
+
+def test_a_file_without_units_is_compared_with_the_whole_model() -> None:
+    structure = {"parameters": {"dense": 500, "left": 250}}
+    lines = size_lines(DENSE_FILE, structure, is_masked=False)
+    assert lines == [
+        "Size: model.onnx takes 1 kB, 0.50x of the 2 kB that the parameters of the whole model take in fp32.",
+        "note: dimension 1 of x is fixed",
+    ]
+    packed = DENSE_FILE | {"size_bytes": 400, "size_ratio": 0.4, "format": "packed"}
+    lines = size_lines(packed, structure)
+    assert "0.20x of the 2 kB" in lines[0]
+    assert "0.40x of the dense file of what is left, which is 1 kB" in lines[1]
+
+
 def test_a_dense_file_is_said_to_hold_zeros() -> None:
-    export = {
-        "file": "model.onnx",
-        "size_bytes": 1000,
-        "dense_size_bytes": 1000,
-        "size_ratio": 1.0,
-        "pruned_ratio": 1.0,
-        "format": "dense",
-        "values": "fp32",
-        "notes": ["dimension 1 of x is fixed"],
-    }
-    lines = size_lines(export)
+    lines = size_lines(DENSE_FILE)
     assert "1.00x of the dense file's 1 kB" in lines[0]
     assert "Use --format packed" in lines[1]
     assert lines[2] == "note: dimension 1 of x is fixed"
