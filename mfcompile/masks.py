@@ -194,7 +194,7 @@ class MaskSet(Mapping[str, Tensor]):
                 if metadata.get("format_version") not in _READ:
                     raise InputError(
                         f"{path} is of mask format {metadata.get('format_version')}; this version reads "
-                        f"{', '.join(_READ)}. Write it again with this version of mfcompile"
+                        f"{', '.join(_READ[:-1])} and {_READ[-1]}. Write it again with this version of mfcompile"
                     )
                 shapes = json.loads(metadata["shapes"])
                 packed = {fqn: PackedMask(file.get_tensor(fqn).numpy(), tuple(shape)) for fqn, shape in shapes.items()}

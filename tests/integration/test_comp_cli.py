@@ -83,6 +83,25 @@ def test_masks_go_on_what_is_left(capsys: pytest.CaptureFixture[str], folder: Pa
     assert status == 0, err
 
 
+def test_refitted_weights_are_verified_with_the_masks_file(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    quick = ("--method-option", "step=0.15", "scorer=magnitude", "refit=true", "modes=parameters:vision", "--flops", 0.9)
+    status, _, err = run(capsys, "prune", "model.py", "--method", "comp", *quick, "-o", "less")
+    assert status == 0, err
+    report = json.loads((folder / "less" / "report.json").read_text())
+    assert report["structure"]["options"]["refit"] is True
+    weights = report["structure"]["refit"]["weights"]
+    assert weights
+    assert all(row["error"] < 1 for row in weights.values())
+    status, out, err = run(capsys, "verify", "less/model.onnx", "model.py", "--masks", "less/masks.safetensors")
+    assert status == 0, err
+    status, _, err = run(capsys, "verify", "less/model.onnx", "model.py")
+    assert status == 2
+    assert "was refitted after units were removed" in err
+    status, out, err = run(capsys, "prune", "less/recipe.yaml", "-o", "again", "--no-onnx", "--no-evaluate")
+    assert status == 0, err
+    assert "The recipe was reproduced" in out
+
+
 def test_the_library_does_the_same(folder: Path) -> None:
     from mfcompile.frontends.sources import load_source
 

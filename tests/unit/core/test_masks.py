@@ -128,7 +128,7 @@ def test_metadata_by_hand_is_read(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"format": "other"}, "is a safetensors file, but not of masks"),
-        ({"format_version": "9"}, r"is of mask format 9; this version reads 1 and 2\. Write it again"),
+        ({"format_version": "9"}, r"is of mask format 9; this version reads 1, 2 and 3\. Write it again"),
         ({"sha256": "0" * 64}, "do not match their sha256"),
         ({"shapes": '{"b": [4, 5], "a": [8, 2]}'}, "the mask of b does not hold 20 bits"),
         ({"shapes": '{"b": [3, 5], "c": [8, 2]}'}, "cannot be read as a masks file"),

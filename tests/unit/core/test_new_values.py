@@ -87,6 +87,28 @@ def test_a_file_with_too_few_values_is_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_refitted_parameters_come_back_and_are_part_of_what_masks_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    _, plain = pruned()
+    refitted = {"a.bias": torch.randn(3).to(dtype), "b.c.weight": torch.randn(2, 5).mT.to(dtype)}
+    masks = replace(plain, refitted=refitted)
+    path = masks.save(tmp_path / "masks.safetensors")
+    loaded = MaskSet.load(path)
+    assert list(loaded.refitted) == list(refitted)
+    for name, values in refitted.items():
+        assert loaded.refitted[name].dtype == dtype
+        assert torch.equal(loaded.refitted[name], values)
+    assert loaded == masks != plain
+    assert loaded.mask_digest() == plain.mask_digest()
+    other = replace(masks, refitted={**refitted, "a.bias": refitted["a.bias"] + 1})
+    assert (
+        len({masks.digest(), plain.digest(), other.digest(), replace(masks, refitted={"a.bias": refitted["a.bias"]}).digest()})
+        == 4
+    )
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format_version"] == "3", "a reader of version 2 must not take the masks for all there is"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_places_hold_the_new_values_and_pruned_ones_what_they_held(dtype: torch.dtype) -> None:
     captured, masks = pruned(dtype)
     for name in NAMES:
