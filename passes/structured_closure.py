@@ -116,7 +116,12 @@ class Closure:
         labels = self.elements.reduce(labels)
         axes = dependent_axes(labels)
         if len(axes) > 1:
-            raise InseparableError(node, f"an element is no whole slice of it: it lies across axes {axes}")
+            places = " and ".join(str(axis) for axis in axes)
+            raise InseparableError(
+                node,
+                f"what goes with an element is a part of it that depends on its axes {places} together, not a slice along one of "
+                f"them, so that nothing rectangular is left (queries, keys and values of one head packed in a tensor, say)",
+            )
         if not axes:
             raise InseparableError(node, "all of it belongs to one element")
         return labels
