@@ -119,7 +119,7 @@ class Closure:
             places = " and ".join(str(axis) for axis in axes)
             raise InseparableError(
                 node,
-                f"what goes with an element is a part of it that depends on its axes {places} together, not a slice along one of "
+                f"what goes with an element is a part of it that depends on its axes {places} together, no slice along one of "
                 f"them, so that nothing rectangular is left (queries, keys and values of one head packed in a tensor, say)",
             )
         if not axes:
