@@ -71,7 +71,8 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
         second = _second_object(model)
         recording = record(second, inputs)
         torch.manual_seed(_SEED)
-        if not is_plan:
+        is_pure = isinstance(model, ProgramModule) and not recording.written  # it remembers nothing, and repeats itself
+        if not is_plan and not is_pure:
             recording, third, remembered = read_again(recording, inputs, lambda: _third_object(model, second), _agrees)
             second = third or second
             torch.manual_seed(_SEED)
@@ -79,7 +80,8 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
             detail = f"{len(recording.graph_module.graph.nodes)} nodes; nothing was computed with weights, nothing is compared"
         else:
             detail = _check_replay(model, recording, inputs)
-            unwrapped = (*unwrapped, *find_differences(model, second, recording, inputs, _SEED))
+            if not is_pure:
+                unwrapped = (*unwrapped, *find_differences(model, second, recording, inputs, _SEED))
     attempt = CaptureAttempt("record", True, detail, time.perf_counter() - started)
     captured = CapturedGraph(
         graph_module=recording.graph_module,
@@ -97,7 +99,7 @@ def capture(model: nn.Module, example_inputs: Any, *, export: bool = False) -> C
         versions=_versions(),
     )
     if isinstance(model, ProgramModule):
-        captured = replace(captured, exported=model.exported(inputs))
+        captured = replace(captured, exported=model.exported(inputs, recording.output_names))
     return with_export(captured) if export else captured
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from mfcompile.frontends.module_calls import ReportsCalls
 from mfcompile.graph import ExportedModel, ModuleCall
-from mfcompile.inputs import ExampleInputs, output_tensors
+from mfcompile.inputs import ExampleInputs
 from mfcompile.rewriting import over_state
 
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
@@ -55,11 +55,12 @@ class ProgramModule(ReportsCalls):
         args, kwargs = example
         return dict(zip(self.held.names, [*args, *kwargs.values()], strict=True))
 
-    def exported(self, inputs: ExampleInputs) -> ExportedModel:
+    def exported(self, inputs: ExampleInputs, output_names: tuple[str, ...]) -> ExportedModel:
         """The program as what ONNX files are made from.
 
         Args:
             inputs: what the model was captured with; stands in for the example inputs of a program that has none.
+            output_names: of the tensors that it gives, in order.
         """
         held = self.held
         values = self.own_inputs() or dict(held.signature.bind(*inputs.args, **inputs.kwargs).arguments)
@@ -67,9 +68,7 @@ class ProgramModule(ReportsCalls):
         names, axes = _tensor_inputs(held.program, {name: values[name] for name in held.names})
         args = tuple(values[name] for name in held.names[:count])
         example = ExampleInputs(args, {name: values[name] for name in held.keywords}, names)
-        with torch.no_grad():
-            outputs = output_tensors(example.call(self))
-        return ExportedModel(held.program, "the .pt2 archive", names, tuple(outputs), axes, example)
+        return ExportedModel(held.program, "the .pt2 archive", names, output_names, axes, example)
 
     def save_archive(self, path: Path) -> None:
         """Write the program with the module's weights as they are now."""

@@ -13,16 +13,18 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters.program import tensor_input_nodes
 from mfcompile.frontends.capture import capture
 from mfcompile.frontends.exporting import candidates
 from mfcompile.frontends.program_module import program_module
-from mfcompile.graph import CapturedGraph, ExportedModel
+from mfcompile.graph import CapturedGraph, Diagnostic, ExportedModel
+from mfcompile.inputs import ExampleInputs
 from mfcompile.passes.base import run_transform
 from mfcompile.passes.masking import ApplyMasks
 from mfcompile.passes.modalities import VISION, infer_modalities
@@ -149,21 +151,91 @@ def prune_tokens(
     """
     chosen = resolve_scorer(scorer)
     program, named = _requested(captured, keep, modalities)
+    how = _Cut(chosen, rest, restore, outputs, _factors(head_factors, named))
+    return _cut(captured, program, named, how).captured
+
+
+class TokenCutter:
+    """Cuts tokens of one program again and again: its sites are found once, and a graph is recorded where it is asked for.
+
+    Args:
+        captured: with the program that is cut; nothing of it is changed.
+        modalities: as in ``find_token_sites``.
+    """
+
+    def __init__(self, captured: CapturedGraph, *, modalities: Mapping[str, str] | None = None) -> None:
+        assert captured.exported is not None  # it is what is cut
+        self._captured = captured
+        kinds = {item.name: item.modality for item in infer_modalities(captured, modalities) if item.modality}
+        self._program = _with_sites(captured.exported, kinds)
+
+    def cut(
+        self, keep: Mapping[str, Keep], *, scorer: str | TokenScorer = "cit", rest: str = "drop", restore: str = "zeros"
+    ) -> FewerTokens:
+        """A program with fewer tokens; the arguments are those of ``prune_tokens``.
+
+        Raises:
+            InputError: a site is unknown or refused in this program, or a number does not fit.
+        """
+        named = _resolve(keep, self._program.sites)
+        return _cut(self._captured, self._program, named, _Cut(resolve_scorer(scorer), rest, restore))
+
+
+@dataclass(frozen=True)
+class FewerTokens:
+    """A program with fewer tokens, before it is captured.
+
+    Attributes:
+        exported: the program.
+        before: the graph whose program was cut.
+        example: inputs that it runs on.
+        cuts: what was cut, in words.
+        diagnostics: what means something else since.
+    """
+
+    exported: ExportedModel
+    before: CapturedGraph
+    example: ExampleInputs
+    cuts: tuple[str, ...]
+    diagnostics: tuple[Diagnostic, ...]
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The program as a trainable module, without the masks of the graph before."""
+        return program_module(self.exported.program)
+
+    @cached_property
+    def captured(self) -> CapturedGraph:
+        """The module as a captured graph; see ``prune_tokens``."""
+        found = capture(self.module, self.example)
+        notes = (*self.before.diagnostics, *self.diagnostics)
+        found = replace(found, exported=self.exported, specialised=(*found.specialised, *self.cuts), diagnostics=notes)
+        return found if self.before.masks is None else run_transform(ApplyMasks(self.before.masks), found).graph
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How tokens are cut; see ``prune_tokens``."""
+
+    scorer: TokenScorer
+    rest: str = "drop"
+    restore: str = "zeros"
+    outputs: str = "restore"
+    head_factors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _cut(captured: CapturedGraph, program: _Program, keep: Mapping[str, Keep], how: _Cut) -> FewerTokens:
     exported = program.exported
-    factors = _factors(head_factors, named)
     transform = PruneTokens(
-        named, program.modalities, program.image_tokens, chosen, rest, restore, outputs,
-        masks=captured.masks, head_factors=factors,
+        keep, program.modalities, program.image_tokens, how.scorer, how.rest, how.restore, how.outputs,
+        captured.masks, how.head_factors, (program.plans, program.sites.refused),
     )  # fmt: skip
     lifted = replace(captured, graph_module=exported.program.graph_module, exported=exported, masks=None)
     done = run_transform(transform, lifted)
     result = done.graph.exported
     assert result is not None  # the transform made it
     cuts = result.notes[len(exported.notes) :]
-    fewer = capture(program_module(result.program), example_of(captured, exported))
-    notes = (*captured.diagnostics, *done.diagnostics)
-    fewer = replace(fewer, exported=result, specialised=(*fewer.specialised, *cuts), diagnostics=notes)
-    return fewer if captured.masks is None else run_transform(ApplyMasks(captured.masks), fewer).graph
+    return FewerTokens(result, captured, example_of(captured, exported), cuts, done.diagnostics)
 
 
 def _factors(given: Mapping[str, Tensor] | None, named: Mapping[str, Keep]) -> Mapping[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -30,7 +31,15 @@ from mfcompile.errors import PreconditionError
 SCORING = "mfcompile_scoring"
 """Mark in the metadata of nodes that only choose which tokens stay: fewer heads may change what they choose."""
 
+_FREE_SIZES = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
+
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
 _STACKS = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
+
+
+class _UnknownTraitsError(Exception):
+    """An argument of a kind that is not compared."""
 
 
 class ProgramEditor:
@@ -54,6 +63,8 @@ class ProgramEditor:
         if not modes:
             raise PreconditionError("the program's placeholders hold no fake tensors: export the model again")
         self._mode: Any = modes[0]
+        self._results: dict[tuple[Any, ...], Any] = {}
+        """What operators gave for operands of the same sizes: blocks repeat, and sizes of free batches are slow to compute."""
 
     @property
     def output(self) -> fx.Node:
@@ -85,7 +96,7 @@ class ProgramEditor:
         Returns:
             One node per tensor that it gives.
         """
-        values = [node.meta["val"] for node in operands]
+        values = self._told_apart([node.meta["val"] for node in operands])
 
         def traced(*tensors: Tensor) -> tuple[Tensor, ...]:
             with self._mode:
@@ -99,6 +110,11 @@ class ProgramEditor:
             self._mode.allow_non_fake_inputs = lenient
         meta = {key: after.meta[key] for key in _STACKS if key in after.meta} | dict(marks or {})
         return self._inline(module, operands, after, meta)
+
+    def _told_apart(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor object per operand, since nodes of one size may share theirs, and tracing goes by objects."""
+        with self._mode:
+            return [item.detach() if any(item is other for other in values[:at]) else item for at, item in enumerate(values)]
 
     def _inline(
         self, module: fx.GraphModule, operands: Sequence[fx.Node], after: fx.Node, meta: Mapping[str, Any]
@@ -163,8 +179,14 @@ class ProgramEditor:
             RuntimeError and others: what the operator raises for sizes that do not fit.
         """
         args, kwargs = pytree.tree_map_only(fx.Node, lambda item: item.meta["val"], (node.args, node.kwargs))
-        with self._mode, torch.no_grad():
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        key = _signature(node.target, args, kwargs)
+        result = None if key is None else self._results.get(key)
+        if result is None:
+            with self._mode, torch.no_grad():
+                result = node.target(*args, **kwargs)  # type: ignore[operator]
+        if key is not None:
+            self._results[key] = result
+        node.meta["val"] = result
         node.meta.pop("tensor_meta", None)
 
     def sort(self) -> None:
@@ -242,3 +264,34 @@ class ProgramEditor:
         given = [(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None), node) for node in named.values()]
         self.output.args = (tuple(value for _, value in (*kept, *given)),)
         return [spec for spec, _ in (*kept, *given)]
+
+
+def _signature(target: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+    """What decides the sizes of a result; None where that cannot be told, or where each result has a free size of its own."""
+    if not isinstance(target, OpOverload) or not _FREE_SIZES.isdisjoint(target.tags):
+        return None
+    try:
+        return target, _traits(args), _traits(kwargs)
+    except _UnknownTraitsError:
+        return None
+
+
+def _traits(value: Any) -> Any:
+    """All of a value but what its tensors hold, to be compared."""
+    if isinstance(value, Tensor):
+        numbers = (*value.shape, *value.stride(), value.storage_offset())
+        return value.dtype, value.device, value.layout, value.ndim, tuple(map(_number, numbers)), value.is_conj()
+    if isinstance(value, torch.SymInt):
+        return _number(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_traits, value))
+    if isinstance(value, dict):
+        return tuple((name, _traits(item)) for name, item in value.items())
+    if value is None or isinstance(value, _PLAIN):
+        return type(value), value  # 1, 1.0 and True are equal, and make results of other dtypes
+    raise _UnknownTraitsError
+
+
+def _number(size: Any) -> Any:
+    """A size; a free one goes by its object, not by its value: what is traced names free sizes by where they come from."""
+    return size.node if isinstance(size, torch.SymInt) else size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -87,6 +88,12 @@ def _quotient(whole: Size, part: Size) -> Size | None:
     """whole / part where it is a whole number whatever the free sizes are; None otherwise."""
     if isinstance(whole, int) and isinstance(part, int):
         return whole // part if part and whole % part == 0 and whole >= part else None
+    return _symbolic_quotient(whole, part)
+
+
+@lru_cache(maxsize=4096)
+def _symbolic_quotient(whole: Size, part: Size) -> Size | None:
+    """As ``_quotient``; a program has few different sizes, and asks for their ratios again and again."""
     ratio = sympy.cancel(sympy.sympify(whole) / sympy.sympify(part))
     if ratio.is_Integer:
         return int(ratio) if ratio > 0 else None

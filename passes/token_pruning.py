@@ -12,11 +12,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
+from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from mfcompile.errors import InputError, PostconditionError, PreconditionError
@@ -61,6 +62,7 @@ class PruneTokens:
             their positions, (batch, tokens left) int64, -1 for a merged one. The outputs are then one dict of tensors.
         masks: what masks remove of the weights since; heads that they remove do not count in scores.
         head_factors: site -> (heads,) factors between 0 and 1 of its heads in scores, in place of what the weights say.
+        sites: what ``plan_sites`` gave for the program, where that is known.
     """
 
     keep: Mapping[str, Keep]
@@ -72,6 +74,7 @@ class PruneTokens:
     outputs: str = "restore"
     masks: MaskSet | None = None
     head_factors: Mapping[str, Tensor] = field(default_factory=dict)
+    sites: tuple[Sequence[SitePlan], Sequence[Diagnostic]] | None = None
 
     def requires(self, graph: CapturedGraph) -> None:
         """The graph is that of an exported program, and the request can be met."""
@@ -91,7 +94,8 @@ class PruneTokens:
         editor = ProgramEditor(graph.exported.program)
         names = _output_places(graph.exported)
         listed = _listed_before(graph.exported, names, editor.output)
-        plans, refused = plan_sites(editor.graph, self.modalities, graph.exported.program.graph_signature.inputs_to_parameters)
+        plans, refused = self._sites_of(graph.exported.program)
+        plans = [plan.in_copy(editor.nodes) for plan in plans]
         named = {plan.attention.name: plan for plan in plans}
         self._refuse_unknown(named, refused)
         cuts, notes = [], list[Diagnostic]()
@@ -114,6 +118,9 @@ class PruneTokens:
         exported = replace(exported, notes=(*exported.notes, *map(_describe, cuts)), metadata=metadata)
         program = exported.program
         return PassResult(replace(graph, graph_module=program.graph_module, exported=exported), bool(cuts), tuple(notes))
+
+    def _sites_of(self, program: ExportedProgram) -> tuple[Sequence[SitePlan], Sequence[Diagnostic]]:
+        return self.sites or plan_sites(program.graph, self.modalities, program.graph_signature.inputs_to_parameters)
 
     def ensures(self, before: CapturedGraph, result: PassResult) -> None:
         """Outputs keep their names and sizes; those that come with their positions may be shorter along axes."""
@@ -146,7 +153,7 @@ class PruneTokens:
         asked = {"keep": dict(self.keep), "scorer": scorer, "rest": self.rest, "restore": self.restore}
         return {**asked, "outputs": self.outputs, "cuts": done}
 
-    def _refuse_unknown(self, named: Mapping[str, SitePlan], refused: list[Diagnostic]) -> None:
+    def _refuse_unknown(self, named: Mapping[str, SitePlan], refused: Sequence[Diagnostic]) -> None:
         for name in self.keep:
             if name not in named:
                 reasons = [str(item) for item in refused if item.subject.startswith(f"{name} at ")]

@@ -7,7 +7,7 @@ residual add behind it, between attention and MLP (MADTP, CVPR 2024; CoMP, CVPR 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
@@ -107,6 +107,22 @@ class SitePlan:
     def tokens(self) -> int:
         """Tokens that arrive, in the graph as it is now."""
         return int(node_sizes(self.point)[self.token])
+
+    def in_copy(self, nodes: Mapping[str, fx.Node]) -> SitePlan:
+        """The plan in a copy of its graph.
+
+        Args:
+            nodes: name of a node -> its copy.
+        """
+        own = self.attention
+        written = None if own.written is None else nodes[own.written.name]
+        return replace(
+            self,
+            attention=replace(own, node=nodes[own.node.name], written=written),
+            point=nodes[self.point.name],
+            indices=tuple(nodes[index.name] for index in self.indices),
+            image_mask=None if self.image_mask is None else nodes[self.image_mask.name],
+        )
 
 
 @dataclass(frozen=True)
@@ -217,7 +233,7 @@ def protect(plan: SitePlan, order: Mapping[fx.Node, int]) -> Protection:
     reads = {position % size for position in free.positions if -size <= position < size}
     static = plan.static | reads
     kept = Kept(_run(static, range(size)), _run(static, range(size - 1, -1, -1)))
-    flow = follow(plan.point, plan.token, plan.batch, kept, order)
+    flow = free if kept == Kept() else follow(plan.point, plan.token, plan.batch, kept, order)
     indices = tuple(dict.fromkeys((*plan.indices, *(index for _, index in flow.indices.values()))))
     ends = {*range(kept.prefix), *range(size - kept.suffix, size)}
     words = [f"{len(static)} at fixed positions"] if static else []

@@ -17,7 +17,7 @@ from mfcompile.passes.structured_units import StructuralUnit
 from mfcompile.passes.token_scores import TokenScorer
 from mfcompile.region import ROWS, WeightLayout
 from mfcompile.structure import remove_units
-from mfcompile.tokens import prune_tokens
+from mfcompile.tokens import FewerTokens, TokenCutter
 
 ENOUGH = 0.7
 """A step of tokens that saves this much of what it may is taken: the search goes on from wherever it is."""
@@ -38,6 +38,8 @@ class ModelState:
         build: makes the graph.
         total: its FLOPs, where they are known without it.
         stand_in: makes a module that gives the same outputs for less; None where there is none.
+        fewer: makes the program that the graph is captured of, which counts and runs without being captured; None where
+            there is none.
     """
 
     def __init__(
@@ -47,33 +49,42 @@ class ModelState:
         build: Callable[[], CapturedGraph],
         total: int | None = None,
         stand_in: Callable[[], nn.Module] | None = None,
+        fewer: Callable[[], FewerTokens] | None = None,
     ) -> None:
         self.removed, self.gone = removed, gone
-        self._build, self._total, self._stand_in = build, total, stand_in
+        self._build, self._total, self._stand_in, self._make_fewer = build, total, stand_in, fewer
 
     @cached_property
     def captured(self) -> CapturedGraph:
         """The graph that is left."""
-        return self._build()
+        return self._build() if self._fewer is None else self._fewer.captured
+
+    @cached_property
+    def _fewer(self) -> FewerTokens | None:
+        return None if self._make_fewer is None else self._make_fewer()
 
     @cached_property
     def flops(self) -> FlopCount:
         """Of the graph, for inputs of the sizes of the example."""
-        exported = self.captured.exported
+        exported = self.captured.exported if self._fewer is None else self._fewer.exported
         assert exported is not None  # programs are what is cut
         return count_flops(exported.program)
 
     @property
     def total(self) -> int:
         """FLOPs in all."""
-        return self.flops.total if self._total is None or "captured" in vars(self) else self._total
+        return self.flops.total if self._total is None or self._is_made else self._total
 
     @property
     def module(self) -> nn.Module:
         """A module that gives what the graph gives."""
-        if self._stand_in is None or "captured" in vars(self):
-            return self.captured.module
-        return self._stand_in()
+        if self._stand_in is not None and not self._is_made:
+            return self._stand_in()
+        return self.captured.module if self._fewer is None else self._fewer.module
+
+    @property
+    def _is_made(self) -> bool:
+        return "captured" in vars(self)
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,7 @@ class ModelSpace:
         self._slopes: dict[str, float] = {}
         self._scored: tuple[ModelState, dict[str, dict[int, float]]] | None = None
         self._fewer_units: tuple[Mapping[str, tuple[int, ...]], CapturedGraph] = ({}, dense)
+        self._cutter: tuple[CapturedGraph, TokenCutter] | None = None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -177,16 +189,17 @@ class ModelSpace:
         assert isinstance(mode, TokenMode)  # only of these do tokens go
         return mode
 
-    def _graph(self, removed: Mapping[str, tuple[int, ...]], gone: Mapping[str, int]) -> CapturedGraph:
-        fewer = self._without(removed)
-        keep = self.keep(gone)
-        if not keep:
-            return fewer
-        how = self._cutting
-        return prune_tokens(fewer, keep, scorer=how.scorer, rest=how.rest, restore=how.restore, modalities=self._modalities)
+    def _cut(self, removed: Mapping[str, tuple[int, ...]], keep: Mapping[str, float]) -> FewerTokens:
+        """The dense graph without some units, with some of its tokens; its sites are found once for all that follow."""
+        graph, how = self._without(removed), self._cutting
+        if self._cutter is None or self._cutter[0] is not graph:
+            self._cutter = (graph, TokenCutter(graph, modalities=self._modalities))
+        return self._cutter[1].cut(keep, scorer=how.scorer, rest=how.rest, restore=how.restore)
 
     def _state(self, removed: Mapping[str, tuple[int, ...]], gone: Mapping[str, int], **known: Any) -> ModelState:
-        return ModelState(removed, gone, lambda: self._graph(removed, gone), **known)
+        keep = self.keep(gone)
+        fewer = (lambda: self._cut(removed, keep)) if keep else None
+        return ModelState(removed, gone, lambda: self._without(removed), fewer=fewer, **known)
 
     def _without(self, removed: Mapping[str, tuple[int, ...]]) -> CapturedGraph:
         """The dense graph without some units; the last one is kept, for states that differ in tokens alone."""
