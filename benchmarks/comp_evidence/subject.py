@@ -28,6 +28,8 @@ if str(EXAMPLES) not in sys.path:
 
 LENGTH = 29
 BATCH = 32
+SPARE = 8
+"""Scenes that are drawn beside those of a training batch: one in a thousand has a sentence that is too long."""
 Batch = dict[str, Tensor]
 
 
@@ -55,11 +57,12 @@ class Score:
         return found
 
 
-def batch_of(scenes: Any) -> Batch:
-    """Inputs of scenes, sentences padded to one length."""
+def batch_of(scenes: Any, count: int = BATCH) -> Batch:
+    """Inputs of the first ``count`` scenes whose sentences fit into the one length that all are padded to."""
     tokenizer = importlib.import_module("emoji_xvlm.tokenizer").Tokenizer.from_file()
-    input_ids, attention_mask = tokenizer.encode_batch(scenes.captions, LENGTH)
-    found = {"pixel_values": scenes.pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+    fits = [row for row, text in enumerate(scenes.captions) if len(tokenizer.encode(text)) <= LENGTH][:count]
+    input_ids, attention_mask = tokenizer.encode_batch([scenes.captions[row] for row in fits], LENGTH)
+    found = {"pixel_values": scenes.pixel_values[fits], "input_ids": input_ids, "attention_mask": attention_mask}
     return {name: torch.from_numpy(values) for name, values in found.items()}
 
 
@@ -72,7 +75,7 @@ def training(seed: int, count: int) -> Iterator[Batch]:
     """The training batches of a seed."""
     scenes = importlib.import_module("emoji_xvlm.scenes")
     for step in range(count):
-        yield batch_of(scenes.training_batch(1_000 + seed, step, BATCH))
+        yield batch_of(scenes.training_batch(1_000 + seed, step, BATCH + SPARE))
 
 
 class Subject:

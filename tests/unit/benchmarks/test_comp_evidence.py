@@ -6,8 +6,10 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from benchmarks.comp_evidence.cells import SCORE, Cell, cells, read
 from benchmarks.comp_evidence.page import FIRST, LAST, differences, means, pairs, reading, write_page
 from benchmarks.comp_evidence.results import Mean, Results, interpolated
 from benchmarks.comp_evidence.space import SharedSpace, TokenGraphs
+from benchmarks.comp_evidence.subject import LENGTH, batch_of
 from mfcompile.comp.modes import TokenMode, UnitMode, token_modes, unit_modes
 from mfcompile.comp.space import ModelSpace
 from mfcompile.graph import CapturedGraph
@@ -176,3 +179,12 @@ def test_the_committed_page_is_of_the_committed_cells() -> None:
     page = (docs / "comp.md").read_text(encoding="utf-8")
     assert FIRST + "\n" + reading(Results(folder)) + "\n" + LAST in page
     assert reading(Results(folder)) in (docs / "comp_tables.md").read_text(encoding="utf-8")
+
+
+def test_a_sentence_that_is_too_long_leaves_its_batch() -> None:
+    """All sentences are padded to one length, and a batch is full all the same."""
+    captions = ["a dog on the left", "a dog, a cat, " * 20, "a cat on the right", "a cat"]
+    scenes = SimpleNamespace(captions=captions, pixel_values=np.arange(4.0)[:, None])
+    found = batch_of(scenes, 2)
+    assert found["pixel_values"].flatten().tolist() == [0.0, 2.0]
+    assert found["input_ids"].shape == (2, LENGTH)
