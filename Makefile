@@ -19,7 +19,7 @@ demo: $(STAMP) ## prune a trained vision-language model at 63 %, export it, meas
 	$(BIN)/mfcompile bench out/emoji_xvlm --variants dense,packed,decoded,runtime --tokens 1,8,32 --threads 1 --output-dir out/emoji_xvlm-speed --overwrite
 
 test: $(STAMP) ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(PYTEST_ARGS)
 
 lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .
