@@ -107,10 +107,16 @@ def verify(
 
     Returns:
         The report; ``passed`` says whether every output is within the tolerance, in both.
+
+    Raises:
+        InputError: the file or the graph is something else.
     """
     from mfcompile.exporters import parity
     from mfcompile.inputs import normalize_inputs
 
+    if not isinstance(artifact, (ExportedArtifact, Path, str)) or not isinstance(pruned, CapturedGraph):
+        given = f"{type(artifact).__name__} and {type(pruned).__name__}"
+        raise InputError(f"verify(artifact, pruned) compares a file with the graph that it is of, in that order; got {given}")
     stored = values or (artifact.values if isinstance(artifact, ExportedArtifact) else "fp32")
     is_cast = parity.read_metadata(artifact).get(FLOAT32_KEY) == FLOAT32_VALUE
     if not is_cast and any(parameter.dtype == torch.float16 for parameter in pruned.module.parameters()):

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import mfcompile
-from mfcompile.errors import ExportError
+from mfcompile.errors import ExportError, InputError
 from mfcompile.exporters import onnx_model
 from mfcompile.exporters.parity import read_metadata
 from mfcompile.frontends.capture import with_export
 from mfcompile.graph import CapturedGraph, ExportedModel
 from mfcompile.onnx_ladder import export_accepted, float32_module
-from tests.models import TwoLayers
+from tests.models import TwoLayers, vlm_captured
 
 ROUTES = ["torch.export", "torch.export, shapes fixed", "recorded graph"]
 
@@ -214,3 +214,8 @@ def test_a_model_that_insists_on_bfloat16_is_refused_with_what_to_change(tmp_pat
     with pytest.raises(ExportError, match=r"(?s)does not run with them in float32.*let it take that of a parameter"):
         compiled.export_onnx(tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_and_a_graph_in_the_wrong_order_are_told_apart() -> None:
+    with pytest.raises(InputError, match=r"in that order; got CapturedGraph and PosixPath"):
+        mfcompile.verify(vlm_captured(), Path("model.onnx"))  # type: ignore[arg-type]
