@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import mfcompile
+from mfcompile.frontends.exporting import candidates
 from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import output_tensors
 from mfcompile.structure import StructuralUnits
@@ -75,6 +77,14 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def with_program(captured: CapturedGraph) -> CapturedGraph:
+    """The same graph with the program that units are found in and removed from, so that it is exported once for both."""
+    if captured.exported is not None:
+        return captured
+    made = (exported for _, exported in candidates(captured, first="torch.export without cache"))
+    return replace(captured, exported=next(exported for exported in made if exported is not None))
+
+
 def check_removal(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -83,7 +93,7 @@ def check_removal(
     stored_in_out: bool = False,
 ) -> tuple[StructuralUnits, CapturedGraph]:
     """Removal gives what zeros in W_out give, which is not what the dense model gives; gives units and the smaller graph."""
-    captured = mfcompile.capture(model, dict(batch)) if captured is None else captured
+    captured = with_program(mfcompile.capture(model, dict(batch)) if captured is None else captured)
     units = mfcompile.find_units(captured)
     remove = some_of(units, seed)
     smaller = mfcompile.remove_units(captured, remove)
