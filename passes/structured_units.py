@@ -257,7 +257,8 @@ class _Finder:
             tuple(map(int, np.flatnonzero(labels[reading.activation].reshape(-1) == index))) for index in range(len(names))
         )
         fqns = tuple(dict.fromkeys(self.held[node.name] for node in labels if node.op == "placeholder"))
-        fqn = self.held[reading.weight.name]
+        tied = [self.held[node.name] for node in (reading.weight, *self.same.get(reading.weight, ()))]
+        fqn = next((name for name in tied if name in self.regions), tied[0])  # the name that regions and statistics use
         attention = self._attention_in(closure)
         name = self._name(attention, reading, fqns)
         unit = StructuralUnit(

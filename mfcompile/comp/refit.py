@@ -39,7 +39,7 @@ def refit_outputs(
     if not any(structure.removed.values()):
         return pruned
     asked = {} if padding_mask is None else {"padding_mask": padding_mask}
-    seen = _with_fewer_tokens(dense, structure, modalities)
+    seen = with_fewer_tokens(dense, structure, modalities)
     found = refit_removed(dense, structure.removed, batches, asked, seen=seen, modalities=modalities)
     refitted = replace(structure, refitted=tuple(sorted(found.values)))
     smaller = refitted.told_by(refitted.apply(with_outputs(dense, found.values), modalities))
@@ -52,8 +52,14 @@ def refit_outputs(
     return replace(pruned, captured=smaller, structure=refitted, refit=told)
 
 
-def _with_fewer_tokens(dense: CapturedGraph, structure: Structure, modalities: Mapping[str, str] | None) -> CapturedGraph:
-    """The dense model with the tokens of a structure: all its units are computed, and those that go score no tokens."""
+def with_fewer_tokens(dense: CapturedGraph, structure: Structure, modalities: Mapping[str, str] | None) -> CapturedGraph:
+    """The dense model with the tokens of a structure: all its units are computed, and heads that go score no tokens.
+
+    Args:
+        dense: with the program that is cut.
+        structure: what is taken.
+        modalities: as in ``prune_jointly``.
+    """
     if not structure.kept:
         return dense
     kept, _ = kept_inputs(dense, structure.removed, modalities=modalities)

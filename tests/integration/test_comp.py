@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import mfcompile
+from mfcompile.comp.loss import OutputLoss
 from mfcompile.comp.modes import UnitMode
 from mfcompile.comp.one_shot import prune_jointly
+from mfcompile.comp.refit import refit_outputs, with_fewer_tokens
 from mfcompile.comp.result import JointlyPruned
 from mfcompile.comp.structure import repeat_structure
 from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import output_tensors
 from mfcompile.passes.flops import count_flops
+from mfcompile.passes.weight_values import with_values
+from mfcompile.structure import kept_inputs
 from tests.token_models import Batch, Block, Encoder, blip_like, clip_like, llava_like, patches, seeded
 
 
@@ -129,19 +133,22 @@ def test_masks_go_on_what_is_left(pruned: tuple[str, JointlyPruned], tmp_path: P
     assert mfcompile.verify(artifact, masked).passed
 
 
-@pytest.mark.parametrize("name", ["listener", pytest.param("llava", marks=pytest.mark.slow)])
-def test_output_weights_can_be_refitted_after_the_search(name: str, tmp_path: Path) -> None:
-    model, batch = FAMILIES[name]()
-    captured = mfcompile.capture(model, batch)
-    options = {"strategy": "fixed", "step": 0.12}
-    plain, refit = (prune_jointly(captured, flops=0.6, options={**options, "refit": given}) for given in (False, True))
-    assert refit.stages == plain.stages
-    assert refit.structure.removed == plain.structure.removed
-    assert refit.structure.kept == plain.structure.kept
+def test_output_weights_can_be_refitted_after_the_search(pruned: tuple[str, JointlyPruned], tmp_path: Path) -> None:
+    _, plain = pruned
+    batches = [plain.dense.example_inputs]
+    measure = OutputLoss(plain.dense.module, batches)
+    refit = refit_outputs(plain, batches, measure, None, None)
+    assert (refit.stages, refit.structure.removed) == (plain.stages, plain.structure.removed)
     assert refit.refit is not None
+    assert refit.refit["loss"] == measure(refit.module)
     assert refit.refit["loss"] < 0.9 * plain.stages[-1].loss
-    lost = {unit.output_weight for mode in plain.modes if isinstance(mode, UnitMode) for unit in mode.units
-            if plain.structure.removed.get(unit.name)}  # fmt: skip
+    lost = {
+        unit.output_weight
+        for mode in plain.modes
+        if isinstance(mode, UnitMode)
+        for unit in mode.units
+        if plain.structure.removed.get(unit.name)
+    }
     assert {name for name, row in refit.refit["weights"].items() if row["error"] < 1} == lost
     assert lost <= set(refit.structure.refitted)
     own = dict(refit.module.named_parameters())
@@ -153,18 +160,15 @@ def test_output_weights_can_be_refitted_after_the_search(name: str, tmp_path: Pa
     assert report["digest"] == refit.structure.digest() != plain.structure.digest()
     artifact = mfcompile.export_onnx(refit.captured, tmp_path / "refit.onnx")
     assert mfcompile.verify(artifact, refit.captured).passed
-    assert refit.captured.exported is not None
-    metadata = refit.captured.exported.metadata
-    values = {fqn: own[fqn] for fqn in refit.structure.refitted}
-    again = repeat_structure(mfcompile.capture(model, batch), metadata, refitted=values)
-    assert again is not None
-    for first, second in zip(outputs(refit.captured).values(), outputs(again).values(), strict=True):
-        assert torch.equal(first, second)
-    with pytest.raises(InputError, match=r"was refitted after units were removed, .* give it with --masks"):
-        repeat_structure(mfcompile.capture(model, batch), metadata)
-    first = refit.structure.refitted[0]
-    with pytest.raises(InputError, match=f"the refitted {first} is \\(1,\\), the model's .* of another model"):
-        repeat_structure(mfcompile.capture(model, batch), metadata, refitted={**values, first: torch.zeros(1)})
+
+
+def test_it_is_solved_on_the_tokens_that_are_left(pruned: tuple[str, JointlyPruned]) -> None:
+    _, plain = pruned
+    seen = with_fewer_tokens(plain.dense, plain.structure, None)
+    kept, _ = kept_inputs(plain.dense, plain.structure.removed)
+    zeros = with_values(seen, {fqn: torch.where(mask, seen.parameter(fqn).detach(), 0.0) for fqn, mask in kept.items()})
+    for first, second in zip(outputs(plain.captured).values(), outputs(zeros).values(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +203,23 @@ def test_some_modes_can_be_chosen(encoder: CapturedGraph) -> None:
     found = prune_jointly(encoder, flops=0.8, options={"modes": "parameters:vision", "step": 0.1, "loss": "kl"})
     assert {stage.mode for stage in found.stages} == {"parameters:vision"}
     assert found.flops[1] / found.flops[0] == pytest.approx(0.8, rel=0.01)
+
+
+def test_refitted_values_go_beside_the_file(encoder: CapturedGraph) -> None:
+    options = {"modes": "parameters:vision", "step": 0.1, "scorer": "magnitude", "refit": True}
+    found = prune_jointly(encoder, flops=0.8, options=options)
+    assert found.captured.exported is not None
+    metadata = found.captured.exported.metadata
+    values = {fqn: found.captured.parameter(fqn) for fqn in found.structure.refitted}
+    again = repeat_structure(encoder, metadata, refitted=values)
+    assert again is not None
+    for first, second in zip(outputs(found.captured).values(), outputs(again).values(), strict=True):
+        assert torch.equal(first, second)
+    with pytest.raises(InputError, match=r"was refitted after units were removed, .* give it with --masks"):
+        repeat_structure(encoder, metadata)
+    name = found.structure.refitted[0]
+    with pytest.raises(InputError, match=rf"the refitted {name} is \(1,\), the model's .* of another model"):
+        repeat_structure(encoder, metadata, refitted={**values, name: torch.zeros(1)})
 
 
 def test_seconds_can_be_what_costs_are_divided_by(encoder: CapturedGraph) -> None:

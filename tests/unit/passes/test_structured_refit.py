@@ -228,6 +228,7 @@ def test_tied_output_weights_get_one_value_and_keep_biases_that_differ() -> None
     model = spread_out(TiedOutputs())
     captured = mfcompile.capture(model, images(4))
     (unit,) = mfcompile.find_units(captured).units
+    assert (unit.output_weight, unit.region) == ("one.b.weight", "vision")  # the name under which statistics have it too
     smaller = mfcompile.remove_units(captured, {unit.name: [0, 3, 4]}, refit=True, calibration=[images()])
     own = dict(smaller.module.named_parameters(remove_duplicate=False))
     assert own["one.b.weight"] is own["two.b.weight"]
