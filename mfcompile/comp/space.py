@@ -189,7 +189,7 @@ class ModelSpace:
         assert isinstance(mode, TokenMode)  # only of these do tokens go
         return mode
 
-    def _cut(self, removed: Mapping[str, tuple[int, ...]], keep: Mapping[str, float]) -> FewerTokens:
+    def _with_fewer_tokens(self, removed: Mapping[str, tuple[int, ...]], keep: Mapping[str, float]) -> FewerTokens:
         """The dense graph without some units, with some of its tokens; its sites are found once for all that follow."""
         graph, how = self._without(removed), self._cutting
         if self._cutter is None or self._cutter[0] is not graph:
@@ -198,7 +198,7 @@ class ModelSpace:
 
     def _state(self, removed: Mapping[str, tuple[int, ...]], gone: Mapping[str, int], **known: Any) -> ModelState:
         keep = self.keep(gone)
-        fewer = (lambda: self._cut(removed, keep)) if keep else None
+        fewer = (lambda: self._with_fewer_tokens(removed, keep)) if keep else None
         return ModelState(removed, gone, lambda: self._without(removed), fewer=fewer, **known)
 
     def _without(self, removed: Mapping[str, tuple[int, ...]]) -> CapturedGraph:
