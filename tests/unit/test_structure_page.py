@@ -11,6 +11,7 @@ import pytest
 
 import mfcompile
 from benchmarks.structure_survey import page_table
+from benchmarks.structured_refit import page_table as refit_table
 from tests.models import tiny_vlm, vlm_batch
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ def test_the_snippets_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     }
     for snippet in SNIPPETS:
         exec(compile(snippet, "docs/structure.md", "exec"), names)
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     printed = capsys.readouterr().out
     assert "vision.0.attention: 2 heads (vision), read by vision.0.attention.out.weight\n" in printed
     assert "channels of vision.0: 10 of 16 stay\n" in printed
@@ -48,6 +49,10 @@ def test_the_figures_are_those_of_the_benchmark() -> None:
     for row in rows:
         figures = " | ".join(f"{row[key]:.3f}" for key in ("flops_ratio", "size_ratio", "time_ratio"))
         assert f"| {row['label']} | {figures} |" in PAGE
+
+
+def test_the_table_of_the_refit_is_that_of_its_benchmark() -> None:
+    assert refit_table(result("structured_refit")) in PAGE
 
 
 def test_the_table_of_architectures_is_that_of_its_benchmark() -> None:
