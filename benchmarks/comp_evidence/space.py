@@ -166,13 +166,9 @@ class SharedSpace(ModelSpace):
             low, high = (middle + 1, high) if is_little else (low, middle)
         return self._state(state.removed, {**state.gone, mode.name: numbers[max(low - 1, 0)]})
 
-    def _smaller_units(self, state: ModelState, mode: UnitMode, saving: float) -> ModelState | None:
-        taken = self._cheapest(state, mode, saving)
-        if not taken:
-            return None
-        removed = {**state.removed}
-        for name, elements in taken.items():
-            removed[name] = tuple(sorted((*removed.get(name, ()), *elements)))
+    def _after_units(
+        self, state: ModelState, mode: UnitMode, taken: Mapping[str, Sequence[int]], removed: Removed
+    ) -> ModelState:
         return self._state(removed, state.gone)
 
     def _scores(self, state: ModelState) -> dict[str, dict[int, float]]:

@@ -242,6 +242,12 @@ class ModelSpace:
         removed = {**state.removed}
         for name, elements in taken.items():
             removed[name] = tuple(sorted((*removed.get(name, ()), *elements)))
+        return self._after_units(state, mode, taken, removed)
+
+    def _after_units(
+        self, state: ModelState, mode: UnitMode, taken: Mapping[str, Sequence[int]], removed: Mapping[str, tuple[int, ...]]
+    ) -> ModelState:
+        """The state without elements that were taken from a mode; its graph is put off where something stands in for it."""
         price = {unit.name: self._price(state, unit) for unit in mode.units}
         saved = sum(price[name] * len(elements) for name, elements in taken.items())
         cut_behind = {site.name for name in state.gone for site in self._token_mode(name).sites}
