@@ -14,7 +14,7 @@ from mfcompile.comp.structure import STRUCTURE_KEY
 
 MODEL = (Path(__file__).parent / "cli_model.py").read_text()
 
-QUICK = ("--method-option", "step=0.15", "scorer=wanda")
+QUICK = ("--method-option", "step=0.15", "mode_step=0.6", "scorer=wanda")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_what_is_left_is_written_verified_and_repeated(capsys: pytest.CaptureFix
     assert (folder / "less" / "stages.png").is_file()
     recipe = yaml.safe_load((folder / "less" / "recipe.yaml").read_text())
     assert (recipe["method"], recipe["flops"]) == ("comp", 0.7)
-    assert recipe["method_options"] == {"step": 0.15, "scorer": "wanda", "strategy": "fixed"}
+    assert recipe["method_options"] == {"step": 0.15, "mode_step": 0.6, "scorer": "wanda", "strategy": "fixed"}
     assert recipe["digest"] == report["digest"] != structure["digest"]
     status, out, err = run(capsys, "verify", "less/model.onnx", "model.py", "--masks", "less/masks.safetensors")
     assert status == 0, err
