@@ -245,7 +245,7 @@ def compile_pruned(
     joint = None
     if request is not None:
         batches = as_function([example_inputs] if batches is None else batches, num_calibration_samples)
-        searched = stages.step("search")
+        searched = stages.step("search (thousandths of the FLOPs)")
         joint = request.apply(captured, batches(), evaluate, modalities, padding_mask, searched)
         captured = joint.captured
     found = infer_regions(captured, modalities=modalities, regions=regions, targets=targets, ignore=ignore)
