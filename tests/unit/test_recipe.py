@@ -155,6 +155,8 @@ def test_override_of_a_mask_option_forgets_the_digest(tmp_path: Path) -> None:
     other = recipe.override({"sparsity": 0.9})
     assert (other.sparsity, other.digest, other.fingerprint, other.versions) == (0.9, "", "", {})
     assert recipe.mask_options_changed(other) == ("sparsity",)
+    shorter = recipe.override({"tokens": 0.7, "token_outputs": "shorter"})
+    assert recipe.mask_options_changed(shorter) == ("tokens", "token_outputs")
 
 
 def test_override_of_a_storage_option_keeps_the_digest(tmp_path: Path) -> None:
