@@ -15,6 +15,7 @@ from mfcompile.errors import InputError
 from mfcompile.masked_weights import mask_weight
 from mfcompile.masks import MaskSet
 from mfcompile.passes.operators import argument, is_view, operator_name
+from mfcompile.passes.symbolic_sizes import number_of
 from mfcompile.passes.token_attention import Attention
 
 ValueOf = Callable[[fx.Node], Tensor | None]
@@ -197,7 +198,7 @@ def _run(node: fx.Node, value: Any) -> Any:
     """A node's operator on another first operand; free sizes are those of the example."""
     if operator_name(node) in {"to", "_to_copy", "clone", "dropout"}:
         return value
-    args = [map_arg(item, lambda given: _number(given.meta.get("val"))) for item in node.args[1:]]
+    args = [map_arg(item, lambda given: number_of(given.meta.get("val"))) for item in node.args[1:]]
     if operator_name(node) in {"view", "_unsafe_view"} and isinstance(args[0], (list, tuple)):
         return value.reshape(args[0])  # it may lie in memory in another order than what the model views
     return node.target(value, *args, **node.kwargs)  # type: ignore[operator]
@@ -205,9 +206,4 @@ def _run(node: fx.Node, value: Any) -> Any:
 
 def _sizes(node: fx.Node) -> list[int]:
     value = node.meta.get("val")
-    return [_number(size) for size in value.shape] if isinstance(value, Tensor) else []
-
-
-def _number(size: Any) -> Any:
-    """A size as a number: of the example, where it is free."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+    return [number_of(size) for size in value.shape] if isinstance(value, Tensor) else []

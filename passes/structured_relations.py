@@ -10,14 +10,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from mfcompile.passes.operators import CONVOLUTIONS, SOFTMAXES, argument, operator_name
+from mfcompile.passes.symbolic_sizes import number_of
 from mfcompile.passes.token_rules import rule_of
 from mfcompile.passes.token_spread import VIEWS
 from mfcompile.passes.token_ties import Group, Rule, Tie, axis_of, node_argument, operands_of, source_of
@@ -72,17 +71,12 @@ def dims(node: fx.Node) -> tuple[int, ...]:
     value = node.meta.get("val")
     if isinstance(value, (list, tuple)):
         value = next((item for item in value if isinstance(item, Tensor)), None)
-    return tuple(map(_number, value.shape)) if isinstance(value, Tensor) else ()
+    return tuple(number_of(size, stand_in=_unlikely) for size in value.shape) if isinstance(value, Tensor) else ()
 
 
-def _number(size: Any) -> int:
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    hint = size.node.hint
-    if hint is not None:
-        return int(hint)
-    free = sorted(size.node.expr.free_symbols, key=str)
-    return int(size.node.expr.subs({symbol: 7919 + 2 * index for index, symbol in enumerate(free)}))
+def _unlikely(index: int) -> int:
+    """Of sizes that only values decide: no other size is equal to one, or divides it."""
+    return 7919 + 2 * index
 
 
 def relations_of(node: fx.Node) -> list[Relation]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mfcompile.passes.symbolic_sizes import number_of
 from mfcompile.passes.token_places import Place
 
 
@@ -43,7 +44,7 @@ def _memory_order(tensor: Tensor) -> list[int]:
 
     Products of tensors in another order, and attention beside a mask in another order, differ in their last bits.
     """
-    steps = [step.node.hint if isinstance(step, torch.SymInt) else step for step in tensor.stride()]
+    steps = [number_of(step) for step in tensor.stride()]
     return sorted(range(tensor.ndim), key=lambda at: (-steps[at] if steps[at] else -torch.inf, at))
 
 
