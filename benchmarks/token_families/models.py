@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.zoo.build import build
-from benchmarks.zoo.row import Noise, Row, image
+from benchmarks.zoo.row import Ids, Noise, PaddingMask, Row, Spec, image
 from benchmarks.zoo.table import all_rows
 
 ZOO = (
@@ -44,6 +45,11 @@ OWN = (
 )  # fmt: skip
 """Vision models beside the zoo's."""
 
+INPUTS: dict[str, dict[str, Spec]] = {
+    "Blip2Model": {"decoder_input_ids": Ids((2, 6)), "decoder_attention_mask": PaddingMask((2, 6), 1)},
+}
+"""Other inputs than the zoo's, where two kinds of tokens have one number: the eager reference knows tokens by their number."""
+
 TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "timm/vit-cls": ("vit_tiny_patch16_224", {}),
     "timm/vit-registers": ("vit_tiny_patch16_224", {"reg_tokens": 4}),
@@ -68,9 +74,10 @@ def make(key: str) -> tuple[nn.Module, dict[str, Any], dict[str, str] | None]:
     """
     if key in TIMM:
         return _timm(*TIMM[key])
-    rows = all_rows() | {row.key: row for row in OWN}
-    module, inputs = build(rows[key])
-    return module, inputs, dict(rows[key].modalities) or None
+    row = (all_rows() | {row.key: row for row in OWN})[key]
+    row = replace(row, inputs={**row.inputs, **INPUTS.get(key, {})})
+    module, inputs = build(row)
+    return module, inputs, dict(row.modalities) or None
 
 
 def _timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], None]:
