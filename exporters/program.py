@@ -122,12 +122,11 @@ def _is_user_tensor(kind: OutputKind, argument: object) -> bool:
 
 def _with_outputs(calls: list[ModuleCallEntry], output_specs: list[OutputSpec]) -> list[ModuleCallEntry]:
     """The root module's call returns a flat tuple of these outputs."""
-    root, *others = copy.deepcopy(calls)
+    root, *others = calls
     signature = root.signature
     assert signature is not None  # the root of a program always has one
     flat = pytree.tree_structure(tuple(range(len(output_specs))))
-    root.signature = replace(signature, outputs=[spec.arg for spec in output_specs], out_spec=flat)
-    return [root, *others]
+    return [replace(root, signature=replace(signature, outputs=[spec.arg for spec in output_specs], out_spec=flat)), *others]
 
 
 def _erase_with_inputs(node: fx.Node) -> None:

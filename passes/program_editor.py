@@ -235,18 +235,17 @@ class ProgramEditor:
             for spec, value in zip(specs, values, strict=True)  # type: ignore[arg-type]
         ]
         users = [spec.arg for spec in outputs if spec.kind is OutputKind.USER_OUTPUT]
-        calls = copy.deepcopy(program.module_call_graph)
-        if calls[0].signature is not None:
-            calls[0].signature = replace(calls[0].signature, outputs=users)
-            if named is not None:
-                calls[0].signature.out_spec = pytree.tree_structure(dict.fromkeys(named, 0))
+        root, *others = program.module_call_graph
+        if root.signature is not None:
+            spec = root.signature.out_spec if named is None else pytree.tree_structure(dict.fromkeys(named, 0))
+            root = replace(root, signature=replace(root.signature, outputs=users, out_spec=spec))
         return ExportedProgram(
             root=fx.GraphModule(program.graph_module, self.graph),
             graph=self.graph,
             graph_signature=ExportGraphSignature(input_specs=inputs, output_specs=outputs),
             state_dict={name: self._stored.get(name, tensor) for name, tensor in program.state_dict.items()},
             range_constraints=dict(program.range_constraints),
-            module_call_graph=calls,
+            module_call_graph=[root, *others],
             example_inputs=program.example_inputs,
             constants={
                 **{name: self._stored.get(name, value) for name, value in program.constants.items()},
