@@ -79,9 +79,11 @@ def blip_like() -> tuple[Any, Batch]:
         "num_attention_heads": 4, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": PAD,
         "sep_token_id": EOS,
     }  # fmt: skip
+    # The default range of the vision weights is 1e-10: all image tokens would be alike, and which of them stay no matter.
     config = BlipConfig(
-        text_config=text, vision_config={**_VISION, "num_hidden_layers": 2}, projection_dim=16, image_text_hidden_size=16
-    )
+        text_config=text, vision_config={**_VISION, "num_hidden_layers": 2, "initializer_range": 0.02}, projection_dim=16,
+        image_text_hidden_size=16,
+    )  # fmt: skip
     words = ids(2, 10)
     words[1, 7:] = PAD
     batch = {"input_ids": words, "attention_mask": (words != PAD).long(), "pixel_values": pixels()}

@@ -89,10 +89,10 @@ def clip_layers(
     """
     cuts: list[Tensor] = []
     for number, layer in enumerate(layers):
-        normed, attention = layer.layer_norm1(states), layer.self_attn
-        query, key = heads_of(attention.q_proj(normed), 4), heads_of(attention.k_proj(normed), 4)
+        normed, attention, heads = layer.layer_norm1(states), layer.self_attn, layer.self_attn.num_heads
+        query, key = heads_of(attention.q_proj(normed), heads), heads_of(attention.k_proj(normed), heads)
         mask = None if seen is None else seen[:, None]
-        value = heads_of(attention.v_proj(normed), 4)
+        value = heads_of(attention.v_proj(normed), heads)
         mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
         states = states + attention.out_proj(mixed)
         if number in keep:

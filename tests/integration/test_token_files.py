@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 
 import mfcompile
+from mfcompile.tokens import TokenEvidence
 from tests.token_models import Encoder, blip_like, clip_like, fixed, llava_like, patches, seeded
 
 DYNAMIC = {"Loop", "If", "NonZero", "Scan", "Compress", "Unique"}
@@ -44,8 +46,9 @@ def test_a_file_with_cuts_in_every_tower_computes_what_the_module_does(family: A
     report = mfcompile.verify(artifact, pruned)
     assert report.passed
     assert largest_difference(report) < 1e-4
+    dense = mfcompile.export_onnx(captured, tmp_path / "dense.onnx")
     own = {"NonZero"} if family is llava_like else set()  # placing image tokens in text, with cuts or without
-    assert operators(artifact.path) & DYNAMIC == own
+    assert operators(artifact.path) & DYNAMIC == operators(dense.path) & DYNAMIC == own
     assert all(name.startswith("batch") for name in free_dimensions(artifact.path))
 
 
@@ -58,6 +61,32 @@ def test_every_option_becomes_plain_operators(options: dict[str, Any], tmp_path:
     assert mfcompile.verify(artifact, pruned).passed
     assert not operators(artifact.path) & DYNAMIC
     assert artifact.dynamic_axes == {"image": {0: "batch"}}
+
+
+def test_of_equal_scores_onnxruntime_keeps_what_the_module_does(tmp_path: Path) -> None:
+    """Two values of scores, so that most of the choice is between equal ones; a score that differs decides."""
+
+    def score(evidence: TokenEvidence) -> torch.Tensor:
+        return (evidence.states[..., 0] > 0).float()
+
+    captured = fixed(seeded(lambda: Encoder(pool="all")), {"image": patches()})
+    pruned = mfcompile.prune_tokens(captured, {"blocks.0.attention": 5}, scorer=score, outputs="shorter")
+    artifact = mfcompile.export_onnx(pruned, tmp_path / "ties.onnx")
+    session = onnxruntime.InferenceSession(artifact.path)
+    states: list[torch.Tensor] = []
+    block = captured.module.get_submodule("blocks.0")
+    handle = block.get_submodule("norms.1").register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    for seed in range(8):
+        image = patches(seed=seed)
+        with torch.no_grad():
+            wanted = pruned.module(image=image)["output_0_kept"]
+            captured.module(image=image)
+        (found,) = session.run(["output_0_kept"], {"image": image.numpy()})
+        assert torch.equal(torch.from_numpy(found), wanted)
+        for row, high in zip(wanted.tolist(), (states[-1][..., 0] > 0).tolist(), strict=True):
+            best = sorted(range(1, 10), key=lambda token, high=high: (not high[token], token))[:4]  # type: ignore[misc]
+            assert row == sorted([0, *best])  # CLS, those of the higher score, and the first of the others
+    handle.remove()
 
 
 def test_masks_and_cuts_go_into_one_file(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import mfcompile
 from mfcompile.graph import CapturedGraph
 from mfcompile.passes.flops import count_flops
-from tests.token_models import Encoder, SequenceFirst, fixed, patches, seeded
+from tests.structured_models import some_of
+from tests.token_models import Encoder, SequenceFirst, blip_like, clip_like, fixed, llava_like, patches, seeded
 
 
 class Products(nn.Module):
@@ -58,6 +59,22 @@ def test_a_rewritten_graph_counts_as_what_it_runs(build: Any) -> None:
     fewer = mfcompile.prune_tokens(captured, {first.name: 4})
     assert count(fewer) == counted_by_torch(fewer.module, inputs)
     assert count(fewer) < count(captured)
+
+
+@pytest.mark.parametrize("family", [clip_like, blip_like, llava_like])
+def test_a_model_of_transformers_without_some_tokens_and_units_counts_as_what_it_runs(family: Any) -> None:
+    model, inputs = family()
+    captured = fixed(model, inputs)
+    assert count(captured) == counted_by_torch(model, inputs)
+    first = {site.region: site.name for site in reversed(mfcompile.find_token_sites(captured).sites)}
+    fewer = mfcompile.prune_tokens(captured, dict.fromkeys(first.values(), 0.5))
+    smaller = mfcompile.remove_units(fewer, some_of(mfcompile.find_units(fewer)))
+    assert len(first) > 1
+    assert count(fewer) == counted_by_torch(fewer.module, inputs)
+    assert count(smaller) == counted_by_torch(smaller.module, inputs)
+    assert count(smaller) < count(fewer) < count(captured)
+    assert smaller.exported is not None
+    assert not count_flops(smaller.exported.program).uncounted
 
 
 def test_the_saving_is_that_of_the_shorter_layers() -> None:
