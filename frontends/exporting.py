@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,10 @@ def candidates(captured: CapturedGraph, after: str = "", first: str = "") -> Ite
         kind = (way.make, way.cache or not cached, way.axes)
         if kind not in tried:  # a model without a cache is the same without it
             tried.append(kind)
-            yield _try(way, captured)
+            attempt, exported = _try(way, captured)
+            if exported is not None and way.example is not captured.example_inputs and _fixes_the_batch(exported):
+                attempt, exported = _try(_with_one_sample(way, captured.example_inputs), captured)
+            yield attempt, exported
 
 
 def _ways(captured: CapturedGraph) -> list[_Way]:
@@ -131,11 +134,23 @@ def _ways(captured: CapturedGraph) -> list[_Way]:
         _Way("torch.export", True, axes, _as_it_is, doubled),
         _Way("torch.export without cache", False, axes, _as_it_is, doubled),
         _Way("torch.export, sequence fixed", False, batch, _as_it_is, doubled),
-        _Way("torch.export, shapes fixed", False, {}, _as_it_is, doubled),
+        _Way("torch.export, shapes fixed", False, {}, _as_it_is, inputs),
         _Way("transformers.exporters", False, axes, prepared_model, doubled),
-        _Way("transformers.exporters, shapes fixed", False, {}, prepared_model, doubled),
+        _Way("transformers.exporters, shapes fixed", False, {}, prepared_model, inputs),
         _Way("recorded graph", False, {}, replayed_recording, inputs, recorded),
     ]
+
+
+def _fixes_the_batch(exported: ExportedModel) -> bool:
+    """Some input takes as many samples as it was exported with, and no other number."""
+    batch = only_axes(wanted_axes(exported.example_inputs), "batch")
+    return any(0 not in exported.dynamic_axes.get(name, {}) for name in batch)
+
+
+def _with_one_sample(way: _Way, inputs: ExampleInputs) -> _Way:
+    """The same way for the user's one sample: a program that takes two samples and no fewer could not run the example."""
+    axes = {name: {dim: axis for dim, axis in dims.items() if axis != "batch"} for name, dims in way.axes.items()}
+    return replace(way, axes=axes, example=inputs)
 
 
 def _try(way: _Way, captured: CapturedGraph) -> Candidate:
