@@ -93,7 +93,8 @@ class ExportedModel:
         input_names: names of the tensor inputs, in the program's order.
         output_names: names of the tensor outputs, in the program's order.
         dynamic_axes: input name -> dimension -> axis name ("batch", "sequence"); only dimensions that stayed symbolic.
-        example_inputs: the inputs that the program was exported with (a batch of one is repeated to two, where the program then takes any number).
+        example_inputs: the inputs that the program was exported with (a batch of one is repeated to two, where the program
+            then takes any number).
         notes: dimensions that were asked to be dynamic and are fixed, and why.
         metadata: key -> text that a file made from the program carries.
     """

@@ -109,7 +109,11 @@ class PruneTokens:
             plan.live_heads = heads_of_program(plan.attention, plan.point, plan.batch, program, self.masks, factors)
         while pending:
             plan = pending.pop(0)
-            cut = SiteCut(editor, plan, self.keep[plan.attention.name], options, listed)
+            keep = self.keep[plan.attention.name]
+            if plan.tokens == 1 and (isinstance(keep, float) or keep == 1):
+                notes.append(Diagnostic(plan.attention.name, "sites before it leave one token, which stays"))
+                continue
+            cut = SiteCut(editor, plan, keep, options, listed)
             cuts.append(cut.run(pending))
             notes += cut.notes()
         exported = _finished(editor, graph.exported, names, listed)

@@ -49,6 +49,18 @@ class JointlyPruned:
     training: Mapping[str, Any] | None = None
     refit: Mapping[str, Any] | None = None
 
+    def __str__(self) -> str:
+        sizes = {unit.name: unit.count for mode in self.modes if isinstance(mode, UnitMode) for unit in mode.units}
+        taken = {name: len(elements) for name, elements in self.structure.removed.items() if elements}
+        lines = [
+            f"JointlyPruned({type(self.dense.module).__name__}, {self.flops[1] / self.flops[0]:.3f} of the FLOPs, "
+            f"{len(self.stages)} stages)"
+        ]
+        lines += [f"  {name}: {count} of {sizes[name]} taken out" for name, count in taken.items()]
+        lines += [f"  {site}: {share:.2f} of the tokens stay" for site, share in self.structure.kept.items()]
+        lines += [f"  note: {item}" for item in self.skipped]
+        return "\n".join(lines)
+
     @property
     def module(self) -> nn.Module:
         """The smaller module."""

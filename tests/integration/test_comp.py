@@ -94,6 +94,9 @@ def test_a_model_lands_at_the_target_by_modes_of_its_own(pruned: tuple[str, Join
     assert found.stages[-1].flops == found.flops[1] / found.flops[0]
     assert found.structure.removed
     assert found.structure.kept
+    told = str(found)
+    assert told.startswith(f"JointlyPruned({type(found.dense.module).__name__}, {found.stages[-1].flops:.3f} of the FLOPs, ")
+    assert all(name in told for name in (*found.structure.removed, *found.structure.kept))
     for old, new in zip(outputs(found.dense).values(), outputs(found.captured).values(), strict=True):
         assert old.shape == new.shape
         assert not torch.equal(old, new)

@@ -16,6 +16,7 @@ from mfcompile.frontends.without_cache import without_cache
 from mfcompile.graph import CaptureAttempt, ExportedModel
 from mfcompile.inputs import normalize_inputs, output_tensors
 from tests.models import TwoLayers, tiny_vlm, vlm_batch
+from tests.token_models import llava_like
 
 BATCH = {0: "batch"}
 BATCH_AND_SEQUENCE = {0: "batch", 1: "sequence"}
@@ -84,6 +85,29 @@ def test_a_batch_of_one_is_repeated() -> None:
     assert found.example_inputs.batch_size() == 2
     assert found.dynamic_axes["pixel_values"] == BATCH
     assert_computes(found, model, vlm_batch((5, 4, 3)))
+
+
+def test_one_sample_stays_one_where_no_other_number_would_go() -> None:
+    """A program of two samples, and of two alone, could not run the user's example."""
+
+    def fixing(m: Any, image: Tensor, ids: Tensor) -> Tensor:
+        result: Tensor = m.table(ids).sum(1) + image.reshape(int(image.shape[0]), 12).sum(1, keepdim=True)
+        return result
+
+    model = Body(fixing)
+    found = exported(model, inputs(1))
+    assert found.example_inputs.batch_size() == 1
+    assert found.dynamic_axes == {"ids": {1: "sequence"}}
+    assert "dimension 0 (batch) of image is fixed to 1: the model computes with its value" in found.notes
+    assert_computes(found, model, inputs(1))
+    assert_computes(found, model, inputs(1, length=7))
+
+
+def test_a_decoder_with_one_image_takes_one_image() -> None:
+    """LLaVA counts its images: the batch of one cannot be made free by repeating it."""
+    model, batch = llava_like()
+    one = {name: tensor[:1] for name, tensor in batch.items()}
+    assert_computes(exported(model, one), model, one)
 
 
 def test_a_dimension_that_the_model_fixes_is_noted() -> None:

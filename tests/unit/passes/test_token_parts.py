@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LxmertConfig, LxmertModel
 
 import mfcompile
+from mfcompile.errors import InputError
 from mfcompile.graph import CapturedGraph
 from mfcompile.inputs import output_tensors
 from tests.equal_sizes import EQUAL, SIZE
@@ -107,3 +110,25 @@ def test_width_heads_tokens_and_samples_of_one_size_are_told_apart(name: str) ->
     assert len(batch["input_ids"]) == SIZE
     first = {site.region: site.name for site in reversed(sites)}
     compare(model, batch, captured, name, dict.fromkeys(first.values(), SIZE - 3))
+
+
+def test_where_one_token_is_left_the_next_sites_have_nothing_to_cut() -> None:
+    """LXMERT's regions: no token of them is protected, so that a small share leaves one."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24, "visual_feat_dim": 12}
+    config = LxmertConfig(vocab_size=50, l_layers=1, x_layers=1, r_layers=2, max_position_embeddings=16, **sizes)
+    batch = {
+        "input_ids": torch.randint(1, 50, (2, 7)),
+        "visual_feats": torch.randn(2, 6, 12),
+        "visual_pos": torch.rand(2, 6, 4),
+    }
+    captured = fixed(LxmertModel(config).eval(), batch)
+    first, second = (f"encoder.r_layers.{layer}.attention.self" for layer in range(2))
+    once = mfcompile.prune_tokens(captured, {first: 1})
+    for keep in (0.5, 1):
+        again = mfcompile.prune_tokens(captured, {first: 0.1, second: keep})
+        assert [str(item) for item in again.diagnostics] == [f"{second}: sites before it leave one token, which stays"]
+        expected, found = run(once.module, batch), run(again.module, batch)
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    with pytest.raises(InputError, match=re.escape(second)):
+        mfcompile.prune_tokens(captured, {first: 1, second: 2})
