@@ -18,7 +18,8 @@ def test_layers_that_store_inputs_by_outputs_are_fitted_as_any() -> None:
     """GPT-2: fused queries, keys and values; its Conv1D takes (in, out)."""
     torch.manual_seed(0)
     sizes = GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=4, n_positions=16, bos_token_id=1, eos_token_id=2)
-    model = spread_out(GPT2Model(sizes).eval())
+    model: nn.Module = GPT2Model(sizes)
+    spread_out(model.eval())
     batch = {"input_ids": torch.randint(0, 64, (24, 8)), "attention_mask": torch.ones(24, 8, dtype=torch.long)}
     captured = mfcompile.with_token_program(mfcompile.capture(model, {name: item[:2] for name, item in batch.items()}))
     units = mfcompile.find_units(captured)

@@ -29,7 +29,7 @@ def idefics3_like() -> tuple[nn.Module, dict[str, Tensor]]:
     config = Idefics3Config(
         vision_config={**sizes, "image_size": 16, "patch_size": 8}, text_config=text, image_token_id=IMAGE, scale_factor=2
     )
-    model = Idefics3Model(config).eval()
+    model: nn.Module = Idefics3Model(config)
     batch = {
         "input_ids": torch.randint(5, 99, (2, 10)),
         "attention_mask": torch.ones(2, 10, dtype=torch.long),
@@ -37,7 +37,7 @@ def idefics3_like() -> tuple[nn.Module, dict[str, Tensor]]:
     }
     batch["input_ids"][0, :2], batch["input_ids"][1, 0] = IMAGE, IMAGE
     batch["pixel_values"][1, 1] = 0.0
-    return model, batch
+    return model.eval(), batch
 
 
 @pytest.fixture(scope="module")

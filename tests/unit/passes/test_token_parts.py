@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LxmertConfig, LxmertModel
 
 import mfcompile
@@ -122,7 +122,8 @@ def test_where_one_token_is_left_the_next_sites_have_nothing_to_cut() -> None:
         "visual_feats": torch.randn(2, 6, 12),
         "visual_pos": torch.rand(2, 6, 4),
     }
-    captured = fixed(LxmertModel(config).eval(), batch)
+    model: nn.Module = LxmertModel(config)
+    captured = fixed(model.eval(), batch)
     first, second = (f"encoder.r_layers.{layer}.attention.self" for layer in range(2))
     once = mfcompile.prune_tokens(captured, {first: 1})
     for keep in (0.5, 1):
