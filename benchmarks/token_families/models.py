@@ -77,7 +77,17 @@ def make(key: str) -> tuple[nn.Module, dict[str, Any], dict[str, str] | None]:
     row = (all_rows() | {row.key: row for row in OWN})[key]
     row = replace(row, inputs={**row.inputs, **INPUTS.get(key, {})})
     module, inputs = build(row)
+    _tell_tokens_apart(module)
     return module, inputs, dict(row.modalities) or None
+
+
+def _tell_tokens_apart(module: nn.Module) -> None:
+    """Draw matrices anew that are as good as zero: a configuration may say so, and then all tokens score alike."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1 and 0 < float(parameter.std()) < 1e-6:
+                parameter.normal_(std=0.02, generator=generator)
 
 
 def _timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], None]:

@@ -62,24 +62,23 @@ def test_costs_of_modes_are_those_of_equations_8_and_10(name: str) -> None:
     assert len(found.stages) > len(costs) > 1  # a mode was visited again
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_same_seed_gives_the_same_trace(name: str) -> None:
-    first, again = searched(name), searched(name, run=1)
+def test_the_same_seed_gives_the_same_trace() -> None:
+    first, again = searched("llava"), searched("llava", run=1)
     assert first is not again
     assert [stage.as_dict() for stage in first.stages] == [stage.as_dict() for stage in again.stages]
     assert first.structure == again.structure
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_without_exploration_the_cheapest_mode_is_always_picked(name: str) -> None:
-    read = {unit.output_weight for unit in mfcompile.find_units(built(name)).units}
+def test_without_exploration_the_cheapest_mode_is_always_picked() -> None:
+    captured = built("clip")
+    read = {unit.output_weight for unit in mfcompile.find_units(captured).units}
 
     def evaluate(module: nn.Module) -> float:
         """Output weights that are there and not zero: units cost, and tokens do not."""
         return float(sum(int(torch.count_nonzero(module.get_parameter(weight))) for weight in read))
 
     options: dict[str, Any] = {"strategy": "comp", "exploration": 0.0, "step": 0.03, "mode_step": 0.5, "scorer": "magnitude"}
-    found = prune_jointly(built(name), flops=0.8, evaluate=evaluate, options=options)
+    found = prune_jointly(captured, flops=0.8, evaluate=evaluate, options=options)
     modes = [mode.name for mode in found.modes]
     assert [stage.mode for stage in found.stages[: len(modes)]] == modes  # each once
     later = found.stages[len(modes) :]
