@@ -7,11 +7,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mfcompile.errors import InputError
+
+_FOLDER_ATTEMPTS = 100
+"""Another process that removes empty folders may take a folder between its making and the first file in it."""
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
@@ -21,8 +24,7 @@ def write_atomically(path: Path, data: bytes) -> Path:
         InputError: the folder cannot be written to.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = _temporary_beside(path)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}. Choose another output path") from error
     try:
@@ -34,6 +36,16 @@ def write_atomically(path: Path, data: bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def _temporary_beside(path: Path) -> tuple[int, str]:
+    """An open file in the folder of ``path``, which is made where there is none."""
+    for _ in range(_FOLDER_ATTEMPTS):
+        with suppress(FileNotFoundError, FileExistsError):  # mkdir raises the second where the folder goes as it looks at it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
 
 
 def check_output_dir(path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mfcompile.errors import InputError
 from mfcompile.inputs import ExampleInputs
 from mfcompile.statistics import CalibrationStatistics
 
@@ -65,7 +67,7 @@ class StatisticsCache:
 
     def has_model(self, model_key: str) -> bool:
         """There is some entry of this model: it is worth to find out the key of the data."""
-        return next((self.directory / model_key).glob("*.safetensors"), None) is not None
+        return any(map(_is_entry, _files(self.directory / model_key)))
 
     def find(self, model_key: str, data_key: str) -> CalibrationStatistics | None:
         """The entry, or None.
@@ -74,9 +76,12 @@ class StatisticsCache:
             InputError: there is one, and it is damaged or of another format.
         """
         path = self.path(model_key, data_key)
-        if not path.is_file():
-            return None
-        found = CalibrationStatistics.load(path)
+        try:
+            found = CalibrationStatistics.load(path)
+        except InputError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
         with suppress(OSError):  # somebody else's directory: the entry is as good, its age is wrong
             os.utime(path)
         return found
@@ -104,14 +109,26 @@ class StatisticsCache:
 
     def _entries(self, newest: Path) -> Iterator[tuple[float, int, Path]]:
         """(time of last use, size, path) of every entry but the newest."""
-        for path in self.directory.glob("*/*"):
+        for path in chain.from_iterable(map(_files, _files(self.directory))):
             with suppress(OSError):  # removed by another process
                 status = path.stat()
-                if path.suffix == ".safetensors" and not path.name.startswith("."):
+                if _is_entry(path):
                     if path != newest:
                         yield status.st_mtime, status.st_size, path
                 elif status.st_mtime < newest.stat().st_mtime - _STALE_S:
                     _remove(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where another process removed it."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return [folder / name for name in os.listdir(folder)]
+    return []
+
+
+def _is_entry(path: Path) -> bool:
+    """No temporary file of a writer."""
+    return path.suffix == ".safetensors" and not path.name.startswith(".")
 
 
 def _remove(path: Path) -> None:

@@ -74,8 +74,8 @@ def load_statistics(path: Path) -> CalibrationStatistics:
     Raises:
         InputError: the file is missing, holds no statistics, is of another format version, or is damaged.
     """
-    if not path.is_file():
-        raise InputError(f"no statistics file at {path}")
+    if path.is_dir():
+        raise InputError(f"no statistics file at {path}, but a folder")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
@@ -97,6 +97,8 @@ def load_statistics(path: Path) -> CalibrationStatistics:
         return _statistics(metadata, arrays)
     except InputError:
         raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"no statistics file at {path}") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} cannot be read as a statistics file ({error}): it is damaged or truncated. {_HELP}"

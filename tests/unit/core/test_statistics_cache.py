@@ -116,19 +116,22 @@ from pathlib import Path
 from mfcompile import statistics_cache
 from mfcompile.statistics import CalibrationStatistics, SiteStatistics
 statistics_cache.ENTRIES_PER_MODEL = 2
+statistics_cache.TOTAL_BYTES = 90_000  # two entries of three models: folders come and go as well
 cache = statistics_cache.StatisticsCache(sys.argv[1])
 for turn in range(60):
-    key = f"d{turn % 4}"
+    model, key = f"m{turn // 2 % 3}", f"d{turn % 4}"
     sums = torch.full((5000,), float(turn % 4), dtype=torch.float64)
-    cache.store("m", key, CalibrationStatistics({"a": SiteStatistics(sums, 1, 0, 1)}, 1, "", ""))
-    found = cache.find("m", key)
-    assert found is None or float(found.sites["a"].sum_of_squares[0]) == turn % 4
+    cache.store(model, key, CalibrationStatistics({"a": SiteStatistics(sums, 1, 0, 1)}, 1, "", ""))
+    for name in ("m0", "m1", "m2"):
+        cache.has_model(name)
+        found = cache.find(name, key)
+        assert found is None or float(found.sites["a"].sum_of_squares[0]) == turn % 4
 """
 
 
 def test_processes_that_write_and_remove_the_same_entries_do_not_harm_each_other(tmp_path: Path) -> None:
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stderr=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stderr=subprocess.PIPE, text=True) for _ in range(3)
     ]
     for writer in writers:
         assert (writer.communicate()[1], writer.returncode) == ("", 0)
