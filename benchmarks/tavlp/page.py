@@ -12,8 +12,9 @@ import torch
 
 from benchmarks.over_seeds import Figure
 from benchmarks.tavlp.cells import Choice, cells
-from benchmarks.tavlp.configuration import Scale
+from benchmarks.tavlp.configuration import LONG, Scale
 from benchmarks.tavlp.differences import differences
+from benchmarks.tavlp.durations import durations
 from benchmarks.tavlp.families import FAMILIES, family
 from benchmarks.tavlp.figures import draw_allocations, draw_highest_sparsity
 from benchmarks.tavlp.orderings import HEADLINES, choice, orderings
@@ -91,6 +92,12 @@ def _parts(results: Results) -> Iterator[str]:
     yield "![sparsity per layer and region under three allocations](images/benchmark_allocations.png)"
     yield regions(results)
     yield magnitudes(results)
+    yield "## Fine-tuned for longer"
+    yield (
+        f"The same masks at {100 * SPARSITIES[-1]:.0f} %, fine-tuned four times as long (`--scale {LONG.name}`): "
+        f"of the seeds that both have."
+    )
+    yield durations(results)
     yield "## What sets pruners apart"
     yield differences(results.scale, results.folders)
     yield "## Stacks of unequal size"
