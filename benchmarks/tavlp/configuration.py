@@ -46,7 +46,7 @@ SMALL = Scale(
 """For two CPU cores: one to three minutes a cell."""
 
 LONG = replace(
-    SMALL, name="long", recipes={task: replace(found, steps=4 * found.steps) for task, found in SMALL.recipes.items()}
+    SMALL, name="long", recipes={task: replace(recipe, steps=4 * recipe.steps) for task, recipe in SMALL.recipes.items()}
 )
 """As the small one, but fine-tuned for four times as many steps: which differences between pruners are a matter of time."""
 

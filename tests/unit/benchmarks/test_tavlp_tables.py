@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from benchmarks.over_seeds import Figure
 from benchmarks.tavlp import page
 from benchmarks.tavlp.cells import Cell
+from benchmarks.tavlp.durations import durations
 from benchmarks.tavlp.orderings import Difference, Ordering, choice, difference, orderings
 from benchmarks.tavlp.pruners import PRUNERS
+from benchmarks.tavlp.records import write_record
 from benchmarks.tavlp.reduced import beside
 from benchmarks.tavlp.summary import Results, standard_error, with_best
 from tests.unit.benchmarks.tavlp_runs import TINY, folders, made_up, other_recipe
@@ -144,3 +147,15 @@ def test_a_difference_of_unknown_noise_has_no_verdict() -> None:
         "holds",
         "**does not hold**",
     ]
+
+
+def test_lengths_of_fine_tuning_are_compared_over_the_seeds_that_both_have(results: Results, tmp_path: Path) -> None:
+    longer = replace(other_recipe(TINY, "retrieval", steps=4), name="longer")
+    assert durations(results, longer).startswith("Not done")
+    for seed, value in ((0, 10.0), (1, 20.0)):
+        made_up(Cell("blip", "retrieval", "omp", 0.9, seed), metrics(value), tmp_path)
+    there = Cell("blip", "retrieval", "omp", 0.9, 1)
+    write_record(there.path(tmp_path / "longer"), there.config(longer), {"metrics": metrics(50.0)})
+    text = durations(results, longer)
+    assert "blip, 1 steps | blip, 4 steps" in text
+    assert row_of(text, "OMP")[1:] == [".", ".", "21.0 (1)", "51.0 (1)"]
