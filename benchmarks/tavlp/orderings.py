@@ -6,17 +6,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.over_seeds import Figure
 from benchmarks.tavlp.families import FAMILIES
-from benchmarks.tavlp.pruners import PRUNERS, SPARSITIES
+from benchmarks.tavlp.pruners import SPARSITIES
 from benchmarks.tavlp.summary import (
-    MISSING,
     STANDARD_ERRORS,
     Results,
     standard_error,
     table,
     title,
-    with_best,
 )
 from benchmarks.tavlp.tasks import TASKS
 
@@ -116,27 +113,6 @@ def _rows(results: Results, ordering: Ordering, tasks: Sequence[str]) -> Iterato
                     where = f"{family}, {task}, {100 * sparsity:.0f} %"
                     shown = f"{found.mean:+.1f}{spread}"
                     yield [ordering.claim, where, title(found.rival), shown, str(found.count), found.verdict]
-
-
-def choice(results: Results) -> str:
-    """Rows of pruners, columns of tasks, families and sparsities: the headline of each, to choose a pruner by."""
-    columns = [(family, task, sparsity) for task in TASKS for family in FAMILIES for sparsity in SPARSITIES]
-    names = [name for name in PRUNERS if name != "dense"]
-    figures = [
-        [Figure.of(list(results.values(family, task, name, sparsity, HEADLINES[task]).values())) for name in names]
-        for family, task, sparsity in columns
-    ]
-    kept = [index for index, column in enumerate(figures) if any(column)]
-    scatters = [results.scatter(columns[index][1], HEADLINES[columns[index][1]]) for index in kept]
-    shown = with_best([figures[index] for index in kept], scatters)
-    dense = ["DENSE"]
-    for index in kept:
-        family, task, sparsity = columns[index]
-        found = Figure.of(list(results.values(family, task, "dense", sparsity, HEADLINES[task]).values()))
-        dense.append(MISSING if found is None else str(found))
-    rows = [[title(name), *row] for name, row in zip(names, shown, strict=True) if any(text != MISSING for text in row)]
-    headings = [f"{columns[index][0]} {headline_title(columns[index][1])} {100 * columns[index][2]:.0f} %" for index in kept]
-    return table(["pruner", *headings], [dense, *rows])
 
 
 def headline_title(task: str) -> str:

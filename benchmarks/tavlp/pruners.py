@@ -40,6 +40,13 @@ class PrunerRow:
         """Whether it takes gradients; updates run the model forward alone."""
         return self.needs_batches and self.update is None
 
+    @property
+    def asks_for(self) -> str:
+        """What a user must give it besides the model."""
+        if self.needs_loss:
+            return "a loss and its gradients"
+        return "calibration data" if self.needs_statistics or self.needs_batches else "nothing"
+
     def criterion_options(self, pruning: Mapping[str, Any]) -> dict[str, Any]:
         """Options of the criterion at a scale."""
         return {option: pruning[key] for option, key in self.options.items()}

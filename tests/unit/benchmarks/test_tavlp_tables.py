@@ -11,8 +11,9 @@ import pytest
 from benchmarks.over_seeds import Figure
 from benchmarks.tavlp import page
 from benchmarks.tavlp.cells import Cell
+from benchmarks.tavlp.choosing import choice
 from benchmarks.tavlp.durations import durations
-from benchmarks.tavlp.orderings import Difference, Ordering, choice, difference, orderings
+from benchmarks.tavlp.orderings import Difference, Ordering, difference, orderings
 from benchmarks.tavlp.pruners import PRUNERS
 from benchmarks.tavlp.records import write_record
 from benchmarks.tavlp.reduced import beside
@@ -101,8 +102,22 @@ def test_orderings_compare_rows_over_the_seeds_that_both_have(results: Results, 
 
 def test_the_table_to_choose_by_shows_rows_and_columns_that_have_cells(results: Results) -> None:
     lines = choice(results).splitlines()
-    assert lines[0] == "| pruner | xvlm R@1 63 % |"
-    assert lines[2:] == ["| DENSE | 91.0 (1) |", "| OMP | ≈ 75.2 (1) |", "| MULTIFLOW | **76.0 ± 5.0 (3)** |"]
+    assert [line for line in lines if line.startswith("#")] == ["### 63 % removed"]
+    assert lines[2] == "| pruner | asks for | xvlm R@1 | of dense, % |"
+    assert lines[4:] == [
+        "| DENSE |  | 91.0 (1) | 100 |",
+        "| MULTIFLOW | calibration data | **76.0 ± 5.0 (3)** | 84 |",
+        "| OMP | nothing | ≈ 75.2 (1) | 83 |",
+    ]
+
+
+def test_rows_without_all_cells_stand_below_those_with_all(results: Results, tmp_path: Path) -> None:
+    made_up(Cell("blip", "vqa", "omp", 0.63, 0), {"accuracy": 20.0}, tmp_path)
+    made_up(Cell("blip", "vqa", "dense", 0.0, 0), {"accuracy": 40.0}, tmp_path)
+    text = choice(results)
+    assert [line.split(" | ")[0][2:] for line in text.splitlines()[5:]] == ["OMP", "MULTIFLOW"]
+    assert row_of(text, "OMP")[2:] == ["≈ 75.2 (1)", "20.0 (1)", "66"]
+    assert row_of(text, "MULTIFLOW")[3:] == [".", "."]
 
 
 def test_the_page_is_written_from_records_alone_but_for_masks_of_its_picture(results: Results, tmp_path: Path) -> None:
