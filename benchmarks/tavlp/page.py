@@ -75,7 +75,8 @@ def _parts(results: Results) -> Iterator[str]:
     yield "## Which pruner to choose"
     yield (
         "Retrieval as the mean R@1 of both directions, captioning as CIDEr, questions as accuracy. The last column is the "
-        "mean, over the others, of what is left of the dense model's figure; rows stand in its order, rows with missing cells below."
+        "mean, over the others, of what is left of the dense model's figure; rows stand in its order, "
+        "rows with missing cells below."
     )
     yield choice(results)
     yield "## The paper's orderings"
