@@ -53,21 +53,29 @@ def _bars(axes: Axes, results: Results, family: str, task: str, pruners: Sequenc
     metrics = HEADLINES[task]
     dense = Figure.of(list(results.values(family, task, "dense", 0.0, metrics).values()))
     if dense is not None:
-        axes.axvline(dense.mean, color=FAINT, linewidth=1, linestyle="--", label=f"dense {dense.mean:.1f}")
-        axes.legend(fontsize=7, loc="upper center", frameon=False)
+        axes.axvline(dense.mean, color=FAINT, linewidth=1, linestyle="--")
     for index, pruner in enumerate(pruners):
         found = Figure.of(list(results.values(family, task, pruner, sparsity, metrics).values()))
         if found is not None:
             colour = FAINT if pruner == "random" else COLOURS[index % len(COLOURS)]
             axes.barh(index, found.mean, xerr=found.deviation, color=colour, height=0.75, capsize=2)
-            axes.text(found.mean + (found.deviation or 0), index, f" {found.mean:.1f}", va="center", fontsize=6)
+            end = found.mean + (found.deviation or 0)
+            axes.annotate(
+                f"{found.mean:.1f}",
+                (end, index),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )
         else:
             axes.text(0, index, " no cell", va="center", color=FAINT, fontsize=6)
     axes.set_yticks(range(len(pruners)), [title(pruner) for pruner in pruners], fontsize=7)
-    axes.set_title(f"{family}, {task}: {headline_title(task)} at {100 * sparsity:.0f} %", fontsize=8)
+    line = "" if dense is None else f" (line: dense, {dense.mean:.1f})"
+    axes.set_title(f"{family}, {task}: {headline_title(task)} at {100 * sparsity:.0f} %{line}", fontsize=8)
     axes.set_ylim(len(pruners) - 0.4, -0.6)
     axes.margins(x=0.1)
-    axes.set_xlim(left=0)
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
