@@ -24,7 +24,7 @@ MASKS = ROOT / "out" / "tavlp"
 
 def folders_of(scale: Scale) -> Folders:
     """Where the results of a scale lie."""
-    return Folders(RESULTS / scale.name, MASKS / scale.name)
+    return Folders.of(scale, RESULTS, MASKS)
 
 
 def run(

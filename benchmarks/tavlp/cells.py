@@ -134,7 +134,7 @@ def untuned_path(cell: Cell, folders: Folders) -> Path:
     """The file of the figures before fine-tuning; pruners without a seed have one for all."""
     seed = mask_seed(PRUNERS[cell.pruner], cell.seed)
     name = f"{cell.pruner}-{cell.sparsity:g}-{'any' if seed is None else seed}.json"
-    return folders.results / cell.family / f"{cell.task}-untuned" / name
+    return folders.records_of_masks / cell.family / f"{cell.task}-untuned" / name
 
 
 def untuned_config(cell: Cell, scale: Scale) -> dict[str, Any]:

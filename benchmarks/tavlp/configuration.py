@@ -25,12 +25,14 @@ class Scale:
         calibration: batches, and pairs in each; the same for all pruners of a seed.
         pruning: numbers that criteria take (see ``pruners.ROWS``).
         recipes: task -> how its models are fine-tuned.
+        pruned_as: the scale of the same calibration and pruning, whose masks serve this one too.
     """
 
     name: str
     calibration: tuple[int, int]
     pruning: Mapping[str, float]
     recipes: Mapping[str, Recipe]
+    pruned_as: str | None = None
 
 
 SMALL = Scale(
@@ -46,7 +48,10 @@ SMALL = Scale(
 """For two CPU cores: one to three minutes a cell."""
 
 LONG = replace(
-    SMALL, name="long", recipes={task: replace(recipe, steps=4 * recipe.steps) for task, recipe in SMALL.recipes.items()}
+    SMALL,
+    name="long",
+    recipes={task: replace(recipe, steps=4 * recipe.steps) for task, recipe in SMALL.recipes.items()},
+    pruned_as=SMALL.name,
 )
 """As the small one, but fine-tuned for four times as many steps: which differences between pruners are a matter of time."""
 

@@ -21,8 +21,8 @@ def durations(results: Results, longer: Scale = LONG) -> str:
         results: of the usual length.
         longer: the scale of the other; its results lie beside these.
     """
-    folders = Folders(results.folders.results.parent / longer.name, results.folders.masks.parent / longer.name)
-    other = Results(folders, longer, results.seeds)
+    own = results.folders
+    other = Results(Folders.of(longer, own.results.parent, own.masks.parent), longer, results.seeds)
     rows = []
     for pruner in PRUNERS:
         shown = []

@@ -32,10 +32,28 @@ class Folders:
     Attributes:
         results: JSON records, small, kept in the repository.
         masks: masks and new values, large, made again where they are missing.
+        pruned: records of masks, and figures before fine-tuning; None puts them beside the results.
     """
 
     results: Path
     masks: Path
+    pruned: Path | None = None
+
+    @property
+    def records_of_masks(self) -> Path:
+        """Where what does not depend on fine-tuning lies."""
+        return self.pruned or self.results
+
+    @classmethod
+    def of(cls, scale: Scale, results: Path, masks: Path) -> Folders:
+        """Those of a scale.
+
+        Args:
+            scale: names the folders, or the scale that names them.
+            results, masks: of all scales.
+        """
+        shared = scale.pruned_as or scale.name
+        return cls(results / scale.name, masks / shared, results / shared)
 
 
 @functools.lru_cache(maxsize=2)
@@ -116,7 +134,7 @@ def masks_of(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: 
 def record_path(folders: Folders, family: Family, row: PrunerRow, sparsity: float, seed: int) -> Path:
     """Where the record of masks lies; pruners without a seed have one for all."""
     name = f"{row.name}-{sparsity:g}-{'any' if mask_seed(row, seed) is None else seed}.json"
-    return folders.results / family.name / "masks" / name
+    return folders.records_of_masks / family.name / "masks" / name
 
 
 def _made(family: Family, row: PrunerRow, sparsity: float, seed: int, scale: Scale) -> tuple[mfcompile.MaskSet, dict[str, Any]]:

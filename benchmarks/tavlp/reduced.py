@@ -27,7 +27,7 @@ def reduced() -> dict[str, Any]:
         largest difference of a metric. The same code, processor and versions repeat a cell to the last digit; others round
         otherwise, and figures agree to a few points.
     """
-    kept = Results(Folders(ROOT / "benchmarks" / "results" / "tavlp" / SMALL.name, ROOT / "out" / "tavlp" / SMALL.name), SMALL)
+    kept = Results(Folders.of(SMALL, ROOT / "benchmarks" / "results" / "tavlp", ROOT / "out" / "tavlp"), SMALL)
     found: dict[str, Any] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from benchmarks.over_seeds import Figure
 from benchmarks.tavlp import cells as runner
 from benchmarks.tavlp import pruning
 from benchmarks.tavlp.cells import Cell, Choice, cells, run_cell
-from benchmarks.tavlp.configuration import config_hash
+from benchmarks.tavlp.configuration import SCALES, config_hash
 from benchmarks.tavlp.families import FAMILIES, family
 from benchmarks.tavlp.pruners import PRUNERS
 from benchmarks.tavlp.pruning import masks_of
@@ -117,6 +117,29 @@ def test_masks_are_made_once_for_all_tasks_and_without_a_seed_for_all_seeds(
     assert masks("random", 0) == masks("random", 0)
     assert masks("random", 0) != masks("random", 1)
     assert made == ["magnitude", "random", "random"]
+
+
+def test_a_scale_that_differs_in_fine_tuning_alone_shares_masks_and_figures_before_it(tmp_path: Path) -> None:
+    longer = replace(other_recipe(TINY, "retrieval", steps=4), name="longer", pruned_as=TINY.name)
+    own, other = (pruning.Folders.of(scale, tmp_path / "results", tmp_path / "masks") for scale in (TINY, longer))
+    cell = Cell("xvlm", "retrieval", "omp", 0.9, 0)
+    assert masks_of(family("xvlm"), PRUNERS["omp"], 0.9, 0, TINY, own) == masks_of(
+        family("xvlm"), PRUNERS["omp"], 0.9, 0, longer, other
+    )
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(list(tmp_path.rglob("*.json"))) == 1
+    assert runner.untuned_path(cell, own) == runner.untuned_path(cell, other)
+    assert runner.untuned_config(cell, TINY) == runner.untuned_config(cell, longer)
+    assert cell.path(own.results) != cell.path(other.results)
+
+
+def test_a_scale_that_shares_masks_prunes_alike() -> None:
+    for scale in SCALES.values():
+        if scale.pruned_as is not None:
+            other = SCALES[scale.pruned_as]
+            assert (scale.calibration, scale.pruning) == (other.calibration, other.pruning)
+            assert {task: recipe.test_size for task, recipe in scale.recipes.items()} == {
+                task: recipe.test_size for task, recipe in other.recipes.items()
+            }
 
 
 @pytest.mark.slow
