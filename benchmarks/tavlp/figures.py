@@ -37,7 +37,7 @@ def draw_highest_sparsity(
         return any(results.figure(family, task, name, sparsity, metric) for family in families for name in pruners)
 
     tasks = [task for task in TASKS if has_cell(task)] or list(TASKS)[:1]
-    size = (4.2 * len(tasks) + 1.2, (0.19 * len(pruners) + 0.6) * len(families))
+    size = (4.2 * len(tasks) + 1.2, (0.19 * len(pruners) + 0.8) * len(families))
     with rc_context(STYLE):
         figure, panels = pyplot.subplots(
             len(families), len(tasks), figsize=size, squeeze=False, sharey=True, sharex="col", layout="constrained"
@@ -70,10 +70,11 @@ def _bars(axes: Axes, results: Results, family: str, task: str, pruners: Sequenc
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
         else:
+            axes.barh(index, 0.0)  # so that the axis begins at 0 without any bar as well
             axes.text(0, index, " no cell", va="center", color=FAINT, fontsize=6)
     axes.set_yticks(range(len(pruners)), [title(pruner) for pruner in pruners], fontsize=7)
-    line = "" if dense is None else f" (line: dense, {dense.mean:.1f})"
-    axes.set_title(f"{family}, {task}: {headline_title(task)} at {100 * sparsity:.0f} %{line}", fontsize=8)
+    line = "" if dense is None else f"line: dense, {dense.mean:.1f}"
+    axes.set_title(f"{family}, {task}: {headline_title(task)} at {100 * sparsity:.0f} %\n{line}", fontsize=8)
     axes.set_ylim(len(pruners) - 0.4, -0.6)
     axes.margins(x=0.1)
     axes.tick_params(axis="x", labelsize=7)
