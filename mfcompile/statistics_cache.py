@@ -120,8 +120,8 @@ class StatisticsCache:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What lies in a folder; nothing where another process removed it."""
-    with suppress(FileNotFoundError, NotADirectoryError):
+    """What lies in a folder; nothing where another process removed it, or where it may not be read."""
+    with suppress(OSError):
         return [folder / name for name in os.listdir(folder)]
     return []
 

@@ -101,6 +101,18 @@ def test_a_half_written_file_is_no_entry(tmp_path: Path) -> None:
     assert not StatisticsCache(tmp_path).has_model("m")
 
 
+def test_a_folder_that_may_not_be_read_has_no_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = StatisticsCache(tmp_path)
+    cache.store("m", "d", statistics())
+    assert cache.has_model("m")
+
+    def refuse(_: object) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert not cache.has_model("m")
+
+
 def test_a_damaged_entry_is_said_and_written_over(tmp_path: Path) -> None:
     cache = StatisticsCache(tmp_path)
     cache.store("m", "d", statistics()).write_bytes(b"x")
